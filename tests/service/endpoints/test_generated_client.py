@@ -111,7 +111,7 @@ CALLS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 
 def test_every_operation_of_the_document_is_called(document: dict[str, Any]) -> None:
     operations = [operation for path in document["paths"].values() for operation in path.values()]
-    assert {operation["operationId"] for operation in operations} == {*CALLS, "write", "feedback"}
+    assert {operation["operationId"] for operation in operations} == {*CALLS, "write", "feedback", "backtest"}
 
 
 @pytest.mark.parametrize("operation", CALLS)
@@ -131,6 +131,12 @@ def test_generated_client_sends_feedback_and_reads_why_it_is_refused(api: Any) -
     fields = {"verdict": "normal", "group_name": "a", "since": "2025-04-09T08:00:00Z", "until": 1.8e9}
     response = call(api, "models", "feedback", body=body("FeedbackBody", **fields), model="vae")
     assert (response.status_code, response.parsed.code) == (409, "no_online_calibration")  # trained without times
+
+
+def test_generated_client_sends_a_history_and_reads_why_it_is_refused(api: Any) -> None:
+    record = dict.fromkeys("abcd", 1.0) | {"timestamp": 1_700_000_000}
+    response = call(api, "models", "backtest", body=body("BacktestBody", records=[record]), model="vae")
+    assert (response.status_code, response.parsed.code) == (422, "invalid_rows")  # the features are unknown
 
 
 def test_generated_client_sends_remote_write(api: Any, generated: ModuleType) -> None:

@@ -39,6 +39,7 @@ RULES = (
     "expected one of the fields",
     "needs either input or latent",
     "half_life is in seconds, and inputs have no timestamps",
+    "only a VAE has the prior N(0, I)",
 )
 WIDTHS = {"inputs": len(HOST_FEATURES), "input": len(HOST_FEATURES), "latents": 2, "latent": 2}
 

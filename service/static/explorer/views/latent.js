@@ -20,8 +20,8 @@ export const title = "Latent space";
 const LATENTS =
   "The encoder turns a row into its latents z: a few numbers from which the decoder reconstructs the row.";
 const PRIOR =
-  "The distribution that the model assumes for latents. The prior of a VAE is the standard normal distribution. The " +
-  "prior of PCA is normal with the variances of its components. Latents do not fill the prior, so samples come from a " +
+  "The distribution that the model assumes for latents. The prior of a VAE is the standard normal distribution. That " +
+  "of PCA is normal with the variances of its components. Latents do not fill the prior, so samples come from a " +
   "mixture of normal distributions that is fitted to the latents of the training rows. An autoencoder has no prior: " +
   "the lines are those of its mixture.";
 

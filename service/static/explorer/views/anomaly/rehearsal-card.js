@@ -112,7 +112,8 @@ function show({ report, drawings, errors }, name) {
     h(
       "p",
       { class: "muted" },
-      `A row is anomalous at α ${number(first.alpha)} above the dashed line. Red marks are alerts. The scale is logarithmic.`,
+      `A row above the dashed line is anomalous at α ${number(first.alpha)}. Red marks are alerts. ` +
+        "The scale is logarithmic.",
     ),
     drawings.groups.map((text, i) => figure(`${report.groups[i].group || name}: ${alertText(report.groups[i])}`, text)),
     report.worst_false_alerts.length ? h("h4", {}, "Worst alerts") : null,
@@ -161,7 +162,8 @@ function rulesText({ half_life_rows: halfLife, rows, seconds, calm_seconds: calm
   const duration = [rows > 1 ? `for ${rows} rows` : "", seconds ? `for ${number(seconds)} s` : ""].filter(Boolean);
   const budget = perDay === null ? "" : ` The policy accepts ${number(perDay)} a day and group.`;
   const lasting = duration.length ? ` ${duration.join(" and ")}` : "";
-  return `An alert opens when ${mean} is above 1${lasting}, and ends after ${number(calm)} s without such a row.${budget}`;
+  const end = `ends after ${number(calm)} s without such a row`;
+  return `An alert opens when ${mean} is above 1${lasting}, and ${end}.${budget}`;
 }
 
 function causesText({ group, start, rows, severity, causes, state }) {
