@@ -40,6 +40,9 @@ RULES = (
     "needs either input or latent",
     "half_life is in seconds, and inputs have no timestamps",
     "only a VAE has the prior N(0, I)",
+    "have their own times and groups",
+    "the field verdict is missing",  # it may stand in the body or in the query
+    "no row has a time",  # which column has the times is an option
 )
 WIDTHS = {"inputs": len(HOST_FEATURES), "input": len(HOST_FEATURES), "latents": 2, "latent": 2}
 
@@ -69,6 +72,19 @@ def ndjson_bytes(rows: list[list[float]]) -> bytes:
     return "\n".join(map(str, rows)).encode()
 
 
+def telegraf_bytes(rows: list[list[float]]) -> bytes:
+    metrics = [
+        {
+            "name": "host",
+            "tags": {},
+            "timestamp": 1_700_000_000 + i,
+            "fields": dict(zip(HOST_FEATURES, row, strict=True)),
+        }
+        for i, row in enumerate(rows)
+    ]
+    return json.dumps({"metrics": metrics}).encode()
+
+
 def rows_of(width: int) -> "st.SearchStrategy[list[list[float]]]":
     return st.lists(st.lists(st.floats(-1e6, 1e6, width=32), min_size=width, max_size=width), min_size=1, max_size=9)
 
@@ -79,7 +95,7 @@ for name, strategy in {
     safetensors.MEDIA_TYPE: ROWS.map(lambda rows: safetensors.dumps({"inputs": np.array(rows, np.float32)}, {})),
     "text/csv": ROWS.map(csv_bytes),
     ndjson.MEDIA_TYPES[0]: ROWS.map(ndjson_bytes),
-    "text/plain": ROWS.map(lambda rows: json.dumps({"inputs": rows}).encode()),
+    "text/plain": ROWS.map(telegraf_bytes),
     "application/x-protobuf": st.just(bytes(cramjam.snappy.compress_raw(b""))),  # a WriteRequest without series
 }.items():
     media_type(name, strategy)
