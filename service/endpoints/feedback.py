@@ -21,7 +21,7 @@ from service.anomaly.group_state import Record, Transaction
 from service.anomaly.inputs import RECORD_READERS, InputRows
 from service.anomaly.online_calibration import OnlineCalibration, count_differences
 from service.anomaly.streams import Group, History, JoinedRows, adjust, join_rows
-from service.anomaly.verdicts import Scores, find_silenced_rows, parsing_errors, row_errors
+from service.anomaly.verdicts import Scores, parsing_errors, row_errors
 from service.codec.long_work import pause_if_due
 from service.endpoints import offload
 from service.endpoints.context import ServiceContext
@@ -34,8 +34,8 @@ from service.endpoints.group_scoring import (
     run_in_parts,
     run_to_end,
 )
-from service.endpoints.offload import run_in_thread_if_long
 from service.endpoints.pipeline import ParsedRequest, RequestSpec, parse_request, render_response, run_operation
+from service.endpoints.scoring import prepare_rows
 from service.errors import NoOnlineCalibration, NotRemembered
 from service.http.request import HttpResponse, RequestContext
 from service.inference import operations
@@ -130,13 +130,8 @@ class FeedbackEndpoint:
         parsed.record.rows = input_rows.rows_received
         if not input_rows.parsed.rows:
             return Answer([], input_rows.rows_received, parsing_errors(input_rows.parsed))
-        served, rows = parsed.served, input_rows.parsed.x
-        if input_rows.parsed.missing is not None:
-            impute = partial(served.row_schema.impute, input_rows.parsed)
-            rows = await run_in_thread_if_long(impute, rows.size * offload.DECISION)
-        if served.silences is not None:
-            find = partial(find_silenced_rows, served.silences, input_rows)
-            input_rows = await run_in_thread_if_long(find, served.silences.estimate_ns(len(rows)))
+        served = parsed.served
+        input_rows, rows = await prepare_rows(served, input_rows)
         names = sorted({name or "" for name in input_rows.group or ("",)})
         watch = DisconnectWatch(parsed.request)
         transaction = await lock_groups(memory, names, parsed.deadline, watch)

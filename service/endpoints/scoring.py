@@ -52,13 +52,7 @@ async def score_rows(
     """
     verdicts = None
     if input_rows.parsed.rows:
-        rows = input_rows.parsed.x
-        if input_rows.parsed.missing is not None:
-            impute = partial(served.row_schema.impute, input_rows.parsed)
-            rows = await run_in_thread_if_long(impute, rows.size * offload.DECISION)
-        if served.silences is not None:
-            find = partial(find_silenced_rows, served.silences, input_rows)
-            input_rows = await run_in_thread_if_long(find, served.silences.estimate_ns(len(rows)))
+        input_rows, rows = await prepare_rows(served, input_rows)
         if input_rows.windows is not None:
             verdicts = await score_windows(served, input_rows, body, run)
         elif served.has_past and service.groups.concerns(served, input_rows):
@@ -75,6 +69,18 @@ async def score_rows(
     if input_rows.unknown_metrics:
         service.unknown_metrics.report(served, input_rows.unknown_metrics)
     return verdicts
+
+
+async def prepare_rows(served: ServedModel, input_rows: InputRows) -> tuple[InputRows, npt.NDArray[np.float32]]:
+    """Return the rows with their silences, and their values [B, D], in which missing values are replaced."""
+    rows = input_rows.parsed.x
+    if input_rows.parsed.missing is not None:
+        impute = partial(served.row_schema.impute, input_rows.parsed)
+        rows = await run_in_thread_if_long(impute, rows.size * offload.DECISION)
+    if served.silences is not None:
+        find = partial(find_silenced_rows, served.silences, input_rows)
+        input_rows = await run_in_thread_if_long(find, served.silences.estimate_ns(len(rows)))
+    return input_rows, rows
 
 
 async def _score(

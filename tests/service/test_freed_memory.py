@@ -10,9 +10,9 @@ from tests.data import ROOT
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps free memory in this way")
 
-BLOCKS = """
+START = """
 import ctypes
-from service.freed_memory import unmap_large_blocks
+from service.freed_memory import return_freed_memory, unmap_large_blocks
 
 library = ctypes.CDLL(None)
 library.malloc.restype = ctypes.c_void_p
@@ -20,7 +20,8 @@ library.free.argtypes = [ctypes.c_void_p]
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
-
+"""
+BLOCKS = """
 unmap_large_blocks()
 library.free(library.malloc(30 * 2**20))  # glibc would now keep blocks of up to this size
 before = resident()
@@ -32,16 +33,6 @@ for block in blocks[:-1]:
 print(resident() - before)
 """
 PAGES = """
-import ctypes
-from service.freed_memory import return_freed_memory
-
-library = ctypes.CDLL(None)
-library.malloc.restype = ctypes.c_void_p
-library.free.argtypes = [ctypes.c_void_p]
-
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
-
 before = resident()
 blocks = [library.malloc(64 * 1024) for _ in range(512)]
 for block in blocks:
@@ -55,6 +46,6 @@ print(resident() - before)
 
 @pytest.mark.parametrize(("program", "mebibytes"), [(BLOCKS, 8), (PAGES, 4)], ids=["large blocks", "pages between"])
 def test_freed_memory_is_returned_while_memory_behind_it_is_in_use(program: str, mebibytes: int) -> None:
-    command = [sys.executable, "-c", program]
+    command = [sys.executable, "-c", START + program]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert int(found.stdout) < (mebibytes + 2) * 2**20
