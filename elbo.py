@@ -842,7 +842,7 @@ def backtest(
     those of POST /anomaly on a server that starts with the first row, and the alerts are those that its only worker
     would send to Alertmanager if each row arrived at its time.
     """
-    from models.artifact import load_after_trial
+    from models.artifact import load_after_trial, read_trained_rows
     from service.backtest.history import sort_history
     from service.backtest.incidents import read_incidents
     from service.backtest.page import make_page
@@ -850,7 +850,7 @@ def backtest(
     from service.backtest.report import make_report
     from service.backtest.text import format_report
     from service.inference.model_loader import ModelLoader
-    from training.data.history import read_history
+    from training.data.history import describe_trained_rows, read_history
     from training.data.row_stream import stream_for_model
     from training.progress import progress
 
@@ -866,6 +866,8 @@ def backtest(
         rows = read_history(stream, bar.show)
     if rows.first_fault:
         typer.echo(f"WARNING: {data}: {rows.faulty:,} rows cannot be judged; {rows.first_fault}", err=True)
+    if trained := describe_trained_rows(rows, artifact.manifest, read_trained_rows(artifact)):
+        typer.echo(f"WARNING: {data}: {trained}", err=True)
     history = sort_history(rows.x, rows.time, rows.group, rows.source_rows)
     version = path.parent.name
     served = ModelLoader().load(path, artifact.manifest.name, int(version) if version.isdecimal() else 1)

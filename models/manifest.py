@@ -69,6 +69,7 @@ NEW_FIELDS = (
     "incident_rows",
 )  # fields that earlier releases do not know
 MIN_INCIDENT_ROWS, MAX_INCIDENT_ROWS = 30, 1000  # see `service.anomaly.online_calibration`
+MAX_BLOCKS = 1000  # blocks that a manifest lists
 MAX_GROUPS = 100_000  # groups that a manifest names
 MAX_GROUP_NAME = 256  # characters of the name of a group
 VERSION = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
@@ -159,17 +160,36 @@ class Period(_Frozen):
     last: str
 
 
+class Block(_Frozen):
+    """The periods of the rows of a part of the history that has rows for each use; None if no row is left."""
+
+    fit: Period | None
+    held_out: Period | None
+    calibration: Period | None
+
+
 class Timeline(_Frozen):
-    """The times of the training rows, and how they were split by time."""
+    """The times of the training rows, and how they were split by time.
+
+    Each period goes from the first to the last of its rows. If there are blocks, the three periods overlap.
+    """
 
     time_column: str
     group_column: str | None  # the column that names the group of each row, such as its host
     groups: Count  # number of groups; 1 without a column of groups
     usual_step_seconds: float | None  # the usual time between two rows of a group; None if it is unknown
-    gap_rows: Count  # rows of each group that are left out before the held-out rows and before the calibration rows
+    gap_rows: Count  # rows of each group that are left out between two parts
     fit: Period
     held_out: Period
     calibration: Period | None  # None if the model was recalibrated on rows without times
+    # The blocks of `--split blocks`, oldest first; empty if the oldest rows fit and the newest calibrate.
+    blocks: Annotated[list[Block], Field(max_length=MAX_BLOCKS)] = []
+
+    @model_serializer(mode="wrap")
+    def _leave_out_absent_blocks(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the fields, but leave out `blocks` if there are none: earlier releases refuse the field."""
+        fields: dict[str, Any] = serialise(self)
+        return fields if self.blocks else {name: value for name, value in fields.items() if name != "blocks"}
 
 
 class Window(_Frozen):

@@ -19,7 +19,7 @@ Kind = Literal["pca", "ae", "vae", "ensemble"]
 EVERY_KIND: tuple[Kind, ...] = get_args(Kind)
 AUTO_KINDS: tuple[Kind, ...] = ("pca", "ae", "vae")  # the kinds that auto compares and that `elbo demo` trains
 NEW_OPTIONS = (  # options that earlier releases do not know
-    "time", "group", "window", "season", "time_zone", "scale_by_group", "incident_rows",
+    "time", "group", "split", "window", "season", "time_zone", "scale_by_group", "incident_rows",
 )  # fmt: skip
 WIDTHS = {"mlp": (256, 128), "conv": (32, 64)}  # default hidden widths; for tables, see fitting/defaults.py
 
@@ -143,6 +143,13 @@ class TrainConfig(BaseModel):
     group: str | None = Field(
         None, description="column with the group of each row, such as its host; needs --time; default: one group"
     )
+    split: Literal["newest", "blocks"] = Field(
+        "newest",
+        description="how rows are split by time: newest (the oldest 70 % fit, the newest 20 % calibrate), or blocks "
+        "(each of 5 blocks of the history has fit rows, held-out rows and calibration rows: the model knows the whole "
+        "of a history that changes, but the figures on held-out rows are better than those on later rows will be, "
+        "because rows of the same days fit); blocks needs --time",
+    )
     window: Literal["auto"] | int | None = Field(
         None,
         description="judge each row together with the rows before it in its group, this many rows in all (2 to 1000), "
@@ -207,6 +214,13 @@ class TrainConfig(BaseModel):
         if group is not None and group == time:
             raise ValueError("expected another column than that of --time")
         return group
+
+    @field_validator("split")
+    @classmethod
+    def _check_split(cls, split: str, info: ValidationInfo) -> str:
+        if split == "blocks" and info.data.get("time") is None:
+            raise ValueError("expected --time too, because the blocks are parts of the history")
+        return split
 
     @field_validator("window")
     @classmethod

@@ -6,7 +6,6 @@ files, the metrics of a synthetic server are used. They only show that the bench
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,14 +20,13 @@ from models.windows import summarise
 from training.config import TrainConfig
 from training.data.row_store import RowStore
 from training.data.table import Split, Table, split_rows
-from training.data.time_split import split_table
+from training.data.time_split import SplitName, split_table
 from training.data.timeline import SECOND, Timeline
 from training.fitting.pipeline import fit_pipeline
 from training.fitting.prepared_data import prepare_data
 from training.fitting.windows import choose_window, prepare_windows, with_window
 from training.progress import SilentReporter
 
-BLOCKS = 8  # of a series, whose parts `_split_in_blocks` splits
 KINDS = ("pca", "ae", "vae", "ensemble")
 
 Floats = npt.NDArray[np.float32]
@@ -113,11 +111,11 @@ def train_model(kind: str, data: OneClass, seed: int, smoke: bool = False) -> tu
     return fit_pipeline(config, prepare_data(_table(data), rows), SilentReporter()), rows
 
 
-def train_windowed(kind: str, data: OneClass, rows: int, seed: int, smoke: bool, in_blocks: bool) -> Windowed:
+def train_windowed(kind: str, data: OneClass, rows: int, seed: int, smoke: bool, split: SplitName) -> Windowed:
     """Train a model of `kind` with a window of `rows` rows, as `elbo train --time --window` does.
 
     Args:
-        in_blocks: whether the parts of the split are spread over the whole period, and not the newest rows last.
+        split: as for `elbo train --split`.
     """
     count = len(data.train)
     timeline = Timeline(
@@ -129,11 +127,10 @@ def train_windowed(kind: str, data: OneClass, rows: int, seed: int, smoke: bool,
         source_rows=np.arange(count),
     )
     table = replace(_table(data), timeline=timeline)
-    config = _config(kind, seed, smoke, time="time", window=rows)
+    config = _config(kind, seed, smoke, time="time", window=rows, split=split)
     window, _ = choose_window(config, table)
     assert window is not None
-    split = _split_in_blocks(count, rows, seed) if in_blocks else split_table(table, seed, rows)
-    prepared = prepare_windows(config, table, window, split)
+    prepared = prepare_windows(config, table, window, split_table(table, seed, rows, split))
     model = with_window(fit_pipeline(config, prepared, SilentReporter()), prepared)
     assert isinstance(model, Windowed)
     return model
@@ -147,19 +144,6 @@ def score_series(model: Windowed, x: Floats) -> tuple[torch.Tensor, Floats]:
         z = torch.from_numpy(summarise(u, np.arange(len(x)), scales))
         scored = [model.score_summaries(part) for part in z.split(4096)]
     return torch.cat([part[0] for part in scored]), torch.cat([part[2] for part in scored]).numpy()
-
-
-def _split_in_blocks(count: int, gap: int, seed: int) -> Split:
-    """Split `count` rows in order of time: of each of BLOCKS blocks, the parts are 70 %, 10 % and 20 %, with gaps."""
-    edges = np.linspace(0, count, BLOCKS + 1).astype(int)
-    parts: list[list[npt.NDArray[np.int64]]] = [[], [], []]
-    for start, end in pairwise(edges.tolist()):
-        held_out, calibration = start + int(0.7 * (end - start)), start + int(0.8 * (end - start))
-        parts[0].append(np.arange(start + (gap if start else 0), held_out))
-        parts[1].append(np.arange(held_out + gap, calibration))
-        parts[2].append(np.arange(calibration + gap, end))
-    random = np.random.RandomState(seed)
-    return Split(*(random.permutation(np.concatenate(part)) for part in parts))
 
 
 def _table(data: OneClass) -> Table:

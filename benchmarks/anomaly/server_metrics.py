@@ -8,7 +8,7 @@ detectors are:
 
 - Elbo's models with the defaults of `elbo train`;
 - Elbo's models with a window of WINDOW rows, which judge each row together with the rows before it. Their training rows
-  are split by time. For "blocks", the parts of the split are spread over the whole period;
+  are split by time. For "blocks", they are split with `--split blocks`;
 - kNN: the distance to the fifth nearest training row;
 - z²: the squared deviation from the training mean;
 - PyOD's detectors with default options.
@@ -60,6 +60,7 @@ from models.calibration import Calibration
 from models.pipeline import Pipeline
 from models.windowed import Windowed
 from service.anomaly.smoothing import exponential_mean
+from training.data.time_split import SplitName
 
 ALPHA = 0.05
 NEIGHBOURS = 5
@@ -102,9 +103,9 @@ def measure_elbo(kind: str, data: OneClass, smoke: bool) -> Measures:
     return _measures(data, pipeline, score, contribution.numpy())
 
 
-def measure_windowed(kind: str, data: OneClass, smoke: bool, in_blocks: bool) -> Measures:
+def measure_windowed(kind: str, data: OneClass, smoke: bool, split: SplitName) -> Measures:
     """Train a model of `kind` with a window, and measure the same as `measure_elbo`."""
-    model = train_windowed(kind, data, WINDOW, seed=0, smoke=smoke, in_blocks=in_blocks)
+    model = train_windowed(kind, data, WINDOW, seed=0, smoke=smoke, split=split)
     return _measures(data, model, *score_series(model, data.test))
 
 
@@ -211,7 +212,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a synthetic server, few epochs")
     parser.add_argument("--kinds", default=",".join(KINDS), help="kinds of Elbo's models, comma-separated")
     parser.add_argument("--windows", default=",".join(KINDS), help="kinds that are also trained with a window")
-    parser.add_argument("--blocks", default="", help="kinds that are also trained with a window and split in blocks")
+    parser.add_argument("--blocks", default="", help="kinds that are also trained with a window and --split blocks")
     parser.add_argument("--servers", default="", help="names of servers, comma-separated; default: all")
     parser.add_argument(
         "--peers",
@@ -222,14 +223,18 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     results: dict[str, dict[str, Measures]] = {}
+    windowed: list[tuple[str, str, SplitName]] = [
+        (options.windows, "", "newest"),
+        (options.blocks, ", blocks", "blocks"),
+    ]
     for data in servers(options.smoke):
         if options.servers and data.name not in options.servers.split(","):
             continue
         for kind in filter(None, options.kinds.split(",")):
             results.setdefault(f"Elbo {kind}", {})[data.name] = measure_elbo(kind, data, options.smoke)
-        for kinds, suffix, in_blocks in ((options.windows, "", False), (options.blocks, ", blocks", True)):
+        for kinds, suffix, split in windowed:
             for kind in filter(None, kinds.split(",")):
-                measures = measure_windowed(kind, data, options.smoke, in_blocks)
+                measures = measure_windowed(kind, data, options.smoke, split)
                 results.setdefault(f"Elbo {kind}, window{suffix}", {})[data.name] = measures
                 print(data.name, kind, suffix, {k: round(v, 3) for k, v in measures.items()}, file=sys.stderr)
         results.setdefault("kNN", {})[data.name] = measure_nearest_neighbours(data)

@@ -1,6 +1,7 @@
 """`elbo train --time`, and `score`, `calibrate` and `inspect` of such a model, through the command."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -113,6 +114,75 @@ def test_card_and_inspect_say_which_period_each_part_covers(tmp_path: Path, caps
     assert "calibration 2024-01-03 05:40 to 2024-01-03 18:30 UTC" in out
 
 
+def test_model_that_is_split_in_blocks_says_which_periods_each_part_covers_and_what_its_figures_mean(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = host_metrics(400)
+    source = save(tmp_path / "a.csv", frame)
+    err, manifest = train_hosts(capsys, tmp_path, source, "--split", "blocks", "--window", "5")
+    assert "split by time into 5 blocks: fit 2024-01-01 00:10 to 2024-01-03 " in err
+    assert "figures on held-out rows are better than those on later rows will be" in err
+    assert manifest.timeline is not None
+    assert manifest.training["split"] == "blocks"
+    # Each of 14 gaps takes 5 rows of each of 3 hosts. Of each host, the first row has too short a window.
+    used = manifest.data.fit + manifest.data.held_out + manifest.data.calibration
+    assert used == 3 * (400 - 14 * 5 - 1)
+    blocks = manifest.timeline.blocks
+    assert len(blocks) == 5
+    second = blocks[1].held_out
+    assert second is not None
+    days = " to ".join(moment[:16].replace("T", " ") for moment in (second.first, second.last))
+    card = (tmp_path / "runs" / "hosts" / "1" / "card.md").read_text()
+    code, out, _ = run(capsys, tmp_path, "inspect", "hosts")
+    assert code == 0
+    for text in (card, out):
+        assert f"{days} UTC" in text
+    for line in (
+        "Rows of the same days fit the model, so figures on held-out rows are better than those on later rows",
+        "Between them, other rows of these days fit the model: more than alpha of the later rows may raise a",
+        "--split blocks",
+    ):
+        assert line in card
+    later = host_metrics(100, seed=5).with_columns(pl.col("ts") + pl.duration(days=10))
+    code, _, err = run(capsys, tmp_path, "calibrate", "hosts", save(tmp_path / "later.csv", later))
+    assert code == 0, err
+    again = read_manifest(tmp_path / "a" / "hosts" / "2" / "model.pt").timeline
+    assert again is not None
+    assert [block.fit for block in again.blocks] == [block.fit for block in blocks]
+    assert {block.calibration for block in again.blocks} == {None}
+    assert again.calibration is not None
+    assert again.calibration.first.startswith("2024-01-11")
+    card = (tmp_path / "runs" / "hosts" / "2" / "card.md").read_text()
+    assert "- calibration: 2024-01-11 " in card
+    assert "Between them, other rows" not in card
+    code, _, err = run(capsys, tmp_path, "calibrate", "hosts@1", save(tmp_path / "part.csv", frame[300:600]))
+    assert code == 2
+    assert "that hosts@1 was trained on, and scores of training rows are too low" in err
+
+
+@pytest.mark.parametrize("options", [[], ["--split", "blocks"]])
+def test_backtest_and_evaluate_recognise_the_rows_that_trained_the_model(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save(tmp_path / "a.csv", host_metrics(400))
+    _, manifest = train_hosts(capsys, tmp_path, source, *options)
+    assert manifest.timeline is not None
+    code, _, err = run(capsys, tmp_path, "backtest", "hosts", source)
+    assert code == 0, err
+    last = max(manifest.timeline.fit.last, manifest.timeline.held_out.last)
+    assert re.search(
+        r"a\.csv: about \d\d % of the rows were used to train hosts, whose scores of them are too low", err
+    )
+    assert f"such as those after {last}" in err
+    code, out, err = run(capsys, tmp_path, "evaluate", "hosts", source, "--samples", "--json")
+    assert code == 0, err
+    assert json.loads(out)["samples"]["rows"] == manifest.data.held_out + manifest.data.calibration
+    later = host_metrics(100, seed=5).with_columns(pl.col("ts") + pl.duration(days=10))
+    code, _, err = run(capsys, tmp_path, "backtest", "hosts", save(tmp_path / "later.csv", later))
+    assert code == 0, err
+    assert "used to train" not in err
+
+
 def test_score_passes_on_times_and_groups_if_the_file_has_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,6 +268,10 @@ def test_each_copy_of_a_row_counts_at_its_own_time(tmp_path: Path, capsys: pytes
     [
         (["--group", "host"], "--group: expected --time too, because rows are put in order within a group, got 'host'"),
         (["--time", "ts", "--group", "ts"], "--group: expected another column than that of --time, got 'ts'"),
+        (
+            ["--split", "blocks"],
+            "--split: expected --time too, because the blocks are parts of the history, got 'blocks'",
+        ),
         (["--time", "when"], "has no column 'when' for --time"),
         (["--time", "host"], "column 'host': 'web-0' in row 0 (line 2) and in 299 more rows is not a time"),
     ],

@@ -19,6 +19,7 @@ from tests.training.series import STEP, host_metrics, save
 from training.config import TrainConfig
 from training.data.row_store import RowStore
 from training.data.table import Table, read_table
+from training.data.time_split import TimeSplit, split_table
 from training.data.timeline import SECOND, Timeline
 from training.data.windows import TableWindows
 from training.errors import FitError
@@ -71,17 +72,23 @@ def data(root: Path) -> PreparedData:
     return prepare(config(), table(with_gap(host_metrics(ROWS, HOSTS)), root))[0]
 
 
-def test_parts_of_the_split_share_no_row_even_through_their_windows(data: PreparedData) -> None:
+@pytest.mark.parametrize("split_name", ["newest", "blocks"])
+def test_parts_of_the_split_share_no_row_even_through_their_windows(split_name: str, root: Path) -> None:
+    rows = table(with_gap(host_metrics(900, HOSTS)), root)
+    data, _ = prepare(config(split=split_name), rows)
     assert data.windows is not None
-    rows = data.windows.in_table.x
-    numbered = RowStore(np.arange(len(rows), dtype=np.float32)[:, None])
+    numbered = RowStore(np.arange(len(rows.x), dtype=np.float32)[:, None])
     windows = TableWindows(numbered, data.windows.window, data.windows.in_table.earlier)
     split = data.rows.split
-    parts = [windows.take(part).ravel() for part in (split.fit, split.held_out, split.calibration)]
-    seen = [set(part[~np.isnan(part)].astype(int).tolist()) for part in parts]
-    assert all(seen)
-    assert not seen[0] & seen[1]
-    assert not seen[1] & seen[2]
+    assert isinstance(split, TimeSplit)
+    assert rows.timeline is not None
+    part_of = np.searchsorted(split.cuts, rows.timeline.time, side="right")
+    seen: dict[int, set[int]] = {}
+    for row in np.concatenate((split.fit, split.held_out, split.calibration)):
+        window = windows.take(np.array([row])).ravel()
+        seen.setdefault(int(part_of[row]), set()).update(window[~np.isnan(window)].astype(int).tolist())
+    assert len(seen) == len(split.cuts) + 1 == (3 if split_name == "newest" else 15)
+    assert sum(map(len, seen.values())) == len(set.union(*seen.values()))
 
 
 def test_rows_with_fewer_than_a_third_of_a_window_are_left_out(data: PreparedData) -> None:
@@ -176,6 +183,16 @@ def test_automatic_window_is_the_largest_that_the_rows_carry(
     assert (None if window is None else window.rows) == rows
     assert "auto" in notes[0]
     assert "no window" in notes[0] if window is None else f"chose {window.rows} rows" in notes[0]
+
+
+@pytest.mark.parametrize(("group_rows", "rows"), [(2200, 30), (2100, 10), (730, 10), (700, None)])
+def test_automatic_window_of_blocks_needs_as_many_fit_rows_in_each_block(group_rows: int, rows: int | None) -> None:
+    small = small_table([group_rows] * 10, 2)
+    window, notes = choose_window(config("auto", split="blocks"), small)
+    assert (None if window is None else window.rows) == rows
+    assert f"at least {1500 if rows == 30 else 500:,} fit rows" in notes[0]
+    if window is not None:
+        assert isinstance(split_table(small, 0, window.rows, "blocks"), TimeSplit)  # it is not refused
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from training.data.row_store import Floats
+from models.manifest import Manifest
+from training.data.row_fingerprints import find_known_rows
+from training.data.row_store import Floats, RowStore
 from training.data.row_stream import RowStream
 from training.errors import DataError
 
@@ -72,4 +74,25 @@ def read_history(stream: RowStream, report: Callable[[int], None] = lambda _: No
         source_rows=np.concatenate(rows),
         faulty=faulty,
         first_fault=first_fault,
+    )
+
+
+def describe_trained_rows(rows: HistoryRows, manifest: Manifest, sketch: bytes | None) -> str | None:
+    """Return a warning if many of `rows` trained the model, because such rows raise fewer alarms; None otherwise.
+
+    Args:
+        rows: the history.
+        manifest: the manifest of the model.
+        sketch: the hashes of the rows that trained the model; None if they are unknown.
+    """
+    known = None if sketch is None else find_known_rows(sketch, RowStore(rows.x), np.arange(len(rows.x)))
+    if known is None or not known.significant:
+        return None
+    advice = "rehearse rows that the model has not seen"
+    if manifest.timeline is not None:
+        periods = [manifest.timeline.fit, manifest.timeline.held_out]
+        advice += f", such as those after {max(period.last for period in periods)}"
+    return (
+        f"about {100 * known.share:.2g} % of the rows were used to train {manifest.name}, whose scores of them are too "
+        f"low: later rows will raise more alarms; {advice}"
     )

@@ -127,7 +127,8 @@ def _split_of_training(artifact: Artifact, table: Table) -> Split | None:
     manifest = artifact.manifest
     if table.fingerprint != manifest.data.fingerprint or manifest.window is not None:
         return None
-    split = split_table(table, int(manifest.training.get("seed", 0)))
+    in_blocks = manifest.training.get("split") == "blocks"
+    split = split_table(table, int(manifest.training.get("seed", 0)), split="blocks" if in_blocks else "newest")
     sizes = len(split.fit), len(split.held_out)
     return split if sizes == (manifest.data.fit, manifest.data.held_out) else None
 

@@ -17,7 +17,7 @@ from training.config import TrainConfig
 from training.data.ingest import full_disk_as_data_error
 from training.data.row_store import Floats
 from training.data.table import MEMORY_BYTES, Split, Table
-from training.data.time_split import BEFORE_HELD_OUT, GAP_ROWS, split_table
+from training.data.time_split import FIT_SHARE, GAP_ROWS, PLACES, split_table
 from training.data.timeline import list_groups
 from training.data.windows import Repair, summarise_table, windows_of_timeline
 from training.errors import FitError
@@ -30,7 +30,7 @@ from training.fitting.scaling import fit_scaling
 from training.fitting.whitening import MAX_FULL_WIDTH
 
 AUTO_ROWS = (30, 10)  # the windows that --window auto considers; see benchmarks/anomaly/results/server_metrics.md
-MIN_WINDOWS = 10  # a group carries a window if it has at least this many times as many fit rows
+MIN_WINDOWS = 10  # a group carries a window if it has at least this many times as many fit rows in each block
 MIN_GROUPS = 0.9  # share of the groups that must carry the window
 MIN_ROWS_PER_SUMMARY = 20  # fit rows per summary
 MAX_FEATURES = MAX_FULL_WIDTH // summary_width(1, (1,))  # with a single scale
@@ -52,19 +52,20 @@ def choose_window(config: TrainConfig, table: Table) -> tuple[Window | None, lis
     if config.window != "auto":
         return _window(config.window, table.x.width)
     width = table.x.width
-    groups = BEFORE_HELD_OUT * np.diff(table.timeline.starts)  # fit rows of each group
+    groups = float(FIT_SHARE) * np.diff(table.timeline.starts)  # fit rows of each group
+    least = MIN_WINDOWS * len(PLACES[config.split])  # fit rows of a group, for each row of the window
     for rows in AUTO_ROWS if width <= MAX_FEATURES else ():
         window, notes = _window(rows, width)
         summaries = summary_width(width, window.scales)
-        has_groups = (groups >= MIN_WINDOWS * rows).mean() >= MIN_GROUPS
+        has_groups = (groups >= least * rows).mean() >= MIN_GROUPS
         if has_groups and groups.sum() >= MIN_ROWS_PER_SUMMARY * summaries:
             reason = (
-                f"nine of ten groups have at least {MIN_WINDOWS * rows:,} fit rows, and there are at least "
+                f"nine of ten groups have at least {least * rows:,} fit rows, and there are at least "
                 f"{MIN_ROWS_PER_SUMMARY} fit rows for each of {summaries:,} summaries"
             )
             return window, [f"--window auto chose {rows} rows: {reason}", *notes]
     refusal = (
-        f"--window auto chose no window: {AUTO_ROWS[-1]} rows need at least {MIN_WINDOWS * AUTO_ROWS[-1]} fit rows in "
+        f"--window auto chose no window: {AUTO_ROWS[-1]} rows need at least {least * AUTO_ROWS[-1]} fit rows in "
         f"nine of ten groups, and {MIN_ROWS_PER_SUMMARY} fit rows for each of "
         f"{summary_width(width, default_scales(AUTO_ROWS[-1])):,} summaries, of at most {MAX_FEATURES} features; "
         "add rows, or give --window a number"
@@ -101,7 +102,7 @@ def prepare(config: TrainConfig, table: Table, policy: Policy | None = None) -> 
     if policy is not None and policy.changes_scores and config.scale_by_group:
         raise FitError(SCALING_REFUSAL)
     gap_rows = GAP_ROWS if window is None else window.rows
-    split, applied, left_out = apply_to_split(policy, table, split_table(table, config.seed, gap_rows))
+    split, applied, left_out = apply_to_split(policy, table, split_table(table, config.seed, gap_rows, config.split))
     scaled, converted = table, None
     if config.scale_by_group:
         scaled, converted = scale_by_group(config, table, split)

@@ -28,8 +28,8 @@ from models.manifest import (
     CalibrationSize,
     Golden,
     Manifest,
-    Period,
     Recalibration,
+    Timeline,
     calibration_rows_needed,
     version_folder,
 )
@@ -428,7 +428,7 @@ def _manifest(
             "golden": _golden(module, old.golden),
             "versions": software_versions(),
             "weights_sha256": artifact.weights_sha256(module),
-            "timeline": old.timeline and old.timeline.model_copy(update={"calibration": _period(table, chosen)}),
+            "timeline": old.timeline and _timeline(old.timeline, table, chosen),
             "parts": (policy.rules if policy else Policy()).parts(old.parts),
             "policy": policy,
             "warnings": kept if warning is None else [*kept, warning],
@@ -436,11 +436,11 @@ def _manifest(
     )
 
 
-def _period(table: Table, rows: npt.NDArray[np.int64]) -> Period | None:
-    """Return the period that the rows at `rows` cover; None if `table` has no times."""
-    if table.timeline is None:
-        return None
-    return period_of(table.timeline, rows)
+def _timeline(old: Timeline, table: Table, rows: npt.NDArray[np.int64]) -> Timeline:
+    """Return `old` with the period that the calibration rows, which are at `rows`, cover in place of the former one."""
+    period = None if table.timeline is None else period_of(table.timeline, rows)
+    blocks = [block.model_copy(update={"calibration": None}) for block in old.blocks]
+    return old.model_copy(update={"calibration": period, "blocks": blocks})
 
 
 def _golden(module: torch.jit.ScriptModule, old: Golden) -> Golden:

@@ -90,10 +90,21 @@ def _split_by_time(timeline: Timeline) -> Iterator[tuple[str, str]]:
     group = "" if timeline.group_column is None else f", {timeline.groups:,} groups by {timeline.group_column!r}"
     step = timeline.usual_step_seconds
     yield "time", f"{timeline.time_column!r}{'' if step is None else f', a row every {step:g} s'}{group}"
-    yield "", f"fit {period(timeline.fit)}"
-    yield "", f"held out {period(timeline.held_out)}"
+    yield from (("", f"{what} {periods}") for what, periods in period_lines(timeline))
+
+
+def period_lines(timeline: Timeline) -> Iterator[tuple[str, str]]:
+    """Yield what rows are for, and the periods of these rows: of the whole history, or of each of its blocks."""
+    yield "fit", _listed(timeline, "fit")
+    yield "held out", _listed(timeline, "held_out")
     if timeline.calibration is not None:
-        yield "", f"calibration {period(timeline.calibration)}"
+        yield "calibration", _listed(timeline, "calibration")
+
+
+def _listed(timeline: Timeline, use: str) -> str:
+    """Return the periods of the rows for one use. After a recalibration, the blocks have no calibration rows."""
+    periods = [found for block in timeline.blocks if (found := getattr(block, use)) is not None]
+    return ", ".join(period(each) for each in periods or [getattr(timeline, use)])
 
 
 def period(times: Period) -> str:

@@ -16,6 +16,7 @@ from training.reports.describe import (
     few_calibration_rows,
     latents_phrase,
     period,
+    period_lines,
     policy_lines,
 )
 
@@ -117,10 +118,7 @@ def _data(manifest: Manifest, notes: Sequence[str]) -> Iterator[str]:
 
 
 def _periods(timeline: Timeline) -> Iterator[str]:
-    yield f"fit: {period(timeline.fit)}"
-    yield f"held out: {period(timeline.held_out)}"
-    if timeline.calibration is not None:
-        yield f"calibration: {period(timeline.calibration)}"
+    yield from (f"{what}: {periods}" for what, periods in period_lines(timeline))
     rows = "1 row" if timeline.gap_rows == 1 else f"{timeline.gap_rows:,} rows"
     yield (
         f"between two parts, {rows} of each group left out"
@@ -130,6 +128,10 @@ def _periods(timeline: Timeline) -> Iterator[str]:
 
 
 def _quality(manifest: Manifest) -> Iterator[str]:
+    if manifest.timeline is not None and manifest.timeline.blocks:
+        yield "Rows of the same days fit the model, so figures on held-out rows are better than those on later rows"
+        yield "will be. Measure later rows with `elbo evaluate`."
+        yield ""
     yield f"On the {manifest.data.held_out:,} held-out rows:"
     yield ""
     others = {kind: measures for kind, measures in manifest.comparison.items() if kind != manifest.kind}
@@ -176,6 +178,10 @@ def _alarms(manifest: Manifest) -> Iterator[str]:
     if timeline is not None and timeline.calibration is not None:
         yield f"The calibration rows are from {period(timeline.calibration)}. Rows that follow each other resemble each"
         yield "other, so the share of false alarms differs from day to day."
+        if timeline.blocks and manifest.recalibration is None:
+            yield "Between them, other rows of these days fit the model: more than alpha of the later rows may raise a"
+            yield "false alarm. Measure it on later rows with `elbo backtest`, and calibrate on them with"
+            yield "`elbo calibrate`."
         yield from _baseline(manifest)
     elif _is_series(manifest):
         yield "**Rows of other days are not exchangeable with these rows, which are a series: see below.**"

@@ -1,12 +1,19 @@
-"""The split by time: fit rows, a gap, held-out rows, a gap, calibration rows, at the same moments for all groups."""
+"""The splits by time: fit rows, a gap, held-out rows, a gap, calibration rows, once or in each block of the history.
+
+The moments that divide the parts are the same for all groups.
+"""
+
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models import manifest
 from training.data.table import MAX_HELD_OUT_ROWS, DataError
-from training.data.time_split import TimeSplit, describe_split, split_by_time, summarise
+from training.data.time_split import PLACES, SplitName, TimeSplit, describe_split, split_by_time, summarise
 from training.data.timeline import Timeline
 
 MINUTE = 60 * 10**9
@@ -57,22 +64,66 @@ def test_given_number_of_rows_of_each_group_is_left_out_after_each_moment(gap_ro
         assert minutes(rows, split.calibration, group) == list(range(80 + gap_rows, 100))
 
 
+@pytest.mark.parametrize("split_name", ["newest", "blocks"])
 @given(
-    st.lists(st.lists(st.integers(0, 500), min_size=1, max_size=60), min_size=1, max_size=5), st.integers(0, 2**32 - 1)
+    groups=st.lists(st.lists(st.integers(0, 500), min_size=1, max_size=60), min_size=1, max_size=5),
+    seed=st.integers(0, 2**32 - 1),
+    gap_rows=st.integers(0, 3),
 )
-def test_parts_are_disjoint_and_in_time_order_unless_the_rows_are_refused(groups: list[list[int]], seed: int) -> None:
+def test_each_row_is_in_one_part_or_in_the_gap_before_its_part(
+    groups: list[list[int]], seed: int, gap_rows: int, split_name: SplitName
+) -> None:
     rows = timeline({f"h{index}": each for index, each in enumerate(groups)})
     try:
-        split = split_by_time(rows, seed)
+        split = split_by_time(rows, seed, gap_rows=gap_rows, split=split_name)
     except DataError:
-        assert len(rows) < 100 or len(np.unique(rows.time)) < 50
+        assert split_name == "blocks" or len(rows) < 100 or len(np.unique(rows.time)) < 100
         return
-    together = np.concatenate((split.fit, split.held_out, split.calibration))
-    assert len(np.unique(together)) == len(together) >= len(rows) - 2 * len(groups)
+    sets = (split.fit, split.held_out, split.calibration)
+    assert len(np.unique(np.concatenate(sets))) == sum(map(len, sets))
+    edges = [-1, *split.cuts, rows.time.max() + 1]
+    for group in range(len(groups)):
+        for part, (first, end) in enumerate(pairwise(edges)):
+            own = np.flatnonzero((rows.group == group) & (rows.time >= first) & (rows.time < end))
+            found = [np.intersect1d(own, each).tolist() for each in sets]
+            assert found[part % 3] == own[gap_rows if part else 0 :].tolist()
+            assert not found[(part + 1) % 3]
+            assert not found[(part + 2) % 3]
+    again = split_by_time(rows, seed, gap_rows=gap_rows, split=split_name)
+    assert all(np.array_equal(a, b) for a, b in zip(vars(split).values(), vars(again).values(), strict=True))
+
+
+def test_all_fit_rows_of_the_newest_split_are_older_than_held_out_rows_and_those_older_than_calibration_rows() -> None:
+    rows = timeline({"a": list(range(100)), "b": list(range(50, 100))})
+    split = split_by_time(rows, seed=0)
+    assert split.blocks == 1
     assert rows.time[split.fit].max() < rows.time[split.held_out].min()
     assert rows.time[split.held_out].max() < rows.time[split.calibration].min()
-    again = split_by_time(rows, seed)
-    assert all(np.array_equal(a, b) for a, b in zip(vars(split).values(), vars(again).values(), strict=True))
+
+
+def test_blocks_spread_the_parts_over_the_history_in_the_shares_of_the_newest_split() -> None:
+    rows = timeline({"a": list(range(5_000)), "b": list(range(5_000))})
+    split = split_by_time(rows, seed=0, gap_rows=10, split="blocks")
+    assert split.blocks == 5
+    left_out = 14 * 10 * 2
+    assert len(split.fit) + len(split.held_out) + len(split.calibration) == 10_000 - left_out
+    assert len(split.fit) == 7_000 - 4 * 10 * 2
+    assert len(split.held_out) == 1_000 - 5 * 10 * 2
+    assert len(split.calibration) == 2_000 - 5 * 10 * 2
+    for part in (split.fit, split.held_out, split.calibration):
+        assert np.unique(rows.time[part] // (1_000 * MINUTE)).tolist() == [0, 1, 2, 3, 4]
+    assert rows.time[split.calibration].max() == rows.time.max()
+
+
+@pytest.mark.parametrize("days", [14, 21, 28, 30, 31, 35, 42, 60, 70, 90, 120])
+def test_calibration_rows_of_blocks_have_more_than_half_of_the_hours_of_the_week_that_they_could_have(
+    days: int,
+) -> None:
+    week = 7 * 24 * 60
+    rows = timeline({"a": list(range(0, days * 24 * 60, 10))})
+    calibration = split_by_time(rows, seed=0, split="blocks").calibration_period
+    covered = len(np.unique(rows.time[calibration] // MINUTE % week)) / (week / 10)
+    assert covered > 0.55 * min(1, days / 5 / 7)
 
 
 def test_part_above_the_maximum_size_is_a_random_sample_of_its_whole_period() -> None:
@@ -101,6 +152,32 @@ def test_rows_at_too_few_moments_are_refused(groups: dict[str, list[int]]) -> No
         split_by_time(timeline(groups), 0)
 
 
+@pytest.mark.parametrize(
+    ("groups", "gap_rows", "expected"),
+    [
+        ({"a": list(range(80))}, 1, "about 100 rows of a group, enough for 5 blocks, each with 70 % that fit"),
+        ({"a": list(range(1_400)), "b": list(range(1_400))}, 30, "about 1,550 rows of a group, enough for 5 blocks"),
+        ({"a": [0] * 500, "b": [1] * 500}, 1, "different times: 2, groups: 2"),
+    ],
+)
+def test_rows_too_few_for_blocks_are_refused_and_the_message_says_how_many_are_needed(
+    groups: dict[str, list[int]], gap_rows: int, expected: str
+) -> None:
+    with pytest.raises(DataError, match="too few rows to split by time") as refusal:
+        split_by_time(timeline(groups), 0, gap_rows=gap_rows, split="blocks")
+    assert expected in str(refusal.value)
+    advice = (
+        "add rows, shorten --window, or leave out --split blocks" if gap_rows > 1 else "or leave out --split blocks"
+    )
+    assert str(refusal.value).endswith(advice)
+
+
+@pytest.mark.parametrize(("rows", "gap_rows"), [(110, 1), (1_600, 30)])
+def test_slightly_more_rows_than_the_refusal_of_blocks_asks_for_are_split(rows: int, gap_rows: int) -> None:
+    found = split_by_time(timeline({"a": list(range(rows))}), 0, gap_rows=gap_rows, split="blocks")
+    assert found.blocks == 5
+
+
 def test_groups_that_are_not_in_all_parts_are_named() -> None:
     rows = timeline({"old": list(range(60)), "new": list(range(90, 100)), "whole": list(range(100))})
     notes = describe_split(rows, split := split_by_time(rows, 0))
@@ -118,3 +195,32 @@ def test_summary_holds_the_first_and_last_moment_of_each_part() -> None:
     assert summary.calibration is not None
     assert summary.calibration.last == "1970-01-01T01:39:00+00:00"
     assert (summary.usual_step_seconds, summary.gap_rows, summary.groups) == (60.0, 1, 1)
+    assert summary.blocks == []
+    assert "blocks" not in summary.model_dump()
+
+
+def test_summary_of_blocks_holds_the_periods_of_each_block() -> None:
+    rows = timeline({"a": list(range(1_000))})
+    split = split_by_time(rows, 0, split="blocks")
+    summary = summarise(rows, split)
+    assert len(summary.blocks) == len(PLACES["blocks"])
+    fields: list[Any] = [period for block in summary.blocks for period in block.model_dump().values()]
+    moments = [moment for period in fields for moment in (period["first"], period["last"])]
+    assert moments == sorted(moments)
+    assert moments[0] == summary.fit.first == "1970-01-01T00:00:00+00:00"
+    assert summary.calibration is not None
+    assert moments[-1] == summary.calibration.last == "1970-01-01T16:39:00+00:00"
+    # A fifth of 1,000 rows are a block; four of five parts of its 140 fit rows come before its held-out rows.
+    assert fields[0]["last"] == "1970-01-01T01:51:00+00:00"
+    assert fields[1] == {"first": "1970-01-01T01:53:00+00:00", "last": "1970-01-01T02:11:00+00:00"}
+    assert fields[2] == {"first": "1970-01-01T02:13:00+00:00", "last": "1970-01-01T02:51:00+00:00"}
+    assert manifest.Timeline.model_validate(summary.model_dump()) == summary
+
+
+def test_group_that_is_only_in_the_newest_block_is_among_its_fit_rows() -> None:
+    rows = timeline({"new": list(range(800, 1_000)), "whole": list(range(1_000)), "late": list(range(995, 1_000))})
+    notes = describe_split(rows, split_by_time(rows, 0, split="blocks"))
+    assert notes[0].startswith("split by time into 5 blocks: fit 1970-01-01 00:00 to ")
+    assert "with gaps of 1 row of each group" in notes[1]
+    assert any("1 of 3 groups have no rows among the fit rows" in note and note.endswith(": late") for note in notes)
+    assert not any("calibration rows, so" in note for note in notes)
