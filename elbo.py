@@ -940,6 +940,41 @@ def calibrate(
     typer.echo(f"calibrated on {calibration.rows:,} rows: the smallest p-value is {calibration.floor:.3g}")
 
 
+@app.command(epilog="Examples: elbo directions vae digits | elbo directions faces attributes.csv --label smiling")
+def directions(
+    name: Name,
+    data: Data,
+    label: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="column of labels; default: as in training, or found by its name"),
+    ] = None,
+    escape: EscapeOption = None,
+    artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
+    sign: SignOption = None,
+    trusted_keys: TrustedKeysOption = None,
+) -> None:
+    """Find the directions of labels in the latent space, towards which POST /edit can move rows.
+
+    The direction of a label leads from the mean latents of the rows with other labels to the mean latents of the rows
+    with this label. A model that was trained on labelled rows knows the directions of these labels already: use this
+    command for other labels, or for means of more rows. It publishes a new version, with the same networks and the same
+    scores. The signature of the old version is not valid for the new one: use --sign, or sign it later with elbo sign.
+    """
+    key = _private_key(sign)
+    from training.publishing.directions import publish_directions
+
+    artifact, table = _load(name, data, artifacts, trusted_keys, escape, label=label)
+    published = publish_directions(artifact, table, artifacts, key)
+    for note in published.notes:
+        typer.echo(note, err=True)
+    width = max(len(direction.label) for direction in published.directions)
+    typer.echo(f"{'label':{width}}  {'rows':>9}  separation (AUROC on these rows; 0.5: the direction says nothing)")
+    for direction in published.directions:
+        typer.echo(f"{direction.label:{width}}  {direction.rows:>9,}  {direction.separation:.3f}")
+    typer.echo(f"published {published.path.parents[1].name}@{published.path.parent.name}: {published.path}")
+    _note_missing_signature(published.path)
+
+
 def _write(path: Path, text: str) -> None:
     """Write a file for the user."""
     try:
@@ -955,13 +990,14 @@ def _load(
     trusted_keys: str | None,
     escape: Escape | None,
     normal: str | None = None,
+    label: str | None = None,
 ) -> "tuple[Artifact, Table]":
     from models.artifact import load_after_trial
     from training.data.table import read_for_model
 
     artifact = load_after_trial(_artifact_path(reference, artifacts), keys=_trusted_keys(trusted_keys))
     labels = [] if normal is None else next(csv.reader([normal], skipinitialspace=True), [])
-    return artifact, read_for_model(data, artifact.manifest, escape=escape, normal=labels)
+    return artifact, read_for_model(data, artifact.manifest, escape=escape, normal=labels, label=label)
 
 
 def _trusted_keys(setting: str | None) -> "TrustedKeys | None":

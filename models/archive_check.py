@@ -37,7 +37,7 @@ MEMBERS: tuple[tuple[str, int, bool], ...] = (
     (r"extra/manifest\.json", MAX_MANIFEST_BYTES, True),
     (r"extra/twin/(?:encode|decode|score|reconstruct)\.onnx", 16 * MEBIBYTE, True),
     (r"extra/twin/(?:encode|decode|score|reconstruct)\.json", MEBIBYTE, True),
-    (r"extra/exhibits/(?:held-out\.json|calibration\.json|card\.md)", 64 * MEBIBYTE, True),
+    (r"extra/exhibits/(?:held-out\.json|calibration\.json|card\.md|directions\.json)", 64 * MEBIBYTE, True),
     (r"extra/exhibits/trained-rows\.bin", 256 * MEBIBYTE, True),
 )
 _PATTERNS = [(re.compile(pattern), size, compressed) for pattern, size, compressed in MEMBERS]

@@ -66,7 +66,9 @@ OPTIONAL_TWIN_METHODS = ("reconstruct",)  # twins written by earlier releases la
 TWIN_MEMBER, TWIN_WEIGHTS_MEMBER = "extra/twin/{}.onnx", "extra/twin/{}.json"
 # Exhibits are documents for people. No computation uses them, and an artifact may lack any of them.
 HELD_OUT, CALIBRATION, CARD = "held-out.json", "calibration.json", "card.md"
+DIRECTIONS = "directions.json"  # the mean latents of the labels of a table; `elbo directions` adds it
 TRAINED_ROWS = "trained-rows.bin"  # hashes of rows that trained the model; for `elbo calibrate`, never shown
+SHOWN_EXHIBITS = (HELD_OUT, CALIBRATION, CARD, DIRECTIONS)
 EXHIBIT_MEMBER = "extra/exhibits/{}"
 GOLDEN_ALPHA = 0.05
 TRIAL_BYTES = 1 << 20  # size of the file that `require_writable` writes: that of a typical artifact
@@ -118,7 +120,7 @@ class Artifact:
     path: Path
     device: torch.device
     twin: Twin | None = None
-    exhibits: Mapping[str, bytes] = field(default_factory=dict)  # by name: HELD_OUT, CALIBRATION, CARD
+    exhibits: Mapping[str, bytes] = field(default_factory=dict)  # by name: those of SHOWN_EXHIBITS
     calibration: Mapping[str, Tensor] = field(default_factory=dict)  # the buffers of the module's calibration, by name
     baseline: Baseline | None = None  # what score is usual for a group and a time; None without times
     course: UsualCourse | None = None  # how features vary within a window; None if this is unknown
@@ -219,8 +221,7 @@ def publish(
         manifest: the description of the model; `manifest.name` is the name of the model's folder.
         root: the artifact folder.
         twin: the ONNX twin, one graph per method in TWIN_METHODS.
-        exhibits: documents by name. The names are HELD_OUT, CALIBRATION, CARD and TRAINED_ROWS; each is
-            optional.
+        exhibits: documents by name. The names are those of SHOWN_EXHIBITS, and TRAINED_ROWS; each is optional.
         key: signs the version. The signature is there as soon as the version is.
 
     Raises:
@@ -342,7 +343,7 @@ def load_content(content: bytes, path: Path, device: str = "cpu", is_inspected: 
         path=path,
         device=torch.device(device),
         twin=_read_twin(content, weights, path),
-        exhibits=_read_exhibits(content, path, (HELD_OUT, CALIBRATION, CARD)),
+        exhibits=_read_exhibits(content, path, SHOWN_EXHIBITS),
         calibration=_buffers_of(weights, f"{prefix}calibration."),
         baseline=_read_baseline(manifest, _buffers_of(weights, f"{prefix}baseline."), path),
         course=None if manifest.window is None else _read_course(manifest, weights),

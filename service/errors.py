@@ -9,10 +9,10 @@ ElboError (models.errors)
     ├── MethodNotAllowed                    405
     ├── NotAcceptable                       406
     ├── BodyTooSlow                         408
-    ├── NoOnlineCalibration                 409
+    ├── NotSupported, NoOnlineCalibration   409
     ├── BodyTooLarge, TooManyRows           413
     ├── UnsupportedMediaType                415
-    ├── InvalidJson, InvalidNpy, InvalidSafetensors, InvalidCsv,
+    ├── InvalidJson, InvalidNpy, InvalidSafetensors, InvalidPicture, InvalidCsv,
     │   InvalidEncoding, InvalidProtobuf, InvalidField, InvalidRows, OverflowInModel   422
     ├── Overloaded, RateLimited             429
     ├── ClientGone                          499, only in logs and metrics
@@ -137,6 +137,12 @@ class BodyTooSlow(ServiceError):
     """The body did not arrive within ELBO_REQUEST_TIMEOUT."""
 
     status, code, title = 408, "body_too_slow", "Body too slow"
+
+
+class NotSupported(ServiceError):
+    """The model cannot do what the request asks for."""
+
+    status, code, title = 409, "not_supported", "Not supported"
 
 
 class NoOnlineCalibration(ServiceError):
@@ -270,37 +276,7 @@ class DeadlineExceeded(ServiceError):
     status, code, title = 504, "deadline_exceeded", "Deadline exceeded"
 
 
-ERRORS: tuple[type[ServiceError], ...] = (
-    BadRequest,
-    Unauthorized,
-    Forbidden,
-    NotFound,
-    ModelNotFound,
-    NotShown,
-    NotRemembered,
-    MethodNotAllowed,
-    NotAcceptable,
-    BodyTooSlow,
-    NoOnlineCalibration,
-    BodyTooLarge,
-    TooManyRows,
-    UnsupportedMediaType,
-    InvalidJson,
-    InvalidNpy,
-    InvalidSafetensors,
-    InvalidCsv,
-    InvalidEncoding,
-    InvalidProtobuf,
-    InvalidField,
-    InvalidRows,
-    OverflowInModel,
-    Overloaded,
-    RateLimited,
-    ClientGone,
-    InternalError,
-    NotReady,
-    DeadlineExceeded,
-)
+ERRORS: tuple[type[ServiceError], ...] = tuple(ServiceError.__subclasses__())  # in the order of this file
 
 
 def from_http_exception(error: HTTPException, method: str, path: str, allowed: Sequence[str]) -> ServiceError:

@@ -131,6 +131,49 @@ class InterpolateBody(Body):
     )
 
 
+class EditBody(Body):
+    """A row or a latent vector, and the direction in which it is moved."""
+
+    input: Row = Field(None, description="a row in raw units; the path starts at its posterior mean")
+    latent: Vector = Field(None, description="a latent vector of K numbers, where the path starts")
+    direction: str = Field(
+        min_length=1,
+        description="the label towards which the row moves: from the mean latents of `away_from` to those of the "
+        "rows with this label. GET /models/{reference} lists the labels in `directions`",
+    )
+    away_from: str | None = Field(
+        None,
+        description="the label where the direction begins; by default all rows with another label than `direction`",
+    )
+    amount: float = Field(
+        1.0,
+        ge=-100.0,
+        le=100.0,
+        description="how far the row moves: 1 is the distance between the means, and negative numbers move it the "
+        "other way",
+    )
+    steps: int = Field(
+        1,
+        ge=1,
+        lt=SEEDS,
+        description="number of rows in the response, at most ELBO_MAX_ROWS; 1 returns the row moved by `amount`, and "
+        "more return the path from the unmoved row to it, both included",
+    )
+
+
+class NeighboursBody(Body):
+    """Rows or latents whose nearest held-out rows are wanted. Exactly one of `inputs` and `latents` is given."""
+
+    inputs: Rows = Field(None, description="N rows in raw units; windows of rows for a model with a window")
+    latents: Vectors = Field(None, description="N latent vectors of K numbers")
+    n: int = Field(5, ge=1, le=100, description="neighbours of each row; N times n may be at most ELBO_MAX_ROWS")
+    values: bool = Field(
+        False,
+        description="whether the response contains the values of the neighbours, which are rows of the training data; "
+        "if the server has API keys, this needs the scope admin",
+    )
+
+
 class AnomalyBody(Body):
     """Rows to score, and options that determine which rows are anomalous.
 
@@ -304,6 +347,33 @@ class InterpolateAnswer(DecodeAnswer):
     """The decoded rows along the path, and the latents of these rows."""
 
     latents: Vectors = Field(description="[N, K]")
+    imputed: int | None = Field(None, description=_IMPUTED)
+    warning: str | None = Field(None, description=_WARNING)
+
+
+class EditAnswer(InterpolateAnswer):
+    """The moved rows, and their latents."""
+
+
+class NeighboursAnswer(ModelAnswer):
+    """The nearest held-out rows of each row, the nearest first. The distances are Euclidean, between latents."""
+
+    indices: list[list[int]] = Field(
+        description="[N, n]: which held-out rows they are, counted from 0 as in GET /models/{reference}/held-out"
+    )
+    distances: Vectors = Field(description="[N, n]")
+    usual_distance: float | None = Field(
+        description="median distance from a held-out row to the nearest other held-out row; null if there is only one. "
+        "A row whose nearest neighbour is much further away than this is unlike the held-out rows"
+    )
+    labels: list[list[str]] | None = Field(
+        None, description="[N, n]: the labels of the neighbours; absent if the training data had no labels"
+    )
+    values: list[list[Row]] | None = Field(
+        None,
+        description="[N, n]: the values of the neighbours in raw units; null for a row whose values are not in the "
+        "artifact. Absent unless the request has `values` true",
+    )
     imputed: int | None = Field(None, description=_IMPUTED)
     warning: str | None = Field(None, description=_WARNING)
 
@@ -595,6 +665,7 @@ class ModelDetail(ModelSummary):
     )
     total_variance: float = Field(description="sum of all eigenvalues")
     comparison: dict[str, dict[str, float]] = Field(description="metrics of other model kinds on the same rows")
+    directions: list[str] = Field(description="the labels towards which POST /edit can move rows")
 
 
 class HeldOut(ModelAnswer):

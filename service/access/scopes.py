@@ -26,6 +26,8 @@ ROUTES: dict[str, Scope | None] = {
     "/decode": Scope.INFER,
     "/sample": Scope.INFER,
     "/interpolate": Scope.INFER,
+    "/edit": Scope.INFER,
+    "/neighbours": Scope.INFER,  # and ADMIN for the values of the neighbours, which are rows of the training data
     "/backtest": Scope.INFER,
     "/api/v1/write": Scope.WRITE,
     "/feedback": Scope.WRITE,

@@ -11,9 +11,11 @@ from service.schemas import (
     BacktestBody,
     Body,
     DecodeBody,
+    EditBody,
     EncodeBody,
     FeedbackBody,
     InterpolateBody,
+    NeighboursBody,
     ReconstructBody,
     SampleBody,
 )
@@ -85,6 +87,23 @@ EXAMPLES: dict[type[Body], dict[str, dict[str, Any]]] = {
         "mixed": {
             "summary": "from a row to the origin of the latent space",
             "value": {"start": {"input": _flat(ONE)}, "end": {"latent": _latent()}, "steps": 3},
+        },
+    },
+    EditBody: {
+        "towards": {"summary": "a zero, moved towards the nines", "value": {"input": _image(ZERO), "direction": "9"}},
+        "walk": {
+            "summary": "five steps from a one towards the sevens, away from the ones",
+            "value": {"input": _image(ONE), "direction": "7", "away_from": "1", "amount": 1.5, "steps": 5},
+        },
+    },
+    NeighboursBody: {
+        "rows": {
+            "summary": "the five nearest held-out rows of two rows",
+            "value": {"inputs": [_image(ZERO), _image(ONE)]},
+        },
+        "latents": {
+            "summary": "the two nearest held-out rows of the origin, with their values",
+            "value": {"latents": [_latent()], "n": 2, "values": True},
         },
     },
     AnomalyBody: {

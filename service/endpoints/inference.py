@@ -1,7 +1,7 @@
 """The POST endpoints: encode, decode, reconstruct, sample, interpolate, anomaly."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -44,7 +44,17 @@ from service.http.request import HttpResponse, RequestContext
 from service.inference import operations
 from service.inference.sampling import NoiseSource, fresh_seed, interpolate
 from service.inference.served_model import ServedModel
-from service.schemas import AnomalyBody, DecodeBody, EncodeBody, End, InterpolateBody, ReconstructBody, SampleBody
+from service.schemas import (
+    AnomalyBody,
+    DecodeBody,
+    EditBody,
+    EncodeBody,
+    End,
+    InterpolateBody,
+    NeighboursBody,
+    ReconstructBody,
+    SampleBody,
+)
 
 Array = npt.NDArray[np.float32]
 MAX_STRIP_STEPS = 32  # for up to this many interpolation steps, the image is a single row of tiles
@@ -62,7 +72,7 @@ class InferenceEndpoints:
         """Encode rows: return the posterior mean or a posterior sample, and the posterior standard deviation."""
         parsed = await parse_request(self._service, request, ENCODE)
         mean, std = await run_operation(self._service, parsed, operations.ENCODE, parsed.inputs)
-        imputed = _imputed(parsed.served, parsed.inputs) | await pixel_fields(parsed.served, parsed.inputs)
+        imputed = imputed_fields(parsed.served, parsed.inputs) | await pixel_fields(parsed.served, parsed.inputs)
         if not parsed.body.sample:
             return await render_response(parsed, {"latents": mean, "std": std, **imputed}, mean)
         seed = _seed(parsed.body.seed)
@@ -85,7 +95,7 @@ class InferenceEndpoints:
         parsed = await parse_request(self._service, request, RECONSTRUCT)
         operation = operations.reconstruct(parsed.served.row_schema.allows_missing)
         outputs, errors = await run_operation(self._service, parsed, operation, parsed.inputs)
-        fields = {"outputs": outputs, "errors": errors, **_imputed(parsed.served, parsed.inputs)}
+        fields = {"outputs": outputs, "errors": errors, **imputed_fields(parsed.served, parsed.inputs)}
         if may_be_out_of_range(parsed.served, parsed.inputs, errors):
             fields |= await pixel_fields(parsed.served, parsed.inputs)
         return await render_response(parsed, fields, outputs)
@@ -137,23 +147,14 @@ class InferenceEndpoints:
     async def interpolate(self, request: RequestContext) -> HttpResponse:
         """Decode points on the path from one row or latent vector to another, both ends included."""
         parsed = await parse_request(self._service, request, INTERPOLATE)
-        start, end = await self._end_latents(parsed)
+        start, end = await latents_of(self._service, parsed, parsed.inputs)
         path = partial(interpolate, start, end, parsed.body.steps, parsed.body.method)
         latents = await run_in_thread_if_long(path, parsed.body.steps * len(start) * offload.NORMAL)
         (outputs,) = await run_operation(self._service, parsed, operations.DECODE, latents)
         rows = [point.values for point in parsed.inputs if not point.is_latent]
-        imputed = _imputed(parsed.served, *rows) | await pixel_fields(parsed.served, *rows)
+        imputed = imputed_fields(parsed.served, *rows) | await pixel_fields(parsed.served, *rows)
         columns = len(outputs) if len(outputs) <= MAX_STRIP_STEPS else None
         return await render_response(parsed, {"latents": latents, "outputs": outputs, **imputed}, outputs, columns)
-
-    async def _end_latents(self, parsed: "ParsedRequest[InterpolateBody, list[_PathEnd]]") -> list[Array]:
-        """Return the latents [K] of each end. If both ends are rows, one run of the model encodes both rows."""
-        rows = [end.values for end in parsed.inputs if not end.is_latent]
-        encoded = iter(())
-        if rows:
-            mean, _ = await run_operation(self._service, parsed, operations.ENCODE, np.concatenate(rows))
-            encoded = iter(mean)
-        return [end.values[0] if end.is_latent else next(encoded) for end in parsed.inputs]
 
     async def anomaly(self, request: RequestContext) -> HttpResponse:
         """Score rows: return per row the score, the p-value, the verdict and the features that contribute most."""
@@ -202,11 +203,14 @@ def _row_reader(
 
 
 _read_rows = _row_reader("inputs", lambda served: served.row_schema)
-_read_latents = _row_reader("latents", lambda served: served.latent_schema)
+read_latents = _row_reader("latents", lambda served: served.latent_schema)
 
 
-def _read_inputs(
-    served: ServedModel, body: EncodeBody | ReconstructBody, may_contain_non_floats: bool, budget: Budget
+def read_inputs(
+    served: ServedModel,
+    body: EncodeBody | ReconstructBody | NeighboursBody,
+    may_contain_non_floats: bool,
+    budget: Budget,
 ) -> Array:
     """Return the rows in `inputs` as float32 [B, D], or the windows [B, N, D] if the model has a window."""
     if served.window_schema is None:
@@ -219,8 +223,8 @@ def _read_nothing(_served: ServedModel, _body: SampleBody, _may_contain_non_floa
 
 
 @dataclass(frozen=True)
-class _PathEnd:
-    """One end of an interpolation: a row [1, D], a window [1, N, D] or a latent vector [1, K]."""
+class Point:
+    """A point of the latent space: a row [1, D], a window [1, N, D] or a latent vector [1, K]."""
 
     values: Array
     is_latent: bool
@@ -228,36 +232,52 @@ class _PathEnd:
 
 def _read_ends(
     served: ServedModel, body: InterpolateBody, may_contain_non_floats: bool, _budget: Budget
-) -> list[_PathEnd]:
+) -> list[Point]:
     return [
-        _read_end(served, body.start, "start", may_contain_non_floats),
-        _read_end(served, body.end, "end", may_contain_non_floats),
+        read_point(served, body.start, "/start", may_contain_non_floats),
+        read_point(served, body.end, "/end", may_contain_non_floats),
     ]
 
 
-def _read_end(served: ServedModel, end: End, name: str, may_contain_non_floats: bool) -> _PathEnd:
-    if (end.input is None) == (end.latent is None):
-        got = "neither" if end.input is None else "both"
+def read_point(served: ServedModel, point: End | EditBody, pointer: str, may_contain_non_floats: bool) -> Point:
+    """Return the row or the latent vector of `point`, an object at the JSON pointer `pointer`.
+
+    Raises:
+        InvalidField: there is no row and no latent vector, or both.
+        InvalidRows: the row or the latent vector is not valid.
+    """
+    if (point.input is None) == (point.latent is None):
+        got = "neither" if point.input is None else "both"
         raise InvalidField(
-            f"{name} needs either input or latent, got {got}",
-            pointer=f"/{name}",
+            f"{pointer[1:] or 'the request'} needs either input or latent, got {got}",
+            pointer=pointer or None,
             expected="input or latent",
             got=got,
         )
-    if end.latent is not None:
-        latents = parse_row(served.latent_schema, end.latent, f"/{name}/latent", may_contain_non_floats)
-        return _PathEnd(latents, is_latent=True)
-    pointer = f"/{name}/input"
+    if point.latent is not None:
+        latents = parse_row(served.latent_schema, point.latent, f"{pointer}/latent", may_contain_non_floats)
+        return Point(latents, is_latent=True)
+    pointer = f"{pointer}/input"
     if served.window_schema is not None:
-        return _PathEnd(parse_window(served.window_schema, end.input, pointer, may_contain_non_floats), is_latent=False)
-    row = parse_row(served.row_schema, end.input, pointer, may_contain_non_floats)
-    return _PathEnd(row, is_latent=False)
+        window = parse_window(served.window_schema, point.input, pointer, may_contain_non_floats)
+        return Point(window, is_latent=False)
+    return Point(parse_row(served.row_schema, point.input, pointer, may_contain_non_floats), is_latent=False)
 
 
-ENCODE = RequestSpec(EncodeBody, _read_inputs, row_fields=("inputs",), array_field="inputs", pictures=True)
-DECODE = RequestSpec(DecodeBody, _read_latents, row_fields=("latents",), array_field="latents", png_output=True)
+async def latents_of(service: ServiceContext, parsed: ParsedRequest[Any, Any], points: Sequence[Point]) -> list[Array]:
+    """Return the latents [K] of each point. One run of the model encodes all rows."""
+    rows = [point.values for point in points if not point.is_latent]
+    encoded = iter(())
+    if rows:
+        mean, _ = await run_operation(service, parsed, operations.ENCODE, np.concatenate(rows))
+        encoded = iter(mean)
+    return [point.values[0] if point.is_latent else next(encoded) for point in points]
+
+
+ENCODE = RequestSpec(EncodeBody, read_inputs, row_fields=("inputs",), array_field="inputs", pictures=True)
+DECODE = RequestSpec(DecodeBody, read_latents, row_fields=("latents",), array_field="latents", png_output=True)
 RECONSTRUCT = RequestSpec(
-    ReconstructBody, _read_inputs, row_fields=("inputs",), array_field="inputs", pictures=True, png_output=True
+    ReconstructBody, read_inputs, row_fields=("inputs",), array_field="inputs", pictures=True, png_output=True
 )
 SAMPLE = RequestSpec(SampleBody, _read_nothing, count_field="n", png_output=True)
 INTERPOLATE = RequestSpec(InterpolateBody, _read_ends, count_field="steps", png_output=True)
@@ -317,7 +337,7 @@ def _threshold(served: ServedModel, body: AnomalyBody, verdicts: Verdicts | None
     return served.backend.calibration.threshold(body.alpha)
 
 
-def _imputed(served: ServedModel, *rows: Array) -> dict[str, Any]:
+def imputed_fields(served: ServedModel, *rows: Array) -> dict[str, Any]:
     """Return the field "imputed", which is the number of missing values in all `rows`, each [B, D] or [B, N, D].
 
     If no value is missing, the result is empty. In windows, rows that are not there do not count.

@@ -1,5 +1,6 @@
 """The GET endpoints: models and their exhibits, health probes, metrics, the explorer page."""
 
+import math
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from service.endpoints.context import ServiceContext
 from service.endpoints.offload import MAX_LOOP_NS, run_in_thread_if_long
 from service.errors import NotShown
 from service.http.security_headers import page_policy
+from service.inference.latent_space import BadExhibitError
 from service.inference.served_model import ServedModel, describe
 
 STATIC = Path(__file__).parents[1] / "static"
@@ -47,7 +49,10 @@ class InformationEndpoints:
     async def model(self, request: Request) -> Response:
         """Describe one model version: the features, the training data and the history of the training run."""
         served = self._find(request)
-        return _json({**describe(served), **served.manifest.model_dump(include=DETAIL_FIELDS)})
+        directions = await run_in_thread_if_long(partial(_labels, served), math.inf)
+        return _json(
+            {**describe(served), **served.manifest.model_dump(include=DETAIL_FIELDS), "directions": directions}
+        )
 
     async def held_out(self, request: Request) -> Response:
         """Return the latents and labels of held-out rows, and the values of the first few of these rows."""
@@ -116,6 +121,14 @@ class InformationEndpoints:
                 hint="train the model again with this version of Elbo and without --private",
             )
         return served, served.exhibits[name]
+
+
+def _labels(served: ServedModel) -> list[str]:
+    """Return the labels towards which /edit can move rows. Run this in a thread: it may take 50 ms."""
+    try:
+        return list(served.label_means)
+    except BadExhibitError:
+        return []
 
 
 def _json(content: object) -> Response:

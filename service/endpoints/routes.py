@@ -29,6 +29,7 @@ from service.endpoints.inference import (
     InferenceEndpoints,
 )
 from service.endpoints.information import InformationEndpoints
+from service.endpoints.latent_tools import EDIT, NEIGHBOURS, LatentEndpoints
 from service.endpoints.pipeline import RequestSpec
 from service.endpoints.remote_write import RemoteWriteEndpoint
 from service.errors import PROBLEM_JSON
@@ -38,6 +39,7 @@ from service.schemas import (
     Body,
     CalibrationScores,
     DecodeAnswer,
+    EditAnswer,
     EncodeAnswer,
     FeedbackAnswer,
     Health,
@@ -45,6 +47,7 @@ from service.schemas import (
     InterpolateAnswer,
     ModelDetail,
     ModelList,
+    NeighboursAnswer,
     Problem,
     ReconstructAnswer,
     SampleAnswer,
@@ -52,7 +55,7 @@ from service.schemas import (
 
 Handler = Callable[[Any], Awaitable[Any]]
 MODEL_ERRORS = (404, 406, 408, 413, 415, 422, 429, 500, 503, 504)
-FEEDBACK_ERRORS = (*MODEL_ERRORS, 409)
+SUPPORT_ERRORS = (*MODEL_ERRORS, 409)  # of endpoints that not every model supports
 WRITE_ERRORS = (408, 413, 415, 422, 500, 503)
 LOOKUP_ERRORS = (404, 503)
 KEY_ERRORS = (401, 403, 429)  # of routes that need an API key
@@ -119,6 +122,7 @@ class Endpoint:
 def endpoints(service: ServiceContext, receiver: RemoteWriteEndpoint) -> list[Endpoint]:
     """Return all endpoints."""
     infer, inform, rehearse = InferenceEndpoints(service), InformationEndpoints(service), BacktestEndpoint(service)
+    latent = LatentEndpoints(service)
     model = "/models/{reference}"
     return [
         Endpoint("/anomaly", infer.anomaly, MODEL_ERRORS, AnomalyAnswer, spec=ANOMALY),
@@ -127,8 +131,10 @@ def endpoints(service: ServiceContext, receiver: RemoteWriteEndpoint) -> list[En
         Endpoint("/decode", infer.decode, MODEL_ERRORS, DecodeAnswer, spec=DECODE),
         Endpoint("/sample", infer.sample, MODEL_ERRORS, SampleAnswer, spec=SAMPLE),
         Endpoint("/interpolate", infer.interpolate, MODEL_ERRORS, InterpolateAnswer, spec=INTERPOLATE),
+        Endpoint("/edit", latent.edit, SUPPORT_ERRORS, EditAnswer, spec=EDIT),
+        Endpoint("/neighbours", latent.neighbours, SUPPORT_ERRORS, NeighboursAnswer, spec=NEIGHBOURS),
         Endpoint("/backtest", rehearse.backtest, MODEL_ERRORS, BacktestAnswer, spec=BACKTEST),
-        Endpoint("/feedback", FeedbackEndpoint(service).feedback, FEEDBACK_ERRORS, FeedbackAnswer, spec=FEEDBACK),
+        Endpoint("/feedback", FeedbackEndpoint(service).feedback, SUPPORT_ERRORS, FeedbackAnswer, spec=FEEDBACK),
         Endpoint("/api/v1/write", receiver.write, WRITE_ERRORS, reads=(remote_write.MEDIA_TYPE,)),
         Endpoint("/models", inform.models, response=ModelList),
         Endpoint(model, inform.model, LOOKUP_ERRORS, ModelDetail),

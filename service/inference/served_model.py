@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 from zoneinfo import ZoneInfoNotFoundError
 
+from models.artifact import DIRECTIONS
 from models.baseline import Baseline
 from models.errors import ArtifactMismatch
 from models.keys import PublicKey
@@ -19,6 +20,7 @@ from service.codec.row_schema import RowSchema
 from service.codec.row_windows import WindowSchema
 from service.inference.backend_selection import Selection
 from service.inference.backends import Backend
+from service.inference.latent_space import HeldOutRows, LabelMean, read_held_out, read_label_means
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +118,20 @@ class ServedModel:
         return RowSchema([self.manifest.latents])
 
     @cached_property
+    def held_out(self) -> HeldOutRows | None:
+        """The held-out rows in the artifact; None if it has none. The first call takes up to 50 ms.
+
+        Raises:
+            BadExhibitError: the exhibit is damaged.
+        """
+        return read_held_out(self.exhibits, self.manifest.latents)
+
+    @cached_property
+    def label_means(self) -> dict[str, LabelMean]:
+        """The mean latents of labels, by name. The first call takes up to 50 ms. Raises BadExhibitError."""
+        return read_label_means(self.exhibits, self.manifest.latents, self.held_out)
+
+    @cached_property
     def row_bytes(self) -> int:
         """Size of one row, or of its window if the model has one, or of its latents, whichever is largest, in bytes."""
         window = self.manifest.window
@@ -160,7 +176,7 @@ def describe(served: ServedModel) -> dict[str, Any]:
         "pixel_range": manifest.pixel_range,
         **window,
         "pictures": served.has_png_output,
-        "exhibits": [name.partition(".")[0] for name in served.exhibits],
+        "exhibits": [name.partition(".")[0] for name in served.exhibits if name != DIRECTIONS],
         "metrics": manifest.metrics,
         "warnings": manifest.warnings,
         "calibration": manifest.calibration.model_dump(),

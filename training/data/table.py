@@ -356,6 +356,7 @@ def read_for_model(
     limit: int = MEMORY_BYTES,
     escape: str | None = None,
     normal: Sequence[str] = (),
+    label: str | None = None,
 ) -> Table:
     """Return the rows in `source` in the form that the model of `manifest` takes.
 
@@ -368,11 +369,12 @@ def read_for_model(
         limit: as for `read_table`.
         escape: as for `read_table`; by default as in training.
         normal: the labels that mean normal; empty to recognise them.
+        label: the column of labels; by default as in training, or else found by its name.
 
     Raises:
         DataError: the source cannot be used. The message is one line that says what to do.
     """
-    raw = open_for_model(source, manifest, escape=escape)
+    raw = open_for_model(source, manifest, escape=escape, label=label)
     names = [feature.name for feature in manifest.features]
     rows, statistics, raw_labels = ingest(raw, source, limit)
     statistics.refuse_infinite(source, names, raw.lines)
@@ -401,7 +403,13 @@ def read_for_model(
 
 
 def open_for_model(
-    source: str, manifest: "Manifest", *, escape: str | None = None, tolerant: bool = False, extra: Sequence[str] = ()
+    source: str,
+    manifest: "Manifest",
+    *,
+    escape: str | None = None,
+    tolerant: bool = False,
+    extra: Sequence[str] = (),
+    label: str | None = None,
 ) -> RawTable:
     """Open `source` for the model of `manifest`: check its shape, columns and units, and read no rows yet.
 
@@ -409,6 +417,7 @@ def open_for_model(
         escape: as for `read_for_model`.
         tolerant: whether faulty rows are recorded instead of raising DataError.
         extra: names of further columns whose cells are recorded; ignored unless `tolerant` is true.
+        label: as for `read_for_model`.
 
     Raises:
         DataError: the source does not exist, or the model cannot take its rows.
@@ -422,7 +431,7 @@ def open_for_model(
             shape=shape,
             pixel_range=manifest.pixel_range,
             escape=escape or manifest.training.get("escape"),
-            label=manifest.training.get("label") or (),
+            label=[label] if label else manifest.training.get("label") or (),
             tolerant=tolerant,
             extra=extra,
             time=None if tolerant or manifest.timeline is None else manifest.timeline.time_column,

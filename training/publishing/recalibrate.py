@@ -104,14 +104,14 @@ def recalibrate(
         FitError: the artifact comes from a version of Elbo that calibrates differently.
         ArtifactUnwritable: the new version cannot be written to `root`.
     """
-    artifact.require_writable(root, _name(parent))
+    artifact.require_writable(root, model_name(parent))
     if table.pixel_warning:
         raise DataError(
             f"{table.source}: {table.pixel_warning}; calibrated on these rows, the model would flag nothing"
         )
     if incident_rows is not None and parent.manifest.timeline is None:
         raise DataError(
-            f"{_reference(parent)} was trained without --time: expected a model with times, because only their rows "
+            f"{reference(parent)} was trained without --time: expected a model with times, because only their rows "
             "have incidents; leave out --incident-rows, or train with --time"
         )
     normal, notes = _normal_rows(table)
@@ -143,10 +143,11 @@ def recalibrate(
     notes += _replace_start_sets(module, parent, table, windows, normal, rescore)
     warning = threshold_warning(Calibration(torch.from_numpy(scores)), alpha)
     applied = _apply(kept, scores, parent, table, chosen)
-    manifest = _manifest(parent, module, table, _name(parent), chosen, warning, applied)
+    manifest = _manifest(parent, module, table, model_name(parent), chosen, warning, applied)
     if incident_rows is not None:
         manifest = manifest.model_copy(update={"incident_rows": incident_rows})
-    exhibits = {name: content for name, content in parent.exhibits.items() if name == artifact.HELD_OUT}
+    kept_exhibits = (artifact.HELD_OUT, artifact.DIRECTIONS)  # they are about latents, which stay
+    exhibits = {name: content for name, content in parent.exhibits.items() if name in kept_exhibits}
     if known_rows is not None:
         exhibits[artifact.TRAINED_ROWS] = known_rows
     exhibits[artifact.CALIBRATION] = calibration_json(_calibration_of(module, parent).scores)
@@ -180,7 +181,7 @@ def _refuse_training_rows(
     if same_file or known.significant:
         which = "the rows" if same_file else f"rows of which about {100 * known.share:.2g} % are among those"
         raise DataError(
-            f"{table.source} holds {which} that {_reference(parent)} was trained on, and scores of training rows "
+            f"{table.source} holds {which} that {reference(parent)} was trained on, and scores of training rows "
             "are too low: expected rows that the model has not seen, such as those of the last days"
         )
     if known.share > known.usual:
@@ -190,7 +191,7 @@ def _refuse_training_rows(
 def _refuse_if_all_flagged(parent: Artifact, table: Table, scores: Floats, alpha: float) -> None:
     if flagged_at(parent, scores, alpha).all():
         raise DataError(
-            f"{_reference(parent)} flags all rows of {table.source} at alpha {alpha:g}: calibrated on rows that are "
+            f"{reference(parent)} flags all rows of {table.source} at alpha {alpha:g}: calibrated on rows that are "
             "nothing like the training rows, it would flag nothing; check the columns, their units and their scale, or "
             "train a new model. If you know that the rows are normal, add --force"
         )
@@ -248,7 +249,7 @@ def _scores(
 def _with_policy(module: torch.jit.ScriptModule, parent: Artifact, rules: Policy) -> Pipeline | Windowed:
     """Return a model with a new policy and the other parts of `module`, the module of `parent`. Raise FitError."""
     if not hasattr(module, "observation"):
-        raise FitError(f"{_reference(parent)} comes from a release of Elbo without policies: train it again")
+        raise FitError(f"{reference(parent)} comes from a release of Elbo without policies: train it again")
     names = [feature.name for feature in parent.manifest.features]
     window = parent.manifest.window
     of_rows = module if window is None else module.pipeline
@@ -273,7 +274,7 @@ def _with_policy(module: torch.jit.ScriptModule, parent: Artifact, rules: Policy
         if held_out is None or window is not None:
             kind = "rows" if window is None else "windows"
             raise FitError(
-                f"{_reference(parent)} has no held-out {kind} in its artifact, and alone=false of the policy needs "
+                f"{reference(parent)} has no held-out {kind} in its artifact, and alone=false of the policy needs "
                 f"them: train it again with --policy{'' if window else ' and without --private'}"
             )
         rows = np.array(json.loads(held_out)["inputs"], np.float32).reshape(-1, parent.manifest.width)
@@ -329,12 +330,12 @@ def _compare_with_old(parent: Artifact, table: Table, scores: Floats, alpha: flo
     """Yield what share of the scores the old calibration flags, and a warning if chance cannot explain that share."""
     flagged = int(flagged_at(parent, scores, alpha).sum())
     share = 100 * flagged / len(scores)
-    yield f"{_reference(parent)} flags {share:.3g} % of the rows of {table.source} at alpha {alpha:g}"
+    yield f"{reference(parent)} flags {share:.3g} % of the rows of {table.source} at alpha {alpha:g}"
     if alarm_rate(flagged, len(scores), parent.manifest.calibration.rows, alpha).is_too_high:
         yield (
             "warning: chance does not explain so many alarms. Either normal behaviour has changed, or the rows contain "
             "anomalies, which the new version treats as normal: check them with "
-            f"elbo score {_reference(parent)} {table.source}"
+            f"elbo score {reference(parent)} {table.source}"
         )
 
 
@@ -361,7 +362,7 @@ def _replace(module: torch.jit.ScriptModule, parent: Artifact, scores: Tensor) -
         and torch.equal(module.p_value(scores), fresh.p_value(scores))
         and torch.equal(module.severity(scores, alpha), fresh.severity(scores, alpha))
     ):
-        raise FitError(f"{_reference(parent)} comes from a version of Elbo that calibrates differently: train it again")
+        raise FitError(f"{reference(parent)} comes from a version of Elbo that calibrates differently: train it again")
 
 
 def _replace_start_sets(
@@ -412,7 +413,7 @@ def _manifest(
     old, rows = parent.manifest, len(chosen)
     kept = [text for text in old.warnings if not text.startswith(ABOUT_THRESHOLD)]
     origin = Recalibration(
-        parent=_reference(parent),
+        parent=reference(parent),
         parent_weights_sha256=old.weights_sha256,
         trained=old.recalibration.trained if old.recalibration else old.created,
         source=table.source,
@@ -449,7 +450,7 @@ def _golden(module: torch.jit.ScriptModule, old: Golden) -> Golden:
     return artifact.record_golden(module, *inputs)
 
 
-def _name(parent: Artifact) -> str:
+def model_name(parent: Artifact) -> str:
     """Return the name under which `parent` is served.
 
     This is the name of the model folder that contains the artifact, or the manifest's name if there is no such folder.
@@ -458,5 +459,6 @@ def _name(parent: Artifact) -> str:
     return path.parents[1].name if VERSION.fullmatch(path.parent.name) else parent.manifest.name
 
 
-def _reference(parent: Artifact) -> str:
-    return f"{_name(parent)}@{parent.path.resolve().parent.name}"
+def reference(parent: Artifact) -> str:
+    """Return the name and the version of `parent` as one text, `name@version`."""
+    return f"{model_name(parent)}@{parent.path.resolve().parent.name}"

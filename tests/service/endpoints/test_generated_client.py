@@ -95,6 +95,8 @@ CALLS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "reconstruct": ("models", "ReconstructBody", {"inputs": [ROW, ROW]}, {}),
     "sample": ("models", "SampleBody", {"n": 3, "seed": 7}, {"model": "vae"}),
     "interpolate": ("models", "InterpolateBody", ENDS, {"model": "vae"}),
+    "edit": ("models", "EditBody", {"input": ROW, "direction": "7", "steps": 3}, {"model": "vae"}),
+    "neighbours": ("models", "NeighboursBody", {"inputs": [ROW], "n": 2, "values": True}, {"model": "vae"}),
     "anomaly": ("models", "AnomalyBody", {"inputs": [ROW], "alpha": 0.01, "observe": False}, {"model": "vae"}),
     "models": ("service", "", {}, {}),
     "model": ("service", "", {}, {"reference": "vae"}),

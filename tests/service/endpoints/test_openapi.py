@@ -37,7 +37,8 @@ def content(document: dict[str, Any], path: str) -> dict[str, Any]:
 def test_document_lists_every_endpoint(document: dict[str, Any]) -> None:
     exhibits = {f"/models/{{reference}}/{name}" for name in ("held-out", "calibration", "card")}
     gets = exhibits | {"/models", "/models/{reference}", "/livez", "/readyz", "/metrics", "/", "/docs"}
-    assert set(document["paths"]) == {*POSTS, *gets, "/api/v1/write", "/backtest", "/feedback"}
+    others = {"/api/v1/write", "/backtest", "/feedback", "/edit", "/neighbours"}
+    assert set(document["paths"]) == {*POSTS, *gets, *others}
     assert set(document["paths"]["/api/v1/write"]) == {"post"}
     for path in POSTS:
         assert list(document["paths"][path]) == ["post"]

@@ -302,3 +302,32 @@ def test_axes_of_the_map_cross_at_the_centre_of_the_contours_of_the_prior(explor
     text = "e => { const c = document.createElement('canvas').getContext('2d'); c.font = getComputedStyle(e).font; "
     text += "return c.measureText(e.selectedOptions[0].text).width; }"
     assert explorer.page.get_by_label("Horizontal axis").evaluate(text) < box["width"] - 16  # the text is not cut
+
+
+def test_neighbours_of_the_current_point_are_shown_and_chosen(explorer: ExplorerPage) -> None:
+    page, _, _ = open_map(explorer)
+    held_out = explorer.page.request.get(f"{page.url.partition('?')[0]}models/vae/held-out").json()
+    latents = np.array(held_out["latents"])
+    nearest = np.linalg.norm(latents, axis=1).argsort()[:8]  # the current point is the origin
+    explorer.expect_request(lambda: click_button(page, "Find neighbours"), "/neighbours", model="vae@1")
+    tiles = page.locator(".neighbours .tile-button")
+    expect(tiles).to_have_count(8)
+    expect(tiles.first).to_contain_text(f"{held_out['labels'][nearest[0]]}, at ")
+    request = explorer.expect_request(lambda: tiles.nth(2).click(), "/decode")
+    np.testing.assert_allclose(request.rows[0], latents[nearest[2]], atol=1e-5)
+
+
+def test_walk_towards_a_label_shows_its_steps_and_their_path(explorer: ExplorerPage) -> None:
+    page, _, _ = open_map(explorer)
+    page.get_by_label("Towards").select_option("7")
+    page.get_by_label("Away from").select_option("1")
+    explorer.set_slider("Amount", 2.0)
+    with page.expect_response(lambda response: "/edit" in response.url) as answered:
+        click_button(page, "Walk")
+    answer = answered.value.json()
+    body = answered.value.request.post_data_json or {}
+    assert (body["direction"], body["away_from"], body["amount"], body["steps"]) == ("7", "1", 2.0, 9)
+    steps = page.locator(".strip .tile-button[aria-label^='go to step']")
+    expect(steps).to_have_count(9)
+    request = explorer.expect_request(steps.last.click, "/decode")
+    np.testing.assert_allclose(request.rows[0], answer["latents"][-1], atol=1e-5)

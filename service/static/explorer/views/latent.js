@@ -11,10 +11,12 @@ import { errorMessage } from "../ui/messages.js";
 import { centreOf, loadCodes } from "./latent/codes.js";
 import { InterpolationCard } from "./latent/interpolation-card.js";
 import { MapCard } from "./latent/map-card.js";
+import { NeighboursCard } from "./latent/neighbours-card.js";
 import { PointCard } from "./latent/point-card.js";
 import { SamplingCard } from "./latent/sampling-card.js";
 import { SideBySide } from "./latent/side-by-side.js";
 import { SlidersCard } from "./latent/sliders-card.js";
+import { WalkCard } from "./latent/walk-card.js";
 
 export const title = "Latent space";
 const LATENTS =
@@ -95,7 +97,8 @@ class LatentView {
     });
     const sameRows = this.models.filter((other) => sameShape(other, model));
     this.sideBySide = sameRows.length > 1 ? new SideBySide(sameRows) : null;
-    this.cards = [this.mapCard, this.pointCard, this.interpolation, this.sampling];
+    const tools = this.createTools();
+    this.cards = [this.mapCard, this.pointCard, this.interpolation, this.sampling, ...tools];
     this.container.append(
       h(
         "div",
@@ -104,8 +107,25 @@ class LatentView {
         h("div", { class: "stack" }, this.pointCard.element, this.interpolation.element),
       ),
       h("div", { class: "columns" }, this.sliders.element, this.sampling.element),
+      h(
+        "div",
+        { class: "columns" },
+        tools.map((tool) => tool.element),
+      ),
       this.sideBySide?.element ?? "",
     );
+  }
+
+  /** The cards that need held-out rows, or labels. */
+  createTools() {
+    const { model, codes } = this;
+    const point = () => this.current;
+    const onselect = (z) => this.moveTo(z);
+    const tools = [];
+    if (codes.heldOut) tools.push(new NeighboursCard({ model, heldOut: codes.heldOut, point, onselect }));
+    const onpath = (path) => this.showPath(path);
+    if (model.directions?.length) tools.push(new WalkCard({ model, point, onpath, onselect }));
+    return tools;
   }
 
   restoreFromState() {
