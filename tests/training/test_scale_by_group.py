@@ -1,8 +1,10 @@
 """`elbo train --scale-by-group`: incidents on hosts that differ much, and rows whose group is unknown."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import numpy.typing as npt
 import polars as pl
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from models.artifact import load, read_trained_rows
-from models.policy_rules import FeatureRule, Policy
+from models.policy_rules import FeatureRule, Policy, Silence
 from service.anomaly.group_memory import rules_of
 from service.app import create_app
 from service.backtest.history import History, sort_history
@@ -127,6 +129,67 @@ def test_row_of_an_unknown_host_is_judged_by_the_pool_and_the_response_says_so(a
     assert sum(row["is_anomaly"] for row in known) <= 8
 
 
+def records_of(host: str, memory: float) -> list[dict[str, Any]]:
+    """Return 150 new rows of a host in order of time. In the last 20 rows, the memory in GB is raised."""
+    frame = differ(simulate(7, 1)).filter(pl.col("host") == host).sort("time").head(150)
+    found: list[dict[str, Any]] = frame.with_columns(pl.col("time").dt.epoch("s")).to_dicts()
+    for row in found[-20:]:
+        row[METRICS[MEMORY]] += memory
+    return found
+
+
+@pytest.fixture(scope="module")
+def client(artifacts: Path) -> Iterator[httpx.Client]:
+    settings = Settings(artifacts=artifacts, default_model="scaled", log_level="warning", backend="torchscript")
+    with running(create_app(settings)) as found:
+        yield found
+
+
+@pytest.mark.parametrize("model", ["scaled", "windows"])
+def test_feedback_compares_rows_in_the_units_of_their_group(client: httpx.Client, model: str) -> None:
+    rows = records_of("web-3", memory=8.0)
+    latest = {"records": rows[-4:]}  # with the rows before them, the server still remembers their windows
+
+    def probe() -> dict[str, Any]:
+        query = f"/anomaly?model={model}&observe=false"
+        found: dict[str, Any] = post(client, query, {"records": records_of("web-3", memory=8.0)[-4:]})["results"][-1]
+        return found
+
+    def give(**body: Any) -> dict[str, Any]:
+        (group,) = post(client, f"/feedback?model={model}", body)["groups"]
+        return dict(group)
+
+    results = post(client, f"/anomaly?model={model}", {"records": rows})["results"]
+    assert sum(row["is_anomaly"] for row in results[-20:]) >= 15
+    assert {row["calibration"] for row in results} == {"group"}
+    before = probe()
+    period = {"group_name": "web-3", "since": rows[-20]["time"], "until": rows[-1]["time"]}
+    given = give(verdict="normal", **period)
+    assert (given["group"], given["rows"], given["added"] > 0) == ("web-3", 20, True)
+    after = probe()
+    assert after["score"] == before["score"]
+    assert not after["is_anomaly"]
+    assert after["p_value"] > 3 * before["p_value"]
+    assert give(verdict="normal", **latest)["added"] == 0  # rows of a request get the scores that are remembered
+    assert give(verdict="incident", **period)["removed"] == 20
+    assert give(verdict="normal", **latest)["added"] == 4
+
+
+@pytest.mark.parametrize("age", [0, 2, 5])
+def test_since_and_lag_of_a_scaled_feature_say_when_its_step_began(client: httpx.Client, age: int) -> None:
+    host = f"web-{age}"
+    rows = records_of(host, memory=30.0)[: -19 + age]
+    result = post(client, "/anomaly?model=windows&observe=false&explain=3", {"records": rows})["results"][-1]
+    assert result["is_anomaly"]
+    assert result["calibration"] == "group"
+    cause = result["features"][0]
+    assert cause["name"] == "memory"
+    assert cause["value"] == pytest.approx(rows[-1][METRICS[MEMORY]], rel=1e-6)
+    assert 10 < cause["value"] - cause["expected"] < 40  # GB of this host; the expected value follows the window
+    assert cause["lag"] == age
+    assert cause["since"] == rows[-1 - age]["time"]
+
+
 def test_manifest_and_held_out_rows_of_a_scaled_model_are_in_raw_units(artifacts: Path) -> None:
     plain, scaled = (load(artifacts / name / "1" / "model.pt") for name in ("plain", "scaled"))
     assert scaled.manifest.features == plain.manifest.features
@@ -175,6 +238,21 @@ def test_policy_with_rules_for_features_is_refused_with_rows_that_are_scaled_by_
     config = TrainConfig(name="m", **GROUPS, scale_by_group=True)
     with pytest.raises(FitError, match=r"rules for features in raw units.* without --scale-by-group, or leave"):
         train(config, table, tmp_path, SilentReporter(), policy=policy)
+
+
+def test_recalibration_with_rules_for_features_is_refused_if_rows_are_scaled_by_group(
+    artifacts: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "week.parquet"
+    differ(simulate(7, 1)).write_parquet(source)
+    table, parent = read_table(str(source), time="time", group="host"), load(artifacts / "scaled" / "1" / "model.pt")
+    rules = Policy(features={"memory": FeatureRule(direction="high")})
+    with pytest.raises(FitError, match=r"rules for features in raw units.* without --scale-by-group, or leave"):
+        recalibrate(parent, table, tmp_path, 0.05, policy=rules)
+    assert not list(tmp_path.glob("scaled/*/*"))
+    silent = Policy(silences=(Silence(start="02:00", end="03:00"),))
+    path = recalibrate(parent, table, tmp_path, 0.05, policy=silent).path
+    assert load(path).manifest.policy is not None
 
 
 def test_scaling_by_group_without_groups_is_refused() -> None:

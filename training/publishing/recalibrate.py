@@ -51,7 +51,7 @@ from training.evaluation.worth import ABOUT_THRESHOLD, threshold_warning
 from training.fitting.baseline import describe_groups, fit_start_sets
 from training.fitting.budget import alpha_of_budget
 from training.fitting.feature_baseline import scale_for_baseline
-from training.fitting.policy import ceiling, fit_policy, fit_usual_score, set_calibration, valid_range
+from training.fitting.policy import SCALING_REFUSAL, ceiling, fit_policy, fit_usual_score, set_calibration, valid_range
 from training.progress import SlowProgress
 from training.publishing.exhibits import calibration_json
 from training.publishing.onnx_export import export
@@ -101,7 +101,8 @@ def recalibrate(
     Raises:
         DataError: the model was trained on some of these rows or flags all of them, too few rows are normal, it is
             unknown which of two labels means normal, or the pixels of images are in another range.
-        FitError: the artifact comes from a version of Elbo that calibrates differently.
+        FitError: the artifact comes from a version of Elbo that calibrates differently, or the new policy has rules for
+            features, but the model is scaled by group.
         ArtifactUnwritable: the new version cannot be written to `root`.
     """
     artifact.require_writable(root, model_name(parent))
@@ -109,11 +110,7 @@ def recalibrate(
         raise DataError(
             f"{table.source}: {table.pixel_warning}; calibrated on these rows, the model would flag nothing"
         )
-    if incident_rows is not None and parent.manifest.timeline is None:
-        raise DataError(
-            f"{reference(parent)} was trained without --time: expected a model with times, because only their rows "
-            "have incidents; leave out --incident-rows, or train with --time"
-        )
+    _refuse_options(parent, policy, incident_rows)
     normal, notes = _normal_rows(table)
     kept = _keep(policy or _policy_of(parent), table, normal)
     if kept is not None:
@@ -159,6 +156,17 @@ def recalibrate(
     if warning is not None:
         notes.append(warning)
     return Recalibrated(path, manifest, notes)
+
+
+def _refuse_options(parent: Artifact, policy: Policy | None, incident_rows: int | None) -> None:
+    """Raise DataError or FitError if the model cannot have the new policy, or has no incidents."""
+    if incident_rows is not None and parent.manifest.timeline is None:
+        raise DataError(
+            f"{reference(parent)} was trained without --time: expected a model with times, because only their rows "
+            "have incidents; leave out --incident-rows, or train with --time"
+        )
+    if policy is not None and policy.changes_scores and parent.manifest.training.get("scale_by_group"):
+        raise FitError(SCALING_REFUSAL)
 
 
 def _judged_once(table: Table, windows: TableWindows | None, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
