@@ -126,7 +126,9 @@ async def parse_request(
     width = served.latent_schema.width if main == "latents" else served.row_schema.width
     fields = read_plain_rows(content_type, raw_body, main, width) if main and not compressed else None
     has_few_rows = fields is not None and main and len(fields.values[main]) <= offload.FEW_ROWS
-    if has_few_rows or (len(raw_body) <= offload.SMALL_BODY and not compressed and not is_picture(content_type)):
+    # A row of text takes two bytes at least, so a small body has no more than `max_rows` rows.
+    is_small = len(raw_body) <= min(offload.SMALL_BODY, 2 * max_rows)
+    if has_few_rows or (is_small and not compressed and not is_picture(content_type)):
         if fields is None:
             picture = served.picture_row if spec.pictures else None
             fields = read_fields(content_type, raw_body, main, 0, spec.readers, picture)

@@ -233,6 +233,23 @@ def test_more_rows_than_max_rows_give_413(client: httpx.Client, path: str) -> No
     assert_problem(client.post(path, content=content, headers=NPY), 413, "too_many_rows")
 
 
+@pytest.mark.parametrize("form", ["csv", "x-ndjson"])
+def test_small_body_with_more_rows_than_max_rows_gives_413(client: httpx.Client, form: str) -> None:
+    names, row = ["cpu", "memory/used", "disk~io", "load"], [1, 100, 1, 0]
+    first, second = (",".join(map(str, cells)) for cells in (names, row))
+    lines = [first, second] if form == "csv" else [f"[{second}]"]
+    faulty = ["x"] * 299  # each counts as a row
+    headers = {"content-type": f"{'text' if form == 'csv' else 'application'}/{form}"}
+    accepted, refused = (
+        client.post("/anomaly?model=hosts", content="\n".join([*lines, *faulty, *more]), headers=headers)
+        for more in ([], ["x"])
+    )
+    assert accepted.status_code == 200, accepted.text
+    assert (len(accepted.json()["results"]), len(accepted.json()["errors"])) == (1, 299)
+    assert len(refused.request.content) < 700
+    assert assert_problem(refused, 413, "too_many_rows")["expected"] == "at most 300 rows"
+
+
 def test_body_larger_than_max_body_bytes_gives_413(client: httpx.Client) -> None:
     problem = assert_problem(client.post("/encode", content=b" " * (2**20 + 1), headers=JSON), 413, "body_too_large")
     assert problem["expected"] == "at most 1048576 bytes"
