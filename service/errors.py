@@ -9,7 +9,7 @@ ElboError (models.errors)
     ├── MethodNotAllowed                    405
     ├── NotAcceptable                       406
     ├── BodyTooSlow                         408
-    ├── NotSupported, NoOnlineCalibration   409
+    ├── NotSupported, NoOnlineCalibration, TooFewPeers   409
     ├── BodyTooLarge, TooManyRows           413
     ├── UnsupportedMediaType                415
     ├── InvalidJson, InvalidNpy, InvalidSafetensors, InvalidPicture, InvalidCsv,
@@ -146,9 +146,15 @@ class NotSupported(ServiceError):
 
 
 class NoOnlineCalibration(ServiceError):
-    """The groups of the model have no calibrations of their own that feedback could change."""
+    """The groups of the model have no calibrations of their own, by which the service answers."""
 
     status, code, title = 409, "no_online_calibration", "No online calibration"
+
+
+class TooFewPeers(ServiceError):
+    """Too few groups have a row of about the same time, so that no group can be compared with its peers."""
+
+    status, code, title = 409, "too_few_peers", "Too few peers"
 
 
 class BodyTooLarge(ServiceError):

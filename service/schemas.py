@@ -283,6 +283,15 @@ class FeedbackBody(Body):
     group: str = Field("host", description="key of the group in the rows, as in /anomaly")
 
 
+class PeersQuery(Body):
+    """Options of the comparison of groups, in the query."""
+
+    n: int = Field(20, ge=1, le=1000, description="largest number of groups to return: those that deviate most")
+    explain: int = Field(
+        3, ge=0, le=20, description="largest number of features to report per group: those that differ most"
+    )
+
+
 class BacktestBody(Body):
     """The history to judge, and options that determine which rows are anomalous.
 
@@ -685,6 +694,62 @@ class CalibrationScores(ModelAnswer):
 
     rows: int = Field(description="rows in the calibration set")
     scores: Vector = Field(description="in ascending order; of more than 2,000 scores, 2,000 evenly spaced ones")
+
+
+class PeerFeatureReport(BaseModel):
+    """A feature in which a group differs from its peers."""
+
+    name: str
+    deviation: float = Field(
+        description="how far the group is above the median of all groups, in their standard deviations: the value of "
+        "the feature if `scaled_by_group`, otherwise the distance of the value from what the model expects"
+    )
+    value: float = Field(description="value of the feature, in raw units")
+    peers: float = Field(
+        description="the value that the group would have if it were like its peers, if `scaled_by_group`; otherwise "
+        "the median of the values of all groups"
+    )
+
+
+class PeerReport(BaseModel):
+    """A group, compared with its peers."""
+
+    group: str
+    time: float = Field(description="time of the newest judged row of the group, as Unix time in seconds")
+    rank: int = Field(description="1 for the group that deviates most")
+    deviation: float = Field(description="the larger one of `score_deviation` and `feature_deviation`")
+    is_different: bool = Field(description="whether `deviation` is above `limit`")
+    score_deviation: float = Field(
+        description="how far `score` is above the median of all groups, in their standard deviations"
+    )
+    feature_deviation: float | None = Field(
+        description="how far the features are from the median features of all groups, beyond the usual distance of a "
+        "group, in standard deviations of these distances; null unless `scaled_by_group`"
+    )
+    score: float = Field(
+        description="adjusted score of the newest row: the logarithm of its score, in usual deviations from what is "
+        "usual for the group and the time"
+    )
+    p_value: float = Field(description="p-value of the newest row when it was judged, by the calibration of its group")
+    has_baseline: bool = Field(
+        description="whether the group has a baseline of its own; if false, its rows are compared with what is usual "
+        "for all groups together"
+    )
+    features: list[PeerFeatureReport] = Field(description="the features that differ most")
+
+
+class PeersAnswer(ModelAnswer):
+    """How groups differ from their peers at one moment."""
+
+    time: float = Field(description="time of the newest of the compared rows, as Unix time in seconds")
+    compared: int = Field(description="number of groups whose newest rows are compared")
+    others: int = Field(description="number of remembered groups whose newest row is of another time")
+    limit: float = Field(
+        description="if no group differs, the largest deviation is above this number at no more than about 5 % of the "
+        "moments, provided that scores and distances of features are about normally distributed"
+    )
+    scaled_by_group: bool = Field(description="whether the model was trained with `--scale-by-group`")
+    groups: list[PeerReport] = Field(description="at most `n` groups, those that deviate most first")
 
 
 class Health(BaseModel):

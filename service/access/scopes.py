@@ -10,7 +10,7 @@ class Scope(StrEnum):
 
     INFER = "infer"  # run models, and read what is known about them
     WRITE = "write"  # change what the server remembers: send feedback, and rows that can raise alerts and drift alarms
-    METRICS = "metrics"  # read the metrics
+    METRICS = "metrics"  # read the metrics, and how groups differ from their peers
     ADMIN = "admin"  # everything, and also rows of the training data
 
 
@@ -35,6 +35,7 @@ ROUTES: dict[str, Scope | None] = {
     "/models/{reference}": Scope.INFER,
     "/models/{reference}/calibration": Scope.INFER,
     "/models/{reference}/card": Scope.INFER,
+    "/models/{reference}/peers": Scope.METRICS,  # names of groups, and values of their newest rows
     "/models/{reference}/held-out": Scope.ADMIN,  # rows of the training data
     "/metrics": Scope.METRICS,
     # Orchestrators probe without a key.

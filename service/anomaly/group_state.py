@@ -58,6 +58,7 @@ LOCKS_AT = 2**40  # the first byte that is locked; no file is so long
 DIRECTORY = STRIPES  # the lock that is held while names change
 OPEN_SECONDS = 10.0  # maximum time to wait for the lock when the file is opened
 FIRST_PAUSE, LAST_PAUSE = 0.0005, 0.01  # seconds between two tries to lock what another process has locked
+UNLOCKED_READS = 10  # tries to read a record without a lock, which fail while the record is committed twice
 PART_NAMES = 64  # number of new names that are stored in one pass of the event loop
 NO_SUCH_CALL = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
@@ -195,6 +196,41 @@ class GroupFile:
             tags.update(entries["tag"][entries["change"] > 0].tolist())
         return tags
 
+    def contents(self) -> Iterator[tuple[str, bytes]]:
+        """Yield the name and the payload of each group. It may be called in a thread.
+
+        It reads without locks, from the file as it is on the disk. A group that is committed meanwhile is yielded as it
+        was before or after the commit. A damaged record is skipped.
+
+        Raises:
+            NotReady: the file cannot be read.
+        """
+        try:
+            with self.path.open("rb", buffering=0) as file:  # another process may close or replace its own file
+                fd = file.fileno()
+                if os.pread(fd, len(self._header), 0) != self._header:
+                    return
+                for chunk in range(self._chunks_of(fd)):
+                    first = chunk * self._chunk_slots
+                    for place in np.flatnonzero(self._entries_of(fd, chunk)["change"]).tolist():
+                        found = self._read_unlocked(fd, first + place)
+                        if found is not None:
+                            yield found
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _read_unlocked(self, fd: int, slot: int) -> tuple[str, bytes] | None:
+        """Return the name and the payload in a slot; None if it is damaged, or changes all the time."""
+        for _ in range(UNLOCKED_READS):
+            sequence = self._read_entry(slot, fd)
+            if sequence is not None:
+                head, payload = _parse_copy(os.pread(fd, self._copy_bytes, self._copy_at(slot, sequence & 1)))
+                if head is not None and head.sequence == sequence:
+                    return head.name, payload
+        return None
+
     @property
     def is_idle(self) -> bool:
         """Whether no transaction of this process is open."""
@@ -276,14 +312,22 @@ class GroupFile:
 
     @property
     def _chunks(self) -> int:
-        return max(0, os.fstat(self._fd).st_size - HEADER_BYTES) // self._chunk_bytes
+        return self._chunks_of(self._fd)
+
+    def _chunks_of(self, fd: int) -> int:
+        return max(0, os.fstat(fd).st_size - HEADER_BYTES) // self._chunk_bytes
 
     def _entries(self) -> Iterator[npt.NDArray[np.void]]:
         """Yield the entries of each chunk, [slots per chunk]."""
         for chunk in range(self._chunks):
-            content = os.pread(self._fd, self._chunk_slots * ENTRY.size, HEADER_BYTES + chunk * self._chunk_bytes)
-            if len(content) == self._chunk_slots * ENTRY.size:
-                yield np.frombuffer(content, ENTRY_TYPE)
+            entries = self._entries_of(self._fd, chunk)
+            if len(entries):
+                yield entries
+
+    def _entries_of(self, fd: int, chunk: int) -> npt.NDArray[np.void]:
+        """Return the entries of a chunk, [slots per chunk]; no entries if the file ends before."""
+        content = os.pread(fd, self._chunk_slots * ENTRY.size, HEADER_BYTES + chunk * self._chunk_bytes)
+        return np.frombuffer(content if len(content) == self._chunk_slots * ENTRY.size else b"", ENTRY_TYPE)
 
     def _read_names(self) -> None:
         """Bring the index up to date. The directory must be locked."""
@@ -341,9 +385,9 @@ class GroupFile:
         start = HEADER_BYTES + chunk * self._chunk_bytes + self._chunk_slots * ENTRY.size
         return start + (2 * place + copy) * self._copy_bytes
 
-    def _read_entry(self, slot: int) -> int | None:
-        """Return the sequence number of the current copy; None if the entry is damaged."""
-        content = os.pread(self._fd, ENTRY.size, self._entry_at(slot))
+    def _read_entry(self, slot: int, fd: int | None = None) -> int | None:
+        """Return the sequence number of the current copy; None if the entry is damaged. `fd`: another open file."""
+        content = os.pread(self._fd if fd is None else fd, ENTRY.size, self._entry_at(slot))
         if len(content) < ENTRY.size:
             return None
         _, sequence, _, _, checksum = ENTRY.unpack(content)
@@ -351,14 +395,8 @@ class GroupFile:
 
     def _read_copy(self, slot: int, copy: int, name: str) -> "tuple[int, bytes] | None":
         """Return the sequence number and the payload of a copy; None if it is damaged, or of another group."""
-        content = os.pread(self._fd, self._copy_bytes, self._copy_at(slot, copy))
-        head = _read_head(content)
-        if head is None or head.name != name:
-            return None
-        payload = content[COPY_HEAD : COPY_HEAD + head.payload_bytes]
-        if len(payload) < head.payload_bytes or zlib.crc32(payload) != head.checksum:
-            return None
-        return head.sequence, payload
+        head, payload = _parse_copy(os.pread(self._fd, self._copy_bytes, self._copy_at(slot, copy)))
+        return None if head is None or head.name != name else (head.sequence, payload)
 
     def stamp(self, name: str) -> "Stamp | None":
         """Return the stamp of the record of a group; None if it is new or damaged.
@@ -644,6 +682,17 @@ def _read_head(content: bytes) -> _Head | None:
     return _Head(
         checksum, payload_bytes, sequence, content[CRC.size + COPY.size : end].decode("utf-8", "surrogatepass")
     )
+
+
+def _parse_copy(content: bytes) -> tuple[_Head | None, bytes]:
+    """Return the head and the payload of a copy; None and no bytes if it is damaged or was never written."""
+    head = _read_head(content)
+    if head is None:
+        return None, b""
+    payload = content[COPY_HEAD : COPY_HEAD + head.payload_bytes]
+    if len(payload) < head.payload_bytes or zlib.crc32(payload) != head.checksum:
+        return None, b""
+    return head, payload
 
 
 def layout_of(payload_bytes: int) -> str:

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from models.baseline import Baseline
 from models.feature_baseline import FeatureBaseline
-from service.anomaly.online_calibration import MAX_BYTES, CorruptRecordError, OnlineCalibration, State
+from service.anomaly.online_calibration import MAX_BYTES, MAX_FLOAT32, CorruptRecordError, OnlineCalibration, State
 from service.codec.long_work import pause_if_due
 
 Array = npt.NDArray[np.float32]
@@ -39,7 +39,8 @@ GAP_SHARE = 3  # a step of more than a window's rows / GAP_SHARE usual steps is 
 RESTART_ROWS = 100
 STATES: tuple[State, ...] = ("usual", "incident", "changed")
 _HEAD = struct.Struct("<HBH")  # rows, steps, late rows in a row
-_LENGTH = struct.Struct("<I")
+_LENGTHS = struct.Struct("<II")  # bytes of the history, bytes of the newest row
+_NEWEST = struct.Struct("<ddff")  # time, step, adjusted score, p-value; then the values and the contributions
 
 
 class Outcome(IntEnum):
@@ -93,7 +94,7 @@ class Rules:
     @property
     def payload_bytes(self) -> int:
         """The largest size of what is stored about a group, in bytes."""
-        return _LENGTH.size + self.history_bytes + MAX_BYTES
+        return _LENGTHS.size + self.history_bytes + _NEWEST.size + 8 * self.width + MAX_BYTES
 
 
 class History:
@@ -238,29 +239,74 @@ class StartSet(NamedTuple):
     is_own: bool
 
 
+class NewestRow(NamedTuple):
+    """The newest judged row of a group, by which the group is compared with its peers.
+
+    Args:
+        time: its time in seconds.
+        step: the seconds since the judged row before it; NaN if this is unknown.
+        score: its adjusted score.
+        p_value: its p-value when it was judged.
+        values: its values as the model saw them, in the units of the pool if rows are scaled by group, [D]; NaN for a
+            missing value.
+        contribution: the contributions of its features to its score, [D].
+    """
+
+    time: float
+    step: float
+    score: float
+    p_value: float
+    values: Array
+    contribution: Array
+
+    def dump(self) -> bytes:
+        """Return the row as bytes."""
+        head = _NEWEST.pack(self.time, self.step, self.score, self.p_value)
+        values, contribution = (array.astype("<f4", copy=False).tobytes() for array in (self.values, self.contribution))
+        return b"".join((head, values, contribution))
+
+
+def read_newest(rules: Rules, payload: bytes) -> NewestRow | None:
+    """Return the newest judged row of the group that `Group.dump` has written; None if it has none."""
+    try:
+        start, length = _LENGTHS.unpack_from(payload)
+        newest = payload[_LENGTHS.size + start : _LENGTHS.size + start + length]
+        time, step, score, p_value = _NEWEST.unpack_from(newest)
+        values, contribution = np.frombuffer(newest, "<f4", 2 * rules.width, _NEWEST.size).reshape(2, -1)
+    except (ValueError, struct.error):
+        return None
+    return NewestRow(time, step, score, p_value, values, contribution)
+
+
 class Group:
-    """What the service knows of one group: its history and, if it has one, its online calibration.
+    """What the service knows of one group: its history, its newest row and, if it has one, its online calibration.
 
     Args:
         rules: how rows are joined.
         payload: what `dump` has returned; no bytes for a new group. A payload that is not valid counts as none.
         start: the start set of the online calibration; None if the model has no online calibration.
+
+    Attributes:
+        newest: the newest judged row, as `NewestRow.dump` returns it; no bytes if no row with a time was judged.
     """
 
     def __init__(self, rules: Rules, payload: bytes, start: StartSet | None) -> None:
         self.calibration: OnlineCalibration | None = None
         self._unused = b""  # the stored calibration, if the rows of this request do not use it
         self._has_own_start = start is not None and start.is_own
+        self.newest = b""
         try:
-            (length,) = _LENGTH.unpack_from(payload) if payload else (0,)
-            rest = payload[_LENGTH.size + length :]
-            self.history = History(rules, payload[_LENGTH.size : _LENGTH.size + length])
+            history_bytes, newest_bytes = _LENGTHS.unpack_from(payload) if payload else (0, 0)
+            newest_at = _LENGTHS.size + history_bytes
+            rest = payload[newest_at + newest_bytes :]
+            self.history = History(rules, payload[_LENGTHS.size : newest_at])
+            self.newest = payload[newest_at : newest_at + newest_bytes]
             if start is None:
                 self._unused = rest
             elif rest:
                 self.calibration = OnlineCalibration.load(rest)
         except (ValueError, struct.error, CorruptRecordError):
-            self.history = History(rules)
+            self.history, self.newest = History(rules), b""
         if start is not None and self.calibration is None:
             self.calibration = OnlineCalibration(start.scores, rules.rows, incident_rows=rules.incident_rows)
 
@@ -268,7 +314,7 @@ class Group:
         """Return the group as bytes. `pool`: see `History.dump`."""
         history = self.history.dump(pool)
         calibration = self._unused if self.calibration is None else self.calibration.dump()
-        return b"".join((_LENGTH.pack(len(history)), history, calibration))
+        return b"".join((_LENGTHS.pack(len(history), len(self.newest)), history, self.newest, calibration))
 
     def dump_unchanged(self) -> bytes:
         """Return the group as bytes. No row may have been joined to its history."""
@@ -459,6 +505,7 @@ class Judgements:
     """The verdicts of the online calibrations on G rows, and what has happened to the groups meanwhile.
 
     Args:
+        score: the adjusted scores, [G].
         p_value: [G].
         severity: [G].
         more_severities: the severities at further alphas, each [G].
@@ -466,8 +513,11 @@ class Judgements:
         has_own_calibration: whether most of the scores that each row was compared with are of its group, [G].
         incidents: the groups whose incidents began, each as often as one began.
         changes: the groups whose incidents became changes.
+        newest: for each group, the newest row that its calibration has counted, and the one before it in the request;
+            None for no row.
     """
 
+    score: Array
     p_value: Array
     severity: Array
     more_severities: list[Array]
@@ -475,6 +525,7 @@ class Judgements:
     has_own_calibration: list[bool]
     incidents: list[str]
     changes: list[str]
+    newest: dict[str, tuple[int, int | None]]
 
 
 def judge(
@@ -511,7 +562,9 @@ def judge(
     own = [False] * count
     incidents: list[str] = []
     changes: list[str] = []
-    scores, is_usable = adjust(joined, rules, score, time).tolist(), usable.tolist()
+    newest: dict[str, tuple[int, int | None]] = {}
+    adjusted = adjust(joined, rules, score, time)
+    scores, is_usable = adjusted.tolist(), usable.tolist()
     times = None if time is None else time.tolist()
     is_silenced = [False] * count if silenced is None else silenced.tolist()
     for name, rows in joined.order.items():
@@ -527,6 +580,7 @@ def judge(
                     of_alpha[row] = severity_at
                 is_counted = joined.outcomes[row] == Outcome.NEW and not is_silenced[row]
                 if is_counted and joined.window_rows[row] >= rules.least_rows:
+                    newest[name] = row, newest.get(name, (None,))[0]
                     before = calibration.incidents, calibration.changes
                     calibration.step(scores[row], math.nan if times is None else times[row])
                     if calibration.incidents != before[0]:
@@ -536,7 +590,42 @@ def judge(
             states[row] = calibration.state
     p_value, severity = np.array(p_values, np.float32), np.array(severities, np.float32)
     more = [np.array(of_alpha, np.float32) for of_alpha in more_severities]
-    return Judgements(p_value, severity, more, states, own, incidents, changes)
+    return Judgements(adjusted, p_value, severity, more, states, own, incidents, changes, newest)
+
+
+def remember_newest(
+    joined: JoinedRows,
+    judgements: Judgements,
+    contribution: Array,
+    time: npt.NDArray[np.float64] | None,
+    missing: npt.NDArray[np.bool_] | None,
+) -> None:
+    """Let each group remember the newest of its rows that its calibration has counted, if this row has a time.
+
+    Args:
+        joined: the rows and their groups, which are changed.
+        judgements: the verdicts on the rows.
+        contribution: contributions of the features to the scores, [G, D].
+        time: [G] in seconds, NaN for rows without a time; None if no row has a time.
+        missing: which values of the rows are replacements of missing ones, [G, D]; None: none.
+    """
+    if time is None:
+        return
+    for name, (row, row_before) in judgements.newest.items():
+        at, group = float(time[row]), joined.groups[name]
+        if at != at:
+            continue
+        pause_if_due()
+        if row_before is not None:
+            before = float(time[row_before])
+        else:
+            before = _NEWEST.unpack_from(group.newest)[0] if group.newest else math.nan
+        values = joined.pool[row]
+        if missing is not None:
+            values = np.where(missing[row], np.float32(np.nan), values)
+        score = float(np.clip(judgements.score[row], -MAX_FLOAT32, MAX_FLOAT32))
+        p_value = float(judgements.p_value[row])
+        group.newest = NewestRow(at, at - before, score, p_value, values, contribution[row]).dump()
 
 
 def adjust(joined: JoinedRows, rules: Rules, score: Array, time: npt.NDArray[np.float64] | None) -> Array:

@@ -20,7 +20,7 @@ from service.anomaly.group_memory import ModelMemory
 from service.anomaly.group_state import Record, Transaction
 from service.anomaly.inputs import InputRows
 from service.anomaly.onsets import Onsets
-from service.anomaly.streams import Group, JoinedRows, Judgements, Rules, join_rows, judge
+from service.anomaly.streams import Group, JoinedRows, Judgements, Rules, join_rows, judge, remember_newest
 from service.anomaly.verdicts import Past, Scores, Verdicts, decide
 from service.codec.long_work import pause_if_due
 from service.codec.row_windows import count_rows
@@ -190,6 +190,7 @@ def _decide(
             joined, rules, scores.score, scores.usable, input_rows.time, (scores.p_value, scores.severity), body.alpha,
             body.extrapolated, silenced=input_rows.silenced,
         )  # fmt: skip
+        remember_newest(joined, judgements, scores.contribution, input_rows.time, input_rows.parsed.missing)
         judged = scores.judged(judgements.p_value, judgements.severity)
     past = Past(joined.window_rows if rules.has_window else None, rules.rows)
     if course is not None:

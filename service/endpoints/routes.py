@@ -30,6 +30,7 @@ from service.endpoints.inference import (
 )
 from service.endpoints.information import InformationEndpoints
 from service.endpoints.latent_tools import EDIT, NEIGHBOURS, LatentEndpoints
+from service.endpoints.peers import PeersEndpoint
 from service.endpoints.pipeline import RequestSpec
 from service.endpoints.remote_write import RemoteWriteEndpoint
 from service.errors import PROBLEM_JSON
@@ -48,6 +49,8 @@ from service.schemas import (
     ModelDetail,
     ModelList,
     NeighboursAnswer,
+    PeersAnswer,
+    PeersQuery,
     Problem,
     ReconstructAnswer,
     SampleAnswer,
@@ -58,6 +61,7 @@ MODEL_ERRORS = (404, 406, 408, 413, 415, 422, 429, 500, 503, 504)
 SUPPORT_ERRORS = (*MODEL_ERRORS, 409)  # of endpoints that not every model supports
 WRITE_ERRORS = (408, 413, 415, 422, 500, 503)
 LOOKUP_ERRORS = (404, 503)
+PEERS_ERRORS = (*LOOKUP_ERRORS, 409, 422)
 KEY_ERRORS = (401, 403, 429)  # of routes that need an API key
 SECURITY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "an API key that `elbo key add` has made"},
@@ -103,6 +107,7 @@ class Endpoint:
         media_type: media type of a response without a schema.
         spec: the request that an endpoint accepts; None for an endpoint that does not run a model.
         reads: media types of the request body, for an endpoint whose request body has no schema.
+        query: schema of the options in the query of an endpoint without a body.
     """
 
     path: str
@@ -112,6 +117,7 @@ class Endpoint:
     media_type: str = JSON
     spec: RequestSpec[Any, Any] | None = None
     reads: tuple[str, ...] = ()
+    query: type[Body] | None = None
 
     @property
     def method(self) -> str:
@@ -138,6 +144,7 @@ def endpoints(service: ServiceContext, receiver: RemoteWriteEndpoint) -> list[En
         Endpoint("/api/v1/write", receiver.write, WRITE_ERRORS, reads=(remote_write.MEDIA_TYPE,)),
         Endpoint("/models", inform.models, response=ModelList),
         Endpoint(model, inform.model, LOOKUP_ERRORS, ModelDetail),
+        Endpoint(f"{model}/peers", PeersEndpoint(service).peers, PEERS_ERRORS, PeersAnswer, query=PeersQuery),
         Endpoint(f"{model}/held-out", inform.held_out, LOOKUP_ERRORS, HeldOut),
         Endpoint(f"{model}/calibration", inform.calibration, LOOKUP_ERRORS, CalibrationScores),
         Endpoint(f"{model}/card", inform.card, LOOKUP_ERRORS, media_type="text/markdown"),
@@ -264,7 +271,8 @@ def _parameters(endpoint: Endpoint) -> list[dict[str, Any]]:
         return [MODEL_PARAMETER, *_query_options(endpoint.spec.schema)]
     if endpoint.reads:
         return [COMPRESSION_HEADER]
-    return [REFERENCE_PARAMETER] if "{reference}" in endpoint.path else []
+    options = _query_options(endpoint.query) if endpoint.query else []
+    return [REFERENCE_PARAMETER, *options] if "{reference}" in endpoint.path else options
 
 
 def _query_options(schema: type[Body]) -> list[dict[str, Any]]:

@@ -345,3 +345,46 @@ def test_full_disk_refuses_new_groups_with_a_clear_error_and_keeps_the_others(tm
         asyncio.run(check())
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_contents_that_are_read_while_other_processes_commit_are_whole_and_go_forwards(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    file = open_file(path, max_groups=MAX_GROUPS, payload_bytes=PAYLOAD_BYTES)
+    highest = dict.fromkeys(NAMES, -1)
+    with writer(path) as first, writer(path) as second:
+        for process in (first, second):
+            assert process.stdout is not None
+            process.stdout.readline()
+        end = perf_counter() + 0.5
+        while perf_counter() < end or min(highest.values()) < 20:
+            assert perf_counter() < end + 30
+            for name, content in file.contents():
+                assert number_of(content) >= highest[name]  # number_of fails if the content is of two commits
+                highest[name] = number_of(content)
+
+
+@with_loop
+async def test_contents_are_those_of_all_processes_and_leave_out_damaged_groups(folder: Path) -> None:
+    first, second = open_file(folder / "f"), open_file(folder / "f")
+    await store(first, {"a": b"1", "": b"2", "\ud800": b"3"})
+    await store(second, {"z": b"4"})
+    await store(first, {"a": b"5"})
+    expected = {"a": b"5", "": b"2", "\ud800": b"3", "z": b"4"}
+    assert dict(first.contents()) == dict(second.contents()) == expected
+    for copy in (0, 1):
+        with (folder / "f").open("r+b") as damaged:
+            damaged.seek(first._copy_at(first._index["z"], copy) + 20)
+            damaged.write(b"\xff" * 8)
+    del expected["z"]
+    assert dict(second.contents()) == expected
+    (folder / "f").unlink()
+    assert dict(first.contents()) == {}
+
+
+@with_loop
+async def test_contents_of_a_file_with_another_identity_are_not_read(folder: Path) -> None:
+    first = open_file(folder / "f")
+    await store(first, {"a": b"1"})
+    other = open_file(folder / "f", identity="other")
+    assert dict(first.contents()) == dict(other.contents()) == {}

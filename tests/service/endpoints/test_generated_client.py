@@ -113,7 +113,7 @@ CALLS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 
 def test_every_operation_of_the_document_is_called(document: dict[str, Any]) -> None:
     operations = [operation for path in document["paths"].values() for operation in path.values()]
-    assert {operation["operationId"] for operation in operations} == {*CALLS, "write", "feedback", "backtest"}
+    assert {operation["operationId"] for operation in operations} == {*CALLS, "write", "feedback", "backtest", "peers"}
 
 
 @pytest.mark.parametrize("operation", CALLS)
@@ -133,6 +133,11 @@ def test_generated_client_sends_feedback_and_reads_why_it_is_refused(api: Any) -
     fields = {"verdict": "normal", "group_name": "a", "since": "2025-04-09T08:00:00Z", "until": 1.8e9}
     response = call(api, "models", "feedback", body=body("FeedbackBody", **fields), model="vae")
     assert (response.status_code, response.parsed.code) == (409, "no_online_calibration")  # trained without times
+
+
+def test_generated_client_asks_for_peers_and_reads_why_it_is_refused(api: Any) -> None:
+    response = call(api, "service", "peers", reference="vae", n=3, explain=1)
+    assert (response.status_code, response.parsed.code) == (409, "not_supported")  # trained without groups
 
 
 def test_generated_client_sends_a_history_and_reads_why_it_is_refused(api: Any) -> None:

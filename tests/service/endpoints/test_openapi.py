@@ -35,8 +35,8 @@ def content(document: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def test_document_lists_every_endpoint(document: dict[str, Any]) -> None:
-    exhibits = {f"/models/{{reference}}/{name}" for name in ("held-out", "calibration", "card")}
-    gets = exhibits | {"/models", "/models/{reference}", "/livez", "/readyz", "/metrics", "/", "/docs"}
+    of_model = {f"/models/{{reference}}/{name}" for name in ("held-out", "calibration", "card", "peers")}
+    gets = of_model | {"/models", "/models/{reference}", "/livez", "/readyz", "/metrics", "/", "/docs"}
     others = {"/api/v1/write", "/backtest", "/feedback", "/edit", "/neighbours"}
     assert set(document["paths"]) == {*POSTS, *gets, *others}
     assert set(document["paths"]["/api/v1/write"]) == {"post"}
