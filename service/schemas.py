@@ -292,6 +292,14 @@ class PeersQuery(Body):
     )
 
 
+class KnownIncident(Body):
+    """A period in which alarms are wanted."""
+
+    start: float | str = Field(description="its first moment: Unix time in s, ms, us or ns, or ISO 8601")
+    end: float | str = Field(description="its last moment, in the same forms")
+    group: str | None = Field(None, description="the group that it concerns; null or empty: all groups")
+
+
 class BacktestBody(Body):
     """The history to judge, and options that determine which rows are anomalous.
 
@@ -306,6 +314,11 @@ class BacktestBody(Body):
         max_length=8,
         description="false-alarm rates to compare; the details of the report are for the first. By default the alpha "
         "that keeps the budget of the model's policy, if it has one, 0.05, 0.01 and 0.001",
+    )
+    incidents: list[KnownIncident] | None = Field(
+        None,
+        max_length=1000,
+        description="known incidents: the report says which were found and after how long, and which alerts were false",
     )
     extrapolated: bool = Field(
         False,

@@ -2,6 +2,7 @@
 
 import json
 import re
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from time import sleep
@@ -334,6 +335,65 @@ def test_endpoint_reports_what_the_command_reports_and_remembers_nothing(
     labels = frozenset({("model", name), ("version", "1")})
     assert metrics["elbo_unobserved_rows_total", labels] == len(history()[0])
     assert ("elbo_scored_rows_total", labels) not in metrics
+
+
+@pytest.mark.parametrize("form", ["csv", "records"])
+def test_endpoint_reports_known_incidents_as_the_command_does(
+    root: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    labels = root / f"known-{form}.csv"
+    found, quiet = (START + 60 * 201, START + 60 * 240, "b"), (START, START + 300, "a")
+    labels.write_text(
+        "".join(f"{start},{end},{group}\n" for start, end, group in [("start", "end", "host"), found, quiet])
+    )
+    arguments = ["rows", str(root / "history.csv"), "--labels", str(labels), "--json", "--artifacts", str(root)]
+    status, out, _ = in_process(capsys, "backtest", *arguments)
+    assert status == 0
+    expected = json.loads(out)
+    incidents = [
+        {"start": found[0], "end": datetime.fromtimestamp(found[1], UTC).isoformat(), "group": "b"},
+        {"start": str(quiet[0]), "end": float(quiet[1]), "group": "a"},
+    ]
+    with running(create_app(settings_of(root))) as client:
+        if form == "csv":
+            content = (root / "history.csv").read_text()
+            response = backtest_csv(client, content, drawings=True, incidents=json.dumps(incidents))
+        else:
+            body = {"records": history()[1], "drawings": True, "incidents": incidents}
+            response = client.post("/backtest", json=body)
+    assert response.status_code == 200, response.text
+    report = response.json()["report"]
+    assert report["incidents"] == expected["incidents"]
+    assert report["incidents"][0]["delay_seconds"][0] is not None
+    assert report["incidents"][1]["delay_seconds"][-1] is None
+    assert report["alphas"] == expected["alphas"]
+    assert report["alphas"][0]["incidents_found"] >= 1
+    assert [alert["start"] for alert in report["worst_false_alerts"]] == [
+        alert["start"] for alert in expected["worst_false_alerts"]
+    ]
+    names = [group["group"] for group in report["groups"]]
+    drawn = dict(zip(names, response.json()["drawings"]["groups"], strict=True))
+    assert {name for name in names if "class='known'" in drawn[name]} == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("incidents", "message", "pointer"),
+    [
+        ([{"start": 1}], "incidents.0.end is missing", "/incidents/0/end"),
+        ([{"start": 1, "end": 2}, {"start": "soon", "end": 2}], "incidents/1/start should be", "/incidents/1/start"),
+        ([{"start": 2, "end": 1}], r"incidents/0 ends \(1.0\) before it starts \(2.0\)", "/incidents/0/end"),
+        ([{"start": 1, "end": 2, "hots": "a"}], "there is no field incidents.0.hots", "/incidents/0/hots"),
+        ([{"start": 1, "end": 2}] * 1001, "at most 1000 items", "/incidents"),
+    ],
+)
+def test_incidents_that_are_not_valid_are_refused_with_their_place(
+    root: Path, incidents: list[dict[str, Any]], message: str, pointer: str
+) -> None:
+    with running(create_app(settings_of(root))) as client:
+        response = client.post("/backtest", json={"records": history()[1], "incidents": incidents})
+    assert response.status_code == 422
+    assert re.search(message, response.json()["detail"])
+    assert response.json()["pointer"] == pointer
 
 
 @pytest.mark.parametrize(

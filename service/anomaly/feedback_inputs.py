@@ -45,7 +45,7 @@ def read_feedback(
     named = [name for name in GROUP_FIELDS if getattr(body, name) is not None]
     given = [name for name in ROW_FIELDS if getattr(body, name) is not None]
     if not given:
-        since, until = _time(body.since, "since", -math.inf), _time(body.until, "until", math.inf)
+        since, until = read_time(body.since, "since", -math.inf), read_time(body.until, "until", math.inf)
         if since > until:
             raise InvalidField(
                 f"since should not be after until, got {body.since} and {body.until}",
@@ -75,8 +75,8 @@ def read_feedback(
     return input_rows
 
 
-def _time(value: float | str | None, name: str, default: float) -> float:
-    """Return a time in Unix seconds. Raises InvalidField."""
+def read_time(value: float | str | None, name: str, default: float = math.nan) -> float:
+    """Return the time in the field `name` in Unix seconds; `default` if it is None. Raises InvalidField."""
     if value is None:
         return default
     seconds = to_unix_seconds(value)

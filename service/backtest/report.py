@@ -218,6 +218,7 @@ def _worst(replay: Replay, alerts: Sequence[Alert]) -> list[Alert]:
 
 def _find(replay: Replay, incident: Incident, inside: npt.NDArray[np.bool_]) -> IncidentSummary:
     """Return whether an incident was found, and mark its rows in `inside`."""
+    pause_if_due()
     history = replay.history
     rows = (history.time >= incident.start) & (history.time <= incident.end)
     if incident.group is not None:

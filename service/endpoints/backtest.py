@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from service.anomaly.feedback_inputs import read_time
 from service.anomaly.inputs import RECORD_READERS, InputRows, parse_input_rows, with_timeline_keys
 from service.anomaly.verdicts import parsing_errors
 from service.backtest.history import History, sort_history
+from service.backtest.incidents import Incident
 from service.backtest.page import draw
 from service.backtest.replay import DEFAULT_ALPHAS, Options, Replayer
 from service.backtest.report import make_report
@@ -29,7 +31,8 @@ from service.schemas import AnomalyBody, BacktestBody
 
 MAX_ERRORS = 20  # rows that cannot be judged and are listed
 REPORTED_ROW = 20_000  # estimated time to report one row, in nanoseconds
-OWN_FIELDS = ("alphas", "drawings")  # fields that /anomaly does not have
+INCIDENTS_PER_ROW = 1000  # finding the rows of so many incidents takes as long as reporting the rows
+OWN_FIELDS = ("alphas", "drawings", "incidents")  # fields that /anomaly does not have
 
 ParsedBacktest = ParsedRequest[BacktestBody, InputRows]
 
@@ -47,15 +50,16 @@ class BacktestEndpoint:
     async def backtest(self, request: RequestContext) -> HttpResponse:
         """Rehearse alerts: judge a history in order of time, and return the alerts that it would have raised."""
         parsed = await parse_request(self._service, request, BACKTEST)
+        incidents = _read_incidents(parsed.body)
         rows = parsed.inputs.rows_received
         if rows > self._service.admission.max_small_rows:
             await take_turn(parsed, rows)
-        content = await run_while_connected(parsed, self._replay(parsed))
+        content = await run_while_connected(parsed, self._replay(parsed, incidents))
         parsed.record.rows = rows
         self._service.metrics.anomalies.count_unobserved(parsed.served, parsed.inputs)
         return HttpResponse(content, JSON.encode(), parsed.served.headers)
 
-    async def _replay(self, parsed: ParsedBacktest) -> bytes | memoryview:
+    async def _replay(self, parsed: ParsedBacktest, incidents: list[Incident] | None) -> bytes | memoryview:
         """Return the response: the report of the rows, with drawings if the request wants them."""
         service, served, inputs = self._service, parsed.served, parsed.inputs
         count, width = inputs.rows_received, served.row_schema.width
@@ -82,7 +86,8 @@ class BacktestEndpoint:
                     f"the request timed out after {part.stop:,} rows of its history",
                     hint="send fewer rows, allow more time, or use the command elbo backtest",
                 )
-        return await run_in_thread_if_long(partial(_answer, parsed, replayer), REPORTED_ROW * count)
+        cost = REPORTED_ROW * count * (1 + len(incidents or ()) / INCIDENTS_PER_ROW)
+        return await run_in_thread_if_long(partial(_answer, parsed, replayer, incidents), cost)
 
 
 def _options(service: ServiceContext, served: ServedModel, body: BacktestBody) -> Options:
@@ -96,6 +101,25 @@ def _options(service: ServiceContext, served: ServedModel, body: BacktestBody) -
         calm_seconds=settings.alert_calm_seconds,
         incident_seconds=settings.alert_max_age_seconds,
     )
+
+
+def _read_incidents(body: BacktestBody) -> list[Incident] | None:
+    """Return the known incidents in a request; None if it names none. Raises InvalidField."""
+    if body.incidents is None:
+        return None
+    found = []
+    for index, incident in enumerate(body.incidents):
+        name = f"incidents/{index}"
+        start, end = read_time(incident.start, f"{name}/start"), read_time(incident.end, f"{name}/end")
+        if end < start:
+            raise InvalidField(
+                f"{name} ends ({incident.end}) before it starts ({incident.start})",
+                pointer=f"/{name}/end",
+                expected="a time that is not before start",
+                got=str(incident.end),
+            )
+        found.append(Incident(start, end, incident.group or None))
+    return found
 
 
 def _history(served: ServedModel, inputs: InputRows, body: BacktestBody) -> History:
@@ -122,11 +146,11 @@ def _has_time(inputs: InputRows) -> npt.NDArray[np.bool_]:
     return np.zeros(len(inputs.parsed.rows), bool) if inputs.time is None else np.isfinite(inputs.time)
 
 
-def _answer(parsed: ParsedBacktest, replayer: Replayer) -> bytes | memoryview:
+def _answer(parsed: ParsedBacktest, replayer: Replayer, incidents: list[Incident] | None) -> bytes | memoryview:
     inputs, served, replay = parsed.inputs, parsed.served, replayer.finish()
     faulty = inputs.rows_received - len(replay.history)
-    report = make_report(replay, None, f"{served.name}@{served.version}", "request", faulty)
-    drawings = draw(report, replay, [])._asdict() if parsed.body.drawings else None
+    report = make_report(replay, incidents, f"{served.name}@{served.version}", "request", faulty)
+    drawings = draw(report, replay, incidents or [])._asdict() if parsed.body.drawings else None
     errors: list[dict[str, Any]] = parsing_errors(inputs.parsed)[:MAX_ERRORS]
     errors += [
         {"row": inputs.parsed.rows[place], "detail": "the row has no time", "pointer": None}

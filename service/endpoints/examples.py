@@ -143,6 +143,7 @@ EXAMPLES: dict[type[Body], dict[str, dict[str, Any]]] = {
                     for i in range(3) for host, digit in (("a", ZERO), ("b", ONE))
                 ],
                 "alphas": [0.05, 0.01],
+                "incidents": [{"start": 1.7e9 + 60, "end": 1.7e9 + 120, "group": "b"}],
             },
         },
     },

@@ -1,9 +1,9 @@
 """Validate the fields in the body and the query of a request against a schema."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
@@ -91,8 +91,17 @@ def _invalid_field(fault: FieldFault, schema: type[Body]) -> InvalidField:
 def _field_names(schema: type[Body], path: Sequence[str]) -> list[str]:
     """Return the fields of the object at `path` in `schema`."""
     for part in path:
-        schema = schema.model_fields[part].annotation  # type: ignore[assignment] # only a Body has fields inside it
+        if part in schema.model_fields:  # otherwise, it is the index of an object in a list
+            schema = next(_bodies(schema.model_fields[part].annotation))
     return list(schema.model_fields)
+
+
+def _bodies(annotation: Any) -> Iterator[type[Body]]:
+    """Yield the schemas of objects in a type, such as that of the objects in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, Body):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _bodies(part)
 
 
 def _hint(name: str, known: list[str]) -> str | None:

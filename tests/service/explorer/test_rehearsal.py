@@ -18,6 +18,7 @@ from training.train import train
 
 START = 1_767_225_600  # 2026-01-01
 INCIDENT = range(200, 230)  # minutes of host b
+KNOWN = "start,end,host\n2026-01-01T03:20:00Z,2026-01-01T03:29:00Z,b\n2026-01-01 00:10:00,2026-01-01 00:11:00,a\n"
 
 
 def metrics_csv(rows: int, start: int, seed: int, incident: range = range(0)) -> str:
@@ -78,6 +79,16 @@ def test_dropped_history_shows_the_alerts_of_each_group_and_errors_say_what_to_d
         assert "around the alert" in (worst.get_by_role("img").get_attribute("aria-label") or "")
         colour = "element => getComputedStyle(element).fill"
         assert worst.locator("rect.alert").evaluate(colour) not in ("rgb(0, 0, 0)", "none")
+        expect(card.get_by_role("heading", name="Worst alerts")).to_be_visible()
+        drop(page, "incidents.csv", KNOWN)
+        incidents = card.get_by_role("region", name="known incidents").locator("tbody tr")
+        expect(incidents).to_have_count(2)
+        expect(incidents.nth(0)).to_have_text(re.compile(r"2026-01-01 03:20:00 ?2026-01-01 03:29:00 ?b ?\d"))
+        expect(incidents.nth(1)).to_contain_text(re.compile(r"2026-01-01 00:10:00.*a.*not found"))
+        head = card.get_by_role("region", name="alerts by α").locator("thead")
+        expect(head).to_contain_text("incidents found")
+        expect(card.get_by_role("heading", name="Worst")).to_have_count(0)  # its only alert is not false
+        assert card.get_by_role("img", name="severity over time").first.locator("rect.known").count() == 1
         page.screenshot(path=tmp_path / "rehearsal.png", full_page=True)
         assert explorer.errors == []
         for name, content, message in (

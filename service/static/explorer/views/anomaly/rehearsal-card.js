@@ -3,18 +3,21 @@
 import { rehearse } from "../../lib/api.js";
 import { UserError } from "../../lib/errors.js";
 import { number } from "../../lib/format.js";
+import { listsIncidents, parseIncidents } from "../../lib/incidents.js";
 import { LatestTask } from "../../lib/tasks.js";
 import { card, field } from "../../ui/controls.js";
 import { h, scrollable, tableHead } from "../../ui/dom.js";
 import { AsyncPanel, errorMessage } from "../../ui/messages.js";
 
 const TYPES = { csv: "text/csv", ndjson: "application/x-ndjson", jsonl: "application/x-ndjson" };
+const HEADER_BYTES = 10_000; // of a CSV file, read to tell a list of incidents from a history
 const TOO_LARGE = ["too_many_rows", "body_too_large"];
 
 export class RehearsalCard {
   constructor({ model }) {
     this.model = model;
     this.file = null;
+    this.known = null; // the file of known incidents
     this.task = new LatestTask();
     this.results = new AsyncPanel();
     this.element = card("Rehearse alerts", this.introduction(), this.controls(), this.results.element);
@@ -25,7 +28,8 @@ export class RehearsalCard {
   introduction() {
     const text =
       "Drop a file of rows with times here: the server judges them in order of time, as if each arrived at its time, " +
-      "and says which alerts it would have sent. Nothing is remembered.";
+      "and says which alerts it would have sent. Nothing is remembered. With a file of known incidents, it also says " +
+      "which of them were found, and which alerts were false.";
     return h("p", { class: "muted" }, text);
   }
 
@@ -34,7 +38,13 @@ export class RehearsalCard {
       type: "file",
       accept: ".csv,.ndjson,.jsonl",
       "aria-label": "file of the history",
-      onchange: () => this.replay(input.files[0]),
+      onchange: () => this.accept(input.files),
+    });
+    const incidents = h("input", {
+      type: "file",
+      accept: ".csv",
+      "aria-label": "file of the known incidents",
+      onchange: () => this.setKnown(incidents.files[0] ?? null),
     });
     this.time = this.columnInput();
     this.group = this.columnInput();
@@ -42,6 +52,7 @@ export class RehearsalCard {
       "div",
       { class: "controls" },
       field("History (CSV or NDJSON)", input),
+      field("Known incidents (CSV: start, end, group)", incidents),
       field("Column of times", this.time),
       field("Column of groups", this.group),
     );
@@ -49,7 +60,7 @@ export class RehearsalCard {
 
   /** An input for the name of a column. If it is empty, the server takes the column of the training data. */
   columnInput() {
-    const onchange = () => this.file && this.replay(this.file);
+    const onchange = () => this.replay();
     return h("input", { type: "text", placeholder: "as in training", spellcheck: "false", onchange });
   }
 
@@ -63,12 +74,31 @@ export class RehearsalCard {
     this.element.addEventListener("drop", (event) => {
       event.preventDefault();
       mark(false);
-      if (event.dataTransfer.files.length) this.replay(event.dataTransfer.files[0]);
+      this.accept(event.dataTransfer.files);
     });
   }
 
-  replay(file) {
-    this.file = file;
+  /** Replay with these files: a history, a list of incidents, or both. The header of a CSV file says which it is. */
+  async accept(files) {
+    for (const file of files) {
+      const isKnown = /\.csv$/i.test(file.name) && listsIncidents(await file.slice(0, HEADER_BYTES).text());
+      if (isKnown) this.known = file;
+      else this.file = file;
+    }
+    this.replay();
+  }
+
+  setKnown(file) {
+    this.known = file;
+    this.replay();
+  }
+
+  replay() {
+    const { file, known } = this;
+    if (!file) {
+      if (known) this.results.show(h("p", { role: "status" }, `Known incidents: ${known.name}. Now drop a history.`));
+      return;
+    }
     const type = TYPES[file.name.split(".").pop().toLowerCase()];
     if (!type) {
       this.task.stop();
@@ -79,7 +109,8 @@ export class RehearsalCard {
     this.results.load(() =>
       this.task.run(async (signal) => {
         try {
-          return show(await rehearse(this.model, file, type, options, signal), file.name);
+          const incidents = known && JSON.stringify(parseIncidents(await known.text(), options.group));
+          return show(await rehearse(this.model, file, type, { ...options, incidents }, signal), file.name);
         } catch (error) {
           if (!TOO_LARGE.includes(error.code)) throw error;
           const hint = `For a larger history, use the command elbo backtest ${this.model.name} ${file.name}.`;
@@ -97,6 +128,7 @@ export class RehearsalCard {
 function show({ report, drawings, errors }, name) {
   const [first] = report.alphas;
   const isMany = report.groups.length > 1;
+  const isKnown = first.incidents_found !== null;
   const groups = isMany ? ` of ${report.groups.length} groups` : "";
   const faulty = errors.length
     ? ` ${report.faulty_rows} rows cannot be judged; row ${errors[0].row}: ${errors[0].detail}.`
@@ -108,15 +140,16 @@ function show({ report, drawings, errors }, name) {
     h("p", { class: "muted" }, rulesText(report.rules)),
     alphaTable(report.alphas),
     isMany ? groupTable(report) : null,
+    isKnown ? incidentTable(report) : null,
     h("h4", {}, "Severities"),
     h(
       "p",
       { class: "muted" },
-      `A row above the dashed line is anomalous at α ${number(first.alpha)}. Red marks are alerts. ` +
-        "The scale is logarithmic.",
+      `A row above the dashed line is anomalous at α ${number(first.alpha)}. Red marks are alerts` +
+        `${isKnown ? ", shaded bands known incidents" : ""}. The scale is logarithmic.`,
     ),
     drawings.groups.map((text, i) => figure(`${report.groups[i].group || name}: ${alertText(report.groups[i])}`, text)),
-    report.worst_false_alerts.length ? h("h4", {}, "Worst alerts") : null,
+    report.worst_false_alerts.length ? h("h4", {}, isKnown ? "Worst false alerts" : "Worst alerts") : null,
     report.worst_false_alerts.map((alert, i) => figure(causesText(alert), drawings.alerts[i])),
   ].flat();
 }
@@ -127,9 +160,44 @@ function alphaTable(alphas) {
     `${at.anomalous_rows} (${number(100 * at.anomalous_share)} %)`,
     at.alerts,
     number(at.alerts_per_day),
+    ...(at.incidents_found === null ? [] : knownCells(at)),
   ]);
-  return table("alerts by α", ["α", "anomalous rows", "alerts", "a day and group"], rows);
+  const head = ["α", "anomalous rows", "alerts", "a day and group"];
+  const known = alphas[0].incidents_found === null ? [] : KNOWN_HEAD;
+  return table("alerts by α", [...head, ...known], rows);
 }
+
+const KNOWN_HEAD = ["false alerts", "false-alarm rate", "incidents found", "median delay"];
+
+const knownCells = ({
+  false_alerts: alerts,
+  false_rate: rate,
+  incidents_found: found,
+  median_delay_seconds: delay,
+}) => [alerts, `${number(100 * rate)} %`, found, delay === null ? "" : duration(delay)];
+
+/** Each known incident, and how long after its start it was found at each α. */
+function incidentTable({ incidents, alphas }) {
+  const rows = incidents.map(({ start, end, group, rows: count, delay_seconds: delays }) => [
+    moment(start),
+    moment(end),
+    group ?? "(all groups)",
+    ...delays.map((delay) => (count === 0 ? "no rows" : delay === null ? "not found" : duration(delay))),
+  ]);
+  return table("known incidents", ["start", "end", "group", ...alphas.map(({ alpha }) => `α ${number(alpha)}`)], rows);
+}
+
+/** A duration in the largest unit that gives at least one: `2.5 h`. */
+function duration(seconds) {
+  const [unit, length] = UNITS.find(([, length]) => seconds >= length) ?? ["s", 1];
+  return `${number(seconds / length)} ${unit}`;
+}
+
+const UNITS = [
+  ["d", 86_400],
+  ["h", 3600],
+  ["min", 60],
+];
 
 function groupTable({ groups }) {
   const rows = groups.map((group) => [
