@@ -312,6 +312,7 @@ def train(
         label=config.label,
         time=config.time,
         group=config.group,
+        condition=config.condition,
     )
     rules = _policy(policy, table.names, table.units)
     try:
@@ -344,7 +345,7 @@ def _train_config(arguments: dict[str, Any]) -> "TrainConfig":
     from training.config import TrainConfig
 
     options = {key: value for key, value in arguments.items() if value is not None}
-    for key in {"hidden", "dense", "drop", "keep", "label", "season"} & options.keys():
+    for key in {"hidden", "dense", "drop", "keep", "label", "season", "condition"} & options.keys():
         text = options[key]
         options[key] = [] if text == "none" else next(csv.reader([text], skipinitialspace=True), [])
     if "size" in options:

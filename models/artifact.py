@@ -111,6 +111,8 @@ class Artifact:
     If the manifest has a window, x is [B, N, D] instead of [B, D], and `module` also has WINDOW_METHODS: see
     `models.windowed.Windowed`.
 
+    If the manifest has conditions, x is [B, D + C] and z is [B, K + C]: see `models.conditional`.
+
     `load` does not verify the twin. Before you use the twin, compare its outputs with the golden answers
     (`find_discrepancy`).
     """
@@ -428,9 +430,10 @@ def compute_outputs(module: Any, x: Tensor, noise: Tensor, choice: Tensor) -> di
         score, parts, contribution, expected = module.score(x)
         # Artifacts of earlier releases lack log_weight.
         log_weight = {"log_weight": module.log_weight(x, noise)} if hasattr(module, "log_weight") else {}
+        decoded = module.decode(mean)  # [B, D]
         # Artifacts of earlier releases also lack observe. The noise of a row repeats the noise of its latents.
-        row_noise = noise.repeat(1, -(-x.shape[-1] // noise.shape[1]))[:, : x.shape[-1]]  # [B, D]
-        observe = {"observe": module.observe(module.decode(mean), row_noise)} if hasattr(module, "observe") else {}
+        row_noise = noise.repeat(1, -(-decoded.shape[1] // noise.shape[1]))[:, : decoded.shape[1]]  # [B, D]
+        observe = {"observe": module.observe(decoded, row_noise)} if hasattr(module, "observe") else {}
         return (
             log_weight
             | observe
@@ -438,7 +441,7 @@ def compute_outputs(module: Any, x: Tensor, noise: Tensor, choice: Tensor) -> di
                 "forward": module(x),
                 "encode.mean": mean,
                 "encode.std": std,
-                "decode": module.decode(mean),
+                "decode": decoded,
                 "draw": module.draw(noise, choice),
                 "score": score,
                 "score.parts": parts,
@@ -455,11 +458,13 @@ def reconstruct(module: Any, x: Tensor, gaps: bool) -> tuple[Tensor, Tensor]:
     """Return two arrays for rows x [B, D]: the reconstruction [B, D], and its mean squared error per row, [B].
 
     With `gaps`, x may contain NaN, and the error is the mean over the values that are present. For windows x [B, N, D],
-    the results are those of the newest rows.
+    the results are those of the newest rows. For rows with a condition, x [B, D + C], they are those of the features.
     """
     x_hat = module(x)
     if x.dim() == 3:
         x = x[:, -1]
+    if x.shape[1] > x_hat.shape[1]:
+        x = x[:, : x_hat.shape[1]]
     if not gaps:
         return x_hat, (x_hat - x).square().mean(dim=1)
     present = ~x.isnan()  # [B, D]

@@ -56,6 +56,7 @@ SERIES_CORRELATION = 0.5  # from this rank correlation between neighbouring rows
 WIDE_SPAN = 8.0  # pixels are too dark only for models with at least this range, as 0 to 16 or 0 to 255
 ZERO_SHARE = 0.005  # pixels up to this share of the value of white count as 0
 DARK_SHARE = 128.0  # pixels are too dark if they lie in the lowest part, one in this many, of the range
+SHARE_TOLERANCE = 1e-3
 FLOOR_TOLERANCE = 1e-6  # without it, rounding could make an alpha of 0.005 smaller than a floor of 1 / 200
 MAX_TEXT = 10_000  # characters of one text in a manifest
 MIN_WINDOW_ROWS, MAX_WINDOW_ROWS = 2, 1_000
@@ -67,11 +68,16 @@ NEW_FIELDS = (
     "season",
     "policy",
     "incident_rows",
+    "conditions",
 )  # fields that earlier releases do not know
 MIN_INCIDENT_ROWS, MAX_INCIDENT_ROWS = 30, 1000  # see `service.anomaly.online_calibration`
 MAX_BLOCKS = 1000  # blocks that a manifest lists
 MAX_GROUPS = 100_000  # groups that a manifest names
 MAX_GROUP_NAME = 256  # characters of the name of a group
+MAX_LEVELS = 100  # levels of a column of conditions
+MAX_LEVEL_NAME = 100  # characters of the name of a level
+MAX_CONDITION_COLUMNS = 4
+MAX_COMBINATIONS = 1_000  # combinations of levels
 VERSION = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 
 
@@ -83,6 +89,11 @@ def reaches(floor: float, alpha: float) -> bool:
 def calibration_rows_needed(alpha: float) -> int:
     """Return the smallest number n of calibration rows with 1 / (n + 1) <= `alpha`, where `alpha` is above 0."""
     return math.ceil(1.0 / alpha - 1e-9) - 1
+
+
+def is_level_name(name: str) -> bool:
+    """Return whether a manifest may name a level `name`: 1 to MAX_LEVEL_NAME characters, which all print."""
+    return 0 < len(name) <= MAX_LEVEL_NAME and name.isprintable()
 
 
 def is_group_name(name: str) -> bool:
@@ -227,6 +238,56 @@ class Season(_Frozen):
         return self
 
 
+class ConditionColumn(_Frozen):
+    """A column that is no feature, but a condition that the model knows of a row, such as its class."""
+
+    name: Annotated[str, Field(min_length=1, max_length=MAX_GROUP_NAME)]
+    levels: Annotated[list[str], Field(min_length=2, max_length=MAX_LEVELS)]
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> Self:
+        for level in self.levels:
+            if not is_level_name(level):
+                raise ValueError(
+                    f"expected levels with 1 to {MAX_LEVEL_NAME} characters that print, got {level[:MAX_LEVEL_NAME]!r}"
+                )
+        if len(set(self.levels)) < len(self.levels):
+            raise ValueError("expected different levels, got one twice")
+        return self
+
+
+class Conditions(_Frozen):
+    """The conditions that the model knows of a row, and how often they occur in the training data.
+
+    A condition is one-hot: the C levels of all columns one after the other. See `models.conditional`.
+    """
+
+    columns: Annotated[list[ConditionColumn], Field(min_length=1, max_length=MAX_CONDITION_COLUMNS)]
+    # The combinations of levels that fit rows have: the index of the level in each column.
+    combinations: Annotated[list[list[Count]], Field(min_length=1, max_length=MAX_COMBINATIONS)]
+    shares: list[Annotated[float, Field(gt=0, le=1)]]  # share of each combination; the sum is 1
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        names = [column.name for column in self.columns]
+        if len(set(names)) < len(names):
+            raise ValueError("expected different names of columns, got one twice")
+        sizes = [len(column.levels) for column in self.columns]
+        for combination in self.combinations:
+            if len(combination) != len(sizes) or any(
+                level >= size for level, size in zip(combination, sizes, strict=True)
+            ):
+                raise ValueError(f"expected a level of each column, got {combination}")
+        if len(self.shares) != len(self.combinations) or abs(sum(self.shares) - 1.0) > SHARE_TOLERANCE:
+            raise ValueError("expected a share of each combination, with the sum 1")
+        return self
+
+    @property
+    def width(self) -> int:
+        """C: the number of levels of all columns together."""
+        return sum(len(column.levels) for column in self.columns)
+
+
 class Golden(_Frozen):
     """Golden answers: inputs, and the model's outputs at publication. `load` checks that the outputs still agree."""
 
@@ -269,6 +330,7 @@ class Manifest(_Frozen):
     # After how many rows an incident of a group counts as a change; None: as many as the service uses by default.
     incident_rows: Annotated[int, Field(ge=MIN_INCIDENT_ROWS, le=MAX_INCIDENT_ROWS)] | None = None
     policy: AppliedPolicy | None = None  # None if every deviation matters, and alarms are not limited
+    conditions: Conditions | None = None  # None if the model knows no condition of a row
 
     @model_validator(mode="after")
     def _check_shape(self) -> Self:
@@ -298,6 +360,11 @@ class Manifest(_Frozen):
     def width(self) -> int:
         """D: the number of features per row."""
         return len(self.features)
+
+    @property
+    def condition_width(self) -> int:
+        """C: the number of values of a condition; 0 if the model knows no condition of a row."""
+        return 0 if self.conditions is None else self.conditions.width
 
     @property
     def is_image(self) -> bool:

@@ -63,6 +63,25 @@ def conv_decoder(
     return nn.Sequential(*layers, ToRow())  # [B, H * W * C]
 
 
+class AddLevels(nn.Module):
+    """Add a learnt image of each level to images that have these levels, so that convolutions see the condition.
+
+    Args:
+        width: number of values of an image, D.
+        levels: number of values of a condition, C.
+    """
+
+    def __init__(self, width: int, levels: int) -> None:
+        super().__init__()
+        self.width = width
+        self.levels = nn.Linear(levels, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return images as rows [B, D] for images with a condition x [B, D + C]."""
+        images: Tensor = x[:, : self.width] + self.levels(x[:, self.width :])  # [B, D]
+        return images
+
+
 class ToPicture(nn.Module):
     """Reshape rows, in which the colours are the last index, to images."""
 

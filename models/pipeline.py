@@ -51,6 +51,11 @@ class Pipeline(nn.Module):
         self.observation: Observation = observation or no_observation_noise(len(scaling.shift))
         self.policy: PolicyModule | None = policy  # a class annotation would not compile
 
+    def core_inputs(self, x: Tensor) -> Tensor:
+        """Return the inputs of the core for x [B, D]: the rows in model units."""
+        u: Tensor = self.scaling(x)  # [B, D]
+        return u
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the reconstruction [B, D] of x [B, D], decoded from the posterior mean."""
         return self.decode(self.encode(x)[0])

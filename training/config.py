@@ -12,14 +12,22 @@ from pydantic import (
     model_serializer,
 )
 
-from models.manifest import MAX_INCIDENT_ROWS, MAX_WINDOW_ROWS, MIN_INCIDENT_ROWS, MIN_WINDOW_ROWS, NAME
+from models.manifest import (
+    MAX_CONDITION_COLUMNS,
+    MAX_INCIDENT_ROWS,
+    MAX_WINDOW_ROWS,
+    MIN_INCIDENT_ROWS,
+    MIN_WINDOW_ROWS,
+    NAME,
+)
 from models.season import PERIODS, Period
 
 Kind = Literal["pca", "ae", "vae", "ensemble"]
 EVERY_KIND: tuple[Kind, ...] = get_args(Kind)
 AUTO_KINDS: tuple[Kind, ...] = ("pca", "ae", "vae")  # the kinds that auto compares and that `elbo demo` trains
+CONDITIONAL_KINDS = ("ae", "vae")  # the kinds that can know the condition of a row
 NEW_OPTIONS = (  # options that earlier releases do not know
-    "time", "group", "split", "window", "season", "time_zone", "scale_by_group", "incident_rows",
+    "time", "group", "split", "window", "season", "time_zone", "scale_by_group", "incident_rows", "condition",
 )  # fmt: skip
 WIDTHS = {"mlp": (256, 128), "conv": (32, 64)}  # default hidden widths; for tables, see fitting/defaults.py
 
@@ -178,6 +186,12 @@ class TrainConfig(BaseModel):
         description="after this many consecutive rows of a group, an incident counts as a change: from then on, such "
         "rows are judged as usual; needs --time; default: 120, or more with a window of more than 10 rows",
     )
+    condition: tuple[str, ...] = Field(
+        (),
+        description="columns of few levels, such as a class, that the model knows but does not learn as features (ae, "
+        "vae): rows can then be drawn, decoded and judged for a level. In a source without columns, `label` means the "
+        "labels of the rows, such as the names of the folders of images; default: no condition",
+    )
     size: tuple[int, int] | None = Field(
         None,
         description="<height>x<width>: crop each image of a folder around its centre, and resize it to this size",
@@ -251,6 +265,19 @@ class TrainConfig(BaseModel):
         if scale_by_group and info.data.get("group") is None:
             raise ValueError("expected --group too, because rows are scaled by what is usual for their group")
         return scale_by_group
+
+    @field_validator("condition")
+    @classmethod
+    def _check_condition(cls, condition: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if condition and (model := info.data.get("model")) not in CONDITIONAL_KINDS:
+            raise ValueError(f"expected --model ae or vae, because {model} does not know the condition of a row")
+        if condition and info.data.get("time") is not None:
+            raise ValueError("expected no --time: a model with times does not know the condition of a row")
+        if len(set(condition)) < len(condition):
+            raise ValueError("expected different columns, got one twice")
+        if len(condition) > MAX_CONDITION_COLUMNS:
+            raise ValueError(f"expected at most {MAX_CONDITION_COLUMNS} columns")
+        return condition
 
     @model_serializer(mode="wrap")
     def _leave_out_absent_options(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -82,6 +82,8 @@ def train(
     artifact.require_writable(artifacts, config.name)
     report = report if processes.is_first else SilentReporter()
     _refuse_other_columns(config, table)
+    if config.condition and policy is not None:
+        raise FitError("--policy is not for a model with --condition: leave one of them out")
     for note in [*table.notes, *table.warnings]:
         report.note(note)
     configs = _configs_per_kind(config)
@@ -114,6 +116,12 @@ def _refuse_other_columns(config: TrainConfig, table: Table) -> None:
         raise FitError(
             f"the table was read with time={read[0]!r} and group={read[1]!r}, but the options are time={config.time!r} "
             f"and group={config.group!r}: give read_table and TrainConfig the same columns"
+        )
+    columns = tuple(column.name for column in table.conditions)
+    if config.condition != columns:
+        raise FitError(
+            f"the table was read with condition={columns}, but the options are condition={config.condition}: give "
+            "read_table and TrainConfig the same columns"
         )
 
 
@@ -198,6 +206,7 @@ def _fit_candidate(
     metrics = held_out_metrics(
         pipeline,
         data.held_out,
+        inputs=data.held_out_inputs,
         centre=data.moments.mean.float(),
         baseline_pca=baseline_pca,
         seed=config.seed,
@@ -263,7 +272,7 @@ def _are_networks_saved(candidates: Sequence[Candidate], stores: Sequence[Checkp
 def _write_report(folder: Path, manifest: Manifest, candidate: Candidate, data: PreparedData, report: Reporter) -> None:
     """Write the model card and the plots into `folder`, whose name is the version."""
     labels, rows = data.table.labels, data.split.held_out[:PLOTTED_ROWS]
-    held_out = data.source_rows.held_out
+    held_out = data.source_rows.held_out_inputs
     if data.windows is not None:
         in_table = replace(data.windows.in_table, x=data.source_rows.table.x)
         held_out = torch.from_numpy(in_table.take(data.rows.split.held_out[:PLOTTED_ROWS]))

@@ -1,6 +1,6 @@
 """Rows for `elbo score`, read as a stream: a faulty row costs only itself, and the first rows come at once."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from models.errors import join_names
-from models.manifest import Manifest
+from models.manifest import MAX_LEVEL_NAME, ConditionColumn, Conditions, Manifest
 from models.timestamps import to_unix_seconds
+from training.data.conditions import LISTED_LEVELS, NO_LEVEL, code_cells, one_hot
 from training.data.ingest import full_disk_as_data_error
 from training.data.readers import RawTable
 from training.data.row_store import Floats
@@ -30,6 +31,12 @@ class StreamedRows:
     faults: dict[int, str]  # by position in x: why the row cannot be scored
     time: list[float | str | None] | None  # [B] Unix seconds, or the text as it is if it is not a timestamp
     group: list[str | None] | None  # [B]
+    condition: Floats | None = None  # [B, C], one-hot; None if the model knows no conditions
+
+    @property
+    def inputs(self) -> Floats:
+        """The inputs of a model that judges each row alone: the rows, [B, D], or with their conditions, [B, D + C]."""
+        return self.x if self.condition is None else np.concatenate((self.x, self.condition), axis=1)
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class RowStream:
     raw: RawTable = field(repr=False)
     medians: Floats = field(repr=False)  # [D]
     may_be_missing: npt.NDArray[np.bool_] = field(repr=False)  # [D] whether values were missing in training
+    known: Conditions | None = None  # the conditions that the model knows
 
     @property
     def max_missing(self) -> int:
@@ -62,16 +70,17 @@ class RowStream:
         """
         row = 0
         with full_disk_as_data_error(self.source):
-            for block, _ in self.raw.blocks:
+            for block, labels in self.raw.blocks:
                 for start in range(0, len(block), BATCH_ROWS):
-                    yield self._batch(block[start : start + BATCH_ROWS], row, start)
+                    of_batch = None if labels is None else labels[start : start + BATCH_ROWS]
+                    yield self._batch(block[start : start + BATCH_ROWS], of_batch, row, start)
                 row += len(block)
         if row == 0:
             raise DataError(
                 f"{self.source} has no rows of numbers (shape [0, {len(self.names)}]): expected at least one"
             )
 
-    def _batch(self, values: npt.NDArray[Any], row: int, start: int) -> StreamedRows:
+    def _batch(self, values: npt.NDArray[Any], labels: npt.NDArray[Any] | None, row: int, start: int) -> StreamedRows:
         """Return a batch of the block that begins at `row`. The batch begins at position `start` in the block."""
         first, details = row + start, self.raw.details
         with np.errstate(over="ignore", invalid="ignore"):
@@ -92,6 +101,16 @@ class RowStream:
         def cells(name: str | None) -> list[Any] | None:
             return None if name is None else details.cells[name][start : start + len(values)]
 
+        condition = None
+        if self.known is not None:
+            codes = np.full((len(values), len(self.known.columns)), NO_LEVEL)
+            for index, known in enumerate(self.known.columns):
+                found = self._levels(known, labels, cells)
+                if found is not None:
+                    codes[:, index], unknown = code_cells(known.levels, found)
+                    for position in unknown:
+                        faults.setdefault(position, _unknown_level(known, found[position]))
+            condition = one_hot(self.known, codes)
         times, groups = cells(self.time), cells(self.group)
         return StreamedRows(
             first=first,
@@ -100,7 +119,23 @@ class RowStream:
             faults=faults,
             time=None if times is None else [_time(cell) for cell in times],
             group=None if groups is None else [None if cell in (None, "") else str(cell) for cell in groups],
+            condition=condition,
         )
+
+    def _levels(
+        self,
+        column: ConditionColumn,
+        labels: npt.NDArray[Any] | None,
+        cells: Callable[[str | None], list[Any] | None],
+    ) -> list[Any] | None:
+        """Return the cells of a column of conditions in a batch; None if the source has no such column.
+
+        In a source without columns, the labels are the condition.
+        """
+        if self.raw.has_header:
+            return cells(column.name) if column.name in self.raw.extra else None
+        names = self.raw.label_names
+        return None if labels is None else [label if names is None else names[label] for label in labels.tolist()]
 
     def _too_many_missing(self, imputed: npt.NDArray[np.bool_]) -> str:
         """Return the fault of a row that lacks values in the columns `imputed` [D], which were complete in training."""
@@ -116,6 +151,11 @@ class RowStream:
     def _infinite(self, column: int, value: float) -> str:
         limit = ", beyond the range of float32 (3.4e38)" if np.isfinite(value) else ""
         return f"column {self.names[column]!r} has the value {value}{limit}: expected a finite number"
+
+
+def _unknown_level(column: ConditionColumn, level: Any) -> str:
+    known = join_names([repr(each) for each in column.levels], LISTED_LEVELS)
+    return f"column {column.name!r} has the value {str(level)[:MAX_LEVEL_NAME]!r}: expected one of {known}"
 
 
 def stream_for_model(
@@ -138,7 +178,9 @@ def stream_for_model(
     groups = (
         [group] if group else [GROUP] if trained is None or not trained.group_column else [trained.group_column, GROUP]
     )
-    raw = open_for_model(source, manifest, escape=escape, tolerant=True, extra=(*times, *groups))
+    known = manifest.conditions
+    conditions = [] if known is None else [column.name for column in known.columns]
+    raw = open_for_model(source, manifest, escape=escape, tolerant=True, extra=(*times, *groups, *conditions))
     present = raw.extra
     for option, name in (("--time", time), ("--group", group)):
         if name is not None and name not in present:
@@ -152,6 +194,7 @@ def stream_for_model(
         raw=raw,
         medians=np.array([feature.median for feature in manifest.features], np.float32),
         may_be_missing=np.array([feature.missing > 0 for feature in manifest.features]),
+        known=known,
     )
 
 

@@ -18,6 +18,14 @@ import numpy.typing as npt
 
 from models.errors import join_names
 from models.manifest import SERIES_CORRELATION
+from training.data.conditions import (
+    CodedConditions,
+    ConditionValues,
+    RowsWithConditions,
+    check_levels,
+    code_conditions,
+    sorted_levels,
+)
 from training.data.copies import Copies, find_copies
 from training.data.ingest import ColumnStatistics, full_disk_as_data_error, ingest
 from training.data.labels import Labels, interpret
@@ -81,10 +89,18 @@ class Table:
     # When each row was measured, and its group; None if the times are unknown. If there is a timeline, the rows are
     # sorted by group and time.
     timeline: Timeline | None = field(default=None, kw_only=True)
+    conditions: tuple[ConditionValues, ...] = field(default=(), kw_only=True)  # the columns of --condition
+    # The conditions as a model gets them, if the rows were read for a model that knows conditions; otherwise None.
+    coded: CodedConditions | None = field(default=None, kw_only=True)
+
+    @property
+    def inputs(self) -> RowStore:
+        """The inputs of the model for which the rows were read: the rows, [N, D], or with their conditions."""
+        return self.x if self.coded is None else RowsWithConditions(self.x, self.coded)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the row shape, the feature names, the values, and the times and groups if they are known.
+        """SHA-256 of the row shape, the feature names, the values, and of the times, groups and conditions.
 
         The digits are hexadecimal.
         """
@@ -97,6 +113,9 @@ class Table:
             digest.update(np.ascontiguousarray(self.timeline.time, "<i8").data)
             digest.update(np.ascontiguousarray(self.timeline.group, "<i4").data)
             digest.update(json.dumps(self.timeline.groups).encode())
+        for column in self.conditions:
+            digest.update(json.dumps([column.name, column.levels]).encode())
+            digest.update(np.ascontiguousarray(column.codes, "<i4").data)
         return digest.hexdigest()
 
     @cached_property
@@ -214,6 +233,7 @@ def read_table(
     *,
     time: str | None = None,
     group: str | None = None,
+    condition: Sequence[str] = (),
 ) -> Table:
     """Return the table in `source`: "digits", a .npy, .npz, .csv or .parquet file, or a folder of images.
 
@@ -229,13 +249,23 @@ def read_table(
         label: columns of labels, which are no features; the first is read. Empty to find one by its name.
         time: column with the time of each row. The rows are then sorted by group and, within a group, by time.
         group: column with the group of each row, such as its host.
+        condition: columns of conditions, which are no features. For a source without columns: "label", or the name of
+            the array of labels.
 
     Raises:
         DataError: the source cannot be used. The message is one line that says what to do.
     """
     with full_disk_as_data_error(source):
         options = ReadOptions(
-            drop=drop, keep=keep, size=size, escape=escape, layout=layout, label=label, time=time, group=group
+            drop=drop,
+            keep=keep,
+            size=size,
+            escape=escape,
+            layout=layout,
+            label=label,
+            time=time,
+            group=group,
+            condition=condition,
         )
         raw = load(source, options)
     rows, statistics, raw_labels = ingest(raw, source, limit)
@@ -251,7 +281,9 @@ def read_table(
     elif pixel_range is None and len(raw.shape) > 1:
         recognised = layout or recognise(raw.shape, raw.dtype, statistics.low, statistics.high)
         if recognised == "nchw" and layout is None:
-            return read_table(source, drop, keep, size, limit, escape, recognised, label, time=time, group=group)
+            return read_table(
+                source, drop, keep, size, limit, escape, recognised, label, time=time, group=group, condition=condition
+            )
         if recognised != "ntc":
             pixel_range = _guess_pixel_range(raw.dtype, statistics)
         layout_notes = [_describe_layout(raw.shape, pixel_range, recognised)]
@@ -277,10 +309,44 @@ def read_table(
         normal=labels.normal,
         anomalous=labels.anomalous,
         present_labels=labels.present,
+        conditions=_read_conditions(raw, statistics, labels, condition, source),
     )
     table = _in_order_of_time(table, raw, statistics, limit)
     _refuse_counters(table, keep)
     return table
+
+
+def _read_conditions(
+    raw: RawTable, statistics: ColumnStatistics, labels: Labels, condition: Sequence[str], source: str
+) -> tuple[ConditionValues, ...]:
+    """Return the columns of conditions. In a source without columns, the labels of the rows are the condition.
+
+    Raises:
+        DataError: the source has no such labels, or they are not the levels of a condition.
+    """
+    if not condition or raw.conditions or raw.has_header:
+        return tuple(reader.finish(statistics.filled_rows()) for reader in raw.conditions)
+    known = {"label", raw.label_column}
+    if len(condition) > 1 or condition[0] not in known:
+        got = join_names([repr(name) for name in condition])
+        raise DataError(
+            f"{source} has no named columns, so its labels are the only condition: expected --condition label, got "
+            f"{got}"
+        )
+    if labels.values is None:
+        reason = labels.notes[-1] if labels.notes else "it has none"
+        raise DataError(f"{source}: --condition needs a label of each row ({reason})")
+    values = _labels_as_condition(condition[0], labels.values, labels.names)
+    check_levels(source, condition[0], values.levels)
+    return (values,)
+
+
+def _labels_as_condition(name: str, labels: npt.NDArray[np.int64], names: list[str] | None) -> ConditionValues:
+    """Return the labels [N] as the condition `name`. If `names` is given, the labels are its indices."""
+    if names is not None:
+        return sorted_levels(name, names, labels)
+    numbers, codes = np.unique(labels, return_inverse=True)
+    return sorted_levels(name, [str(number) for number in numbers.tolist()], codes.astype(np.int64))
 
 
 def _refuse_counters(table: Table, keep: Sequence[str]) -> None:
@@ -398,8 +464,25 @@ def read_for_model(
         normal=labels.normal,
         anomalous=labels.anomalous,
         present_labels=labels.present,
+        conditions=_conditions_for_model(raw, statistics, labels, manifest),
     )
+    if manifest.conditions is not None:
+        coded = code_conditions(manifest.conditions, table.conditions, len(rows))
+        table = replace(table, coded=coded, notes=[*table.notes, *coded.notes])
     return _in_order_of_time(table, raw, statistics, limit)
+
+
+def _conditions_for_model(
+    raw: RawTable, statistics: ColumnStatistics, labels: Labels, manifest: "Manifest"
+) -> tuple[ConditionValues, ...]:
+    """Return the columns of conditions that the source has: columns, or the labels if it has no columns."""
+    if manifest.conditions is None:
+        return ()
+    if raw.has_header:
+        return tuple(reader.finish(statistics.filled_rows()) for reader in raw.conditions)
+    if labels.values is None:
+        return ()
+    return (_labels_as_condition(manifest.conditions.columns[0].name, labels.values, labels.names),)
 
 
 def open_for_model(
@@ -437,6 +520,7 @@ def open_for_model(
             time=None if tolerant or manifest.timeline is None else manifest.timeline.time_column,
             group=None if tolerant or manifest.timeline is None else manifest.timeline.group_column,
             timeline_optional=True,
+            condition=() if manifest.conditions is None else [column.name for column in manifest.conditions.columns],
         )
         raw = load(source, options)
     width = math.prod(raw.shape)

@@ -36,7 +36,7 @@ def judged_batches(stream: RowStream, manifest: Manifest) -> Iterator[JudgedBatc
         DataError: the source is damaged, or it has no times although the model has a window.
     """
     if manifest.window is None:
-        yield from (JudgedBatch(rows, rows.x, None) for rows in stream.batches())
+        yield from (JudgedBatch(rows, rows.inputs, None) for rows in stream.batches())
         return
     if stream.time is None:
         refuse_rows_without_times(manifest, stream.source)

@@ -165,7 +165,9 @@ def _sum_over_rows(artifact: Artifact, table: Table, windows: TableWindows | Non
             score = artifact.module.score(x)[0].cpu().numpy()
             refuse_overflow(score, numbers, table.source)
             latents = artifact.module.encode(x)[0]
-            sums.add(rows, score, latents.cpu().numpy(), artifact.module.decode(latents).cpu().numpy())
+            sums.add(
+                rows, score, latents[:, : manifest.latents].cpu().numpy(), artifact.module.decode(latents).cpu().numpy()
+            )
             progress.advance(len(rows))
     if windows is not None and not sums.scores:
         refuse_short_windows(windows, table.source)
@@ -184,7 +186,7 @@ def _density(artifact: Artifact, table: Table, draws: int) -> dict[str, Any]:
         return dict.fromkeys(("elbo", "log_likelihood", "log_likelihood_se", "bits_per_dimension", "draws"))
     draws = 1 if manifest.kind == "pca" else draws  # PCA's posterior is exact, so one sample is enough
     chosen = np.random.RandomState(0).permutation(len(table.x))[:BOUND_ROWS]
-    rows = torch.from_numpy(table.x.take(np.sort(chosen))).to(artifact.device)
+    rows = torch.from_numpy(table.inputs.take(np.sort(chosen))).to(artifact.device)
     progress = SlowProgress(f"{draws} importance samples per row", draws * -(-len(rows) // BOUND_BATCH))
 
     def log_weight_with_progress(x: Tensor, noise: Tensor) -> Tensor:
@@ -287,6 +289,8 @@ def _sample_lines(quality: SampleQuality) -> Iterator[tuple[str, str]]:
     if quality.confident is not None:
         rows = f"for rows {quality.confident_rows:.3f}; accuracy {quality.classifier_accuracy:.3f}"
         yield "classifier is sure", f"{quality.confident:.3f}  ({rows})"
+    if quality.condition_accuracy is not None:
+        yield "as asked for", f"{quality.condition_accuracy:.3f}  (of rows {quality.condition_accuracy_of_rows:.3f})"
     if quality.copy_p_value is not None:
         distances = f"{quality.distance_to_training:.4g} from the nearest training row; rows: "
         yield "copies", f"p = {quality.copy_p_value:.3g}  ({distances}{quality.distance_of_rows:.4g})"

@@ -14,7 +14,7 @@ from models.pipeline import Pipeline
 from models.scaling import Scaling
 from models.vae import VAE
 from training.fitting.latents import count_active_latents
-from training.fitting.losses import elbo_terms
+from training.fitting.losses import elbo_terms, for_losses
 from training.random_streams import VALIDATION, random_stream
 
 SAMPLES = 16  # posterior samples per row for the expectation in the ELBO
@@ -43,6 +43,7 @@ def held_out_metrics(
     baseline_pca: PCA | None,
     seed: int,
     row_scaling: Scaling | None = None,
+    inputs: Tensor | None = None,
 ) -> dict[str, float]:
     """Return the metrics of a model on its held-out rows.
 
@@ -73,9 +74,11 @@ def held_out_metrics(
         baseline_pca: PCA with the same number of latents, in the model units of `pipeline`, or None.
         seed: seed of the posterior samples.
         row_scaling: converts rows from raw units to the units in which they are summarised; None without a window.
+        inputs: the held-out rows with their conditions, [M, D + C], if the model is conditional.
     """
+    inputs = held_out if inputs is None else inputs
     with torch.inference_mode():
-        x_hat = torch.cat([pipeline(rows) for rows in held_out.split(BATCH)])
+        x_hat = torch.cat([pipeline(rows) for rows in inputs.split(BATCH)])
         metrics = {
             "reconstruction_error": _row_error(held_out, x_hat, row_scaling),
             "baseline_error": _row_error(held_out, centre, row_scaling),
@@ -83,7 +86,7 @@ def held_out_metrics(
         if baseline_pca is not None:
             of_pca = pca_metrics(baseline_pca, pipeline.scaling, held_out, row_scaling)
             metrics["pca_error"] = of_pca["reconstruction_error"]
-        u = pipeline.scaling(held_out)
+        u = pipeline.core_inputs(inputs)
         if row_scaling is None:
             return metrics | core_metrics(pipeline.core, pipeline.scaling, u, seed)
         return metrics | (vae_metrics(pipeline.core, u, seed) if isinstance(pipeline.core, VAE) else {})
@@ -135,7 +138,7 @@ def core_metrics(core: Core, scaling: Scaling, u: Tensor, seed: int) -> dict[str
         metrics |= {"log_likelihood": bound.mean, "log_likelihood_se": bound.standard_error}
     if metrics:
         metrics["bits_per_dimension"] = bits_per_dimension(
-            metrics["log_likelihood"], density_scale(core, scaling), u.shape[1]
+            metrics["log_likelihood"], density_scale(core, scaling), len(scaling.shift)
         )
     return metrics
 
@@ -147,7 +150,7 @@ def vae_metrics(vae: VAE, u: Tensor, seed: int) -> dict[str, float]:
     for rows in u.split(BATCH):
         for _ in range(SAMPLES):
             noise = torch.randn(len(rows), count_latents(vae, rows), generator=random).to(u)
-            terms = elbo_terms(vae, rows, noise)
+            terms = elbo_terms(*for_losses(vae, rows), noise)
             for name in totals:
                 totals[name] += float(terms[name]) * len(rows) / (SAMPLES * len(u))
     return totals | {"active_latents": float(count_active_latents(vae, u))}

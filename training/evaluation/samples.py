@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from models.artifact import Artifact
+from training.data.conditions import draw_conditions
 from training.data.row_store import Floats
 from training.data.table import Split, Table
 from training.data.time_split import split_table
@@ -63,6 +64,10 @@ class SampleQuality:
     distance_to_training: float | None  # median from a sample to the nearest training row; None without training rows
     distance_of_rows: float | None  # from a real row, or from its reconstruction if samples have no noise
     copy_p_value: float | None  # small if samples are nearer to training rows than real rows are
+    # Conditional models: the share of the samples that a classifier takes for the condition that was asked for, and the
+    # same share of rows on which the classifier was not trained.
+    condition_accuracy: float | None = None
+    condition_accuracy_of_rows: float | None = None
 
 
 def measure_samples(artifact: Artifact, table: Table) -> SampleQuality:
@@ -89,7 +94,10 @@ def measure_samples(artifact: Artifact, table: Table) -> SampleQuality:
     rows = read(chosen)
     scale = column_scale(rows, is_image=manifest.is_image)
     with_noise = not manifest.is_image and hasattr(artifact.module, "observe")
-    drawn = draw_rows(artifact, DRAWS, with_noise=with_noise).astype(np.float64) / scale
+    condition = (
+        None if manifest.conditions is None else draw_conditions(manifest.conditions, DRAWS, random_stream(1, SAMPLES))
+    )
+    drawn = draw_rows(artifact, DRAWS, condition, with_noise=with_noise).astype(np.float64) / scale
     real = rows / scale
     found = likeness(real, drawn)
     labelled = None
@@ -97,10 +105,18 @@ def measure_samples(artifact: Artifact, table: Table) -> SampleQuality:
         every = np.sort(random.permutation(len(table.x))[: 2 * CLASSIFIER_ROWS])
         labelled = classify(read(every) / scale, table.labels[every], drawn, random)
     confident, confident_rows, accuracy = labelled or (None, None, None)
+    conditional = None
+    if condition is not None and table.coded is not None:
+        every = np.sort(random.permutation(len(table.x))[: 2 * CLASSIFIER_ROWS])
+        known = table.coded.one_hot(every)
+        complete = known.sum(axis=1) == len(table.coded.codes[0])  # rows with a level in every column
+        asked, names = condition.numpy(), known[complete]
+        conditional = condition_accuracy(read(every[complete]) / scale, names, drawn, asked, random)
     copies: tuple[float, float, float] | tuple[None, None, None] = (None, None, None)
     if split is not None:
         # Samples without noise are means, which lie nearer to every row than rows do. Compare them with other means.
-        given_back = real if with_noise else _reconstruct(artifact, rows) / scale
+        of_rows = None if table.coded is None else table.coded.one_hot(chosen)
+        given_back = real if with_noise else _reconstruct(artifact, rows, of_rows) / scale
         copies = _compare_distances(drawn, given_back, read(random.permutation(split.fit)[:TRAINING_ROWS]) / scale)
     return SampleQuality(
         draws=len(drawn),
@@ -115,6 +131,8 @@ def measure_samples(artifact: Artifact, table: Table) -> SampleQuality:
         distance_to_training=copies[0],
         distance_of_rows=copies[1],
         copy_p_value=copies[2],
+        condition_accuracy=None if conditional is None else conditional[0],
+        condition_accuracy_of_rows=None if conditional is None else conditional[1],
     )
 
 
@@ -133,9 +151,11 @@ def _split_of_training(artifact: Artifact, table: Table) -> Split | None:
     return split if sizes == (manifest.data.fit, manifest.data.held_out) else None
 
 
-def _reconstruct(artifact: Artifact, rows: Rows) -> Rows:
+def _reconstruct(artifact: Artifact, rows: Rows, condition: Floats | None = None) -> Rows:
+    """Return the reconstructions of rows [N, D], which have these conditions [N, C], one-hot, if the model has any."""
+    inputs = rows if condition is None else np.concatenate((rows, condition), axis=1)
     with torch.inference_mode():
-        x = torch.from_numpy(rows.astype(np.float32)).to(artifact.device)
+        x = torch.from_numpy(inputs.astype(np.float32)).to(artifact.device)
         x_hat: Rows = artifact.module(x).cpu().numpy().astype(np.float64)
     return x_hat
 
@@ -244,14 +264,46 @@ def classify(
     return float((of_samples.max(axis=1) > CONFIDENT).mean()), float((of_rows.max(axis=1) > CONFIDENT).mean()), accuracy
 
 
-def draw_rows(artifact: Artifact, draws: int, *, with_noise: bool) -> Floats:
-    """Return samples [draws, D] in raw units, with observation noise if `with_noise`."""
+def condition_accuracy(
+    rows: Rows, conditions: Floats, drawn: Rows, asked: Floats, random: np.random.RandomState
+) -> tuple[float, float] | None:
+    """Return the share of samples drawn [M, D] that a classifier takes for the condition asked for, and that of rows.
+
+    The classifier votes like that of `classify`. It is fitted to one half of the rows [N, D], and the share of rows is
+    that of the other half. Return None if a condition has fewer than 2 x VOTES rows, or if there is only one.
+
+    Args:
+        conditions: the conditions of the rows, one-hot, [N, C].
+        asked: the condition for which each sample was drawn, one-hot, [M, C].
+    """
+    from sklearn.neighbors import KNeighborsClassifier
+
+    both, numbers = np.unique(np.concatenate((conditions, asked)), axis=0, return_inverse=True)
+    labels, wanted = numbers[: len(rows)], numbers[len(rows) :]
+    counts = np.bincount(labels, minlength=len(both))
+    if len(both) < 2 or counts.min() < 2 * VOTES:
+        return None
+    order = random.permutation(len(rows))[: 2 * CLASSIFIER_ROWS]
+    fit, other = order[::2], order[1::2]
+    classifier = KNeighborsClassifier(VOTES).fit(rows[fit], labels[fit])
+    of_samples, of_rows = classifier.predict(drawn) == wanted, classifier.predict(rows[other]) == labels[other]
+    return float(of_samples.mean()), float(of_rows.mean())
+
+
+def draw_rows(artifact: Artifact, draws: int, condition: torch.Tensor | None = None, *, with_noise: bool) -> Floats:
+    """Return samples [draws, D] in raw units, with observation noise if `with_noise`.
+
+    Args:
+        condition: the condition to draw each sample for, one-hot, [draws, C]; None for a model without conditions.
+    """
     random, parts = random_stream(0, SAMPLES), []
     latents, width, device = artifact.manifest.latents, artifact.manifest.width, artifact.device
     with torch.inference_mode():
         for start in range(0, draws, BATCH):
             count = min(BATCH, draws - start)
             noise, choice = torch.randn(count, latents, generator=random), torch.rand(count, generator=random)
+            if condition is not None:
+                noise = torch.cat((noise, condition[start : start + count]), dim=1)
             rows = artifact.module.decode(artifact.module.draw(noise.to(device), choice.to(device)))
             row_noise = torch.randn(count, width, generator=random).to(device)
             parts.append(artifact.module.observe(rows, row_noise) if with_noise else rows)

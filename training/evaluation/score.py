@@ -265,7 +265,7 @@ class JudgedRows(NamedTuple):
 
     numbers: npt.NDArray[np.int64]  # [B], row numbers
     rows: Floats  # [B, D]
-    inputs: Floats  # [B, D] or [B, N, D]
+    inputs: Floats  # [B, D], [B, N, D], or with conditions [B, D + C]
 
 
 def batches(table: Table, windows: TableWindows | None) -> Iterator[JudgedRows]:
@@ -281,7 +281,7 @@ def batches(table: Table, windows: TableWindows | None) -> Iterator[JudgedRows]:
             rows = block[first : first + BATCH_ROWS]
             numbers = np.arange(start + first, start + first + len(rows))
             if windows is None or judged is None:
-                yield JudgedRows(numbers, rows, rows)
+                yield JudgedRows(numbers, rows, rows if table.coded is None else table.inputs.take(numbers))
                 continue
             numbers, rows = numbers[judged[numbers]], rows[judged[numbers]]
             if len(rows):

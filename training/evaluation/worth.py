@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from models.calibration import Calibration
+from models.core import Core
 from models.pca import PCA
 from models.pipeline import Pipeline
 from training.fitting.prepared_data import PreparedData
@@ -56,7 +57,8 @@ def find_warnings(pipeline: Pipeline, baseline_pca: PCA | None, data: PreparedDa
         scaling, rows = pipeline.scaling, data.fill_missing(data.held_out)
         with torch.inference_mode():
             u = scaling(rows)
-            expected = torch.cat([pipeline.core.decode(pipeline.core.encode(part)[0]) for part in u.split(BATCH)])
+            inputs = data.with_conditions(u, data.split.held_out)
+            expected = torch.cat([_reconstruct(pipeline.core, part, u.shape[1]) for part in inputs.split(BATCH)])
             errors = (u - expected).double().square().mean(dim=1)  # [M]
             mean = scaling(data.moments.mean.float().unsqueeze(0))
             of_mean = (u - mean).double().square().mean(dim=1)  # [M]
@@ -83,6 +85,12 @@ def find_warnings(pipeline: Pipeline, baseline_pca: PCA | None, data: PreparedDa
     if text := threshold_warning(pipeline.calibration):
         found.append(text)
     return found, worse_than_mean
+
+
+def _reconstruct(core: Core, inputs: Tensor, width: int) -> Tensor:
+    """Return the reconstruction [B, D] of `inputs` [B, D + C] in model units, where D is `width` and C may be 0."""
+    latents = core.encode(inputs)[0]  # [B, L]
+    return core.decode(torch.cat((latents, inputs[:, width:]), dim=1))
 
 
 def threshold_warning(calibration: Calibration, alpha: float = DEFAULT_ALPHA) -> str | None:

@@ -4,41 +4,46 @@ import math
 
 from torch import nn
 
-from models.networks import conv_decoder, conv_encoder, mlp
+from models.networks import AddLevels, conv_decoder, conv_encoder, mlp
 from training.config import TrainConfig
 from training.errors import FitError
 
 
-def build_encoder(config: TrainConfig, shape: tuple[int, ...], outputs: int) -> nn.Sequential:
-    """Return a network that maps rows [B, D] to [B, outputs].
+def build_encoder(config: TrainConfig, shape: tuple[int, ...], outputs: int, levels: int = 0) -> nn.Sequential:
+    """Return a network that maps rows [B, D] to [B, outputs], or rows with a condition, [B, D + levels].
 
     Args:
         shape: shape of one row; the product is D.
+        levels: number of values of a condition, C; 0 without conditions.
 
     Raises:
         FitError: convolutions cannot take rows of this shape.
     """
     if config.network == "conv":
         _check_image_shape(config, shape)
-        return conv_encoder(shape, config.widths, outputs, config.activation, config.dense)
-    return mlp([math.prod(shape), *config.widths, outputs], config.activation)
+        network = conv_encoder(shape, config.widths, outputs, config.activation, config.dense)
+        return nn.Sequential(AddLevels(math.prod(shape), levels), *network) if levels else network
+    return mlp([math.prod(shape) + levels, *config.widths, outputs], config.activation)
 
 
-def build_decoder(config: TrainConfig, shape: tuple[int, ...], latents: int, unit_range: bool = False) -> nn.Sequential:
+def build_decoder(
+    config: TrainConfig, shape: tuple[int, ...], latents: int, unit_range: bool = False, levels: int = 0
+) -> nn.Sequential:
     """Return a network that maps latents [B, K] to rows [B, D]. Its layers mirror those of the encoder.
 
     Args:
         shape: shape of one row; the product is D.
         unit_range: whether the rows are images with values in [0, 1].
+        levels: number of values of a condition, C; the network then takes latents with a condition, [B, K + C].
 
     Raises:
         FitError: convolutions cannot take rows of this shape.
     """
     if config.network == "conv":
         _check_image_shape(config, shape)
-        network = conv_decoder(shape, config.widths, latents, config.activation, config.dense)
+        network = conv_decoder(shape, config.widths, latents + levels, config.activation, config.dense)
     else:
-        network = mlp([latents, *reversed(config.widths), math.prod(shape)], config.activation)
+        network = mlp([latents + levels, *reversed(config.widths), math.prod(shape)], config.activation)
     return network.append(nn.Sigmoid()) if _ends_in_sigmoid(config, unit_range) else network
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from models.autoencoder import Autoencoder
+from models.conditional import ConditionalAutoencoder, ConditionalVAE
 from models.likelihood import BernoulliLikelihood, GaussianLikelihood, Likelihood, OptimalGaussianLikelihood
 from models.vae import VAE
 from models.whitening import no_whitening
@@ -21,6 +22,7 @@ from training.fitting.checkpoint import CheckpointStore
 from training.fitting.collapse import collapse_warning, forecast_message, predict_active_latents
 from training.fitting.distributed import ProcessGroup
 from training.fitting.latents import count_active_latents
+from training.fitting.losses import for_losses
 from training.fitting.objectives import ElboObjective, Objective, SquaredErrorObjective
 from training.fitting.pca import fit_pca
 from training.fitting.trainer import Trainer
@@ -47,6 +49,8 @@ class FitTask:
         reporter: receives the progress and the notes.
         checkpoints: the store for the state of the run; None to save no checkpoints.
         processes: the processes that train the network together.
+        levels: number of levels of each column of conditions. With conditions, the rows are [B, D + C]: the last C
+            columns are the condition, one-hot.
     """
 
     config: TrainConfig
@@ -59,16 +63,27 @@ class FitTask:
     reporter: Reporter
     checkpoints: CheckpointStore | None = None
     processes: ProcessGroup = field(default_factory=ProcessGroup)
+    levels: tuple[int, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """D: the number of features."""
+        return math.prod(self.shape)
+
+    @property
+    def features(self) -> Tensor:
+        """The features of `sample`, [S, D]."""
+        return self.sample[:, : self.width]
 
 
 def fit_autoencoder(task: FitTask) -> Autoencoder:
     """Return a trained autoencoder. Its score statistics are placeholders until `fit_score_statistics` sets them."""
-    width = task.sample.shape[1]
     with _seeded(task.config.seed):
-        encoder = build_encoder(task.config, task.shape, task.latents)
-        decoder = build_decoder(task.config, task.shape, task.latents, task.unit_range)
-    model = Autoencoder(encoder, decoder, no_whitening(task.latents + width), task.latents)
-    _train(model, SquaredErrorObjective(model, task.config), task)
+        encoder = build_encoder(task.config, task.shape, task.latents, sum(task.levels))
+        decoder = build_decoder(task.config, task.shape, task.latents, task.unit_range, sum(task.levels))
+    parts = encoder, decoder, no_whitening(task.latents + task.width), task.latents
+    model = ConditionalAutoencoder(*parts, task.width) if task.levels else Autoencoder(*parts)
+    _train(model, SquaredErrorObjective(model, task.config, task.levels), task)
     return model
 
 
@@ -84,19 +99,21 @@ def fit_vae(task: FitTask) -> VAE:
             "--variance optimal and --free-bits need the whole batch in one process: "
             "train without torchrun, or without these options"
         )
-    likelihood = build_likelihood(config, task.sample, task.latents)
+    likelihood = build_likelihood(config, task.features, task.latents)
     with _seeded(config.seed):
-        encoder = build_encoder(config, task.shape, 2 * task.latents)
-        model = VAE(encoder, build_decoder(config, task.shape, task.latents, task.unit_range), likelihood)
+        encoder = build_encoder(config, task.shape, 2 * task.latents, sum(task.levels))
+        decoder = build_decoder(config, task.shape, task.latents, task.unit_range, sum(task.levels))
+        parts = encoder, decoder, likelihood
+        model = ConditionalVAE(*parts, task.width) if task.levels else VAE(*parts)
 
     fixed_variance = config.variance if isinstance(config.variance, float) else None
-    predicted = predict_active_latents(task.sample[:SPECTRUM_ROWS], task.latents, config.beta, fixed_variance)
+    predicted = predict_active_latents(task.features[:SPECTRUM_ROWS], task.latents, config.beta, fixed_variance)
     if config.likelihood == "gaussian":
         task.reporter.note(forecast_message(predicted, task.latents, config.beta))
     else:
         predicted = task.latents  # the prediction holds only for a Gaussian likelihood
 
-    _train(model, ElboObjective(model, task.latents, config), task)
+    _train(model, ElboObjective(model, task.latents, config, task.levels), task)
     if isinstance(likelihood, OptimalGaussianLikelihood):
         likelihood.settle(_mean_squared_error(model, task.sample.to(task.held_out.device), config.seed))
     warning = collapse_warning(count_active_latents(model, task.held_out), predicted, task.latents)
@@ -150,13 +167,16 @@ def residual_variance(x: Tensor, latents: int) -> Tensor:
 
 def _mean_squared_error(vae: VAE, x: Tensor, seed: int) -> Tensor:
     """Return the mean of (x - x_hat)^2 over all values of x [N, D]. x_hat comes from one posterior sample per row."""
-    random, total = random_stream(seed, NOISE), torch.zeros((), device=x.device)
+    random, total, count = random_stream(seed, NOISE), torch.zeros((), device=x.device), 0
     with torch.no_grad():
-        for rows in x.split(BATCH):
-            mean, std = vae.encode(rows)
+        for inputs in x.split(BATCH):
+            given, rows = for_losses(vae, inputs)
+            mean, std = vae.encode(inputs)
             noise = torch.randn(mean.shape, generator=random).to(rows)
-            total += (rows - vae.decode(mean + std * noise)).square().sum()
-    return total / x.numel()
+            x_hat = vae.likelihood.mean(given.decoder(mean + std * noise))
+            total += (rows - x_hat).square().sum()
+            count += rows.numel()
+    return total / count
 
 
 @contextmanager

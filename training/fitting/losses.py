@@ -5,19 +5,64 @@ minimises the term "loss". Noise is an argument, so equal arguments always give 
 """
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from models.autoencoder import Autoencoder
+from models.conditional import ConditionalAutoencoder, ConditionalVAE
 from models.likelihood import BernoulliLikelihood, Likelihood
 from models.vae import VAE, gaussian_kl
 
 LossTerms = dict[str, Tensor]  # scalars by name: "loss" and the terms that it consists of
 
 
-def elbo_terms(vae: VAE, x: Tensor, noise: Tensor, beta: float = 1.0, free_bits: float = 0.0) -> LossTerms:
+class LossVAE(Protocol):
+    """What a loss needs of a VAE."""
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """Return p(x | z)."""
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean [B, K] and log-variance [B, K] of q(z | x) for x [B, D]."""
+
+    def decoder(self, z: Tensor) -> Tensor:
+        """Return the parameter of the likelihood [B, D] for latents z [B, K]."""
+
+
+class VAEGivenConditions:
+    """A conditional VAE, given the conditions of the rows of a batch: it takes rows and latents without conditions.
+
+    Args:
+        vae: the VAE.
+        condition: one-hot, [B, C].
+    """
+
+    def __init__(self, vae: ConditionalVAE, condition: Tensor) -> None:
+        self._vae, self._condition, self.likelihood = vae, condition, vae.likelihood
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean [B, L] and log-variance [B, L] of q(z | x, c) for x [B, D]."""
+        return self._vae.posterior(torch.cat((x, self._condition), dim=1))
+
+    def decoder(self, z: Tensor) -> Tensor:
+        """Return the parameter of the likelihood [S * B, D] for latents z [S * B, L]: S samples, each of all B rows."""
+        condition = self._condition.repeat(len(z) // len(self._condition), 1)  # [S * B, C]
+        output: Tensor = self._vae.decoder(torch.cat((z, condition), dim=1))
+        return output
+
+
+def for_losses(vae: VAE, x: Tensor) -> tuple[LossVAE, Tensor]:
+    """Return `vae` and the rows x [B, D] as the losses take them; if it is conditional, x is [B, D + C]."""
+    if isinstance(vae, ConditionalVAE):
+        return VAEGivenConditions(vae, x[:, vae.width :]), x[:, : vae.width]
+    return vae, x
+
+
+def elbo_terms(vae: LossVAE, x: Tensor, noise: Tensor, beta: float = 1.0, free_bits: float = 0.0) -> LossTerms:
     """Return the negative ELBO in nats, with the KL weighted by beta and one posterior sample per row.
 
     The term `reconstruction` is E_q[log p(x|z)]. The term `elbo` is `reconstruction` minus `kl`, for any beta. See
@@ -38,14 +83,14 @@ def elbo_terms(vae: VAE, x: Tensor, noise: Tensor, beta: float = 1.0, free_bits:
     return {"loss": loss, "reconstruction": reconstruction, "kl": kl, "elbo": reconstruction - kl}
 
 
-def log_weights(vae: VAE, x: Tensor, noise: Tensor) -> Tensor:
+def log_weights(vae: LossVAE, x: Tensor, noise: Tensor) -> Tensor:
     """Return log p(x, z) - log q(z|x) in nats, [S, B], for S samples per row, drawn with noise [S, B, K]."""
     mean, log_variance = vae.posterior(x)  # [B, K], [B, K]
     z = mean + (0.5 * log_variance).exp() * noise  # [S, B, K]
     return _log_weights(vae, x, z, mean, log_variance)
 
 
-def importance_weighted_terms(vae: VAE, x: Tensor, noise: Tensor) -> LossTerms:
+def importance_weighted_terms(vae: LossVAE, x: Tensor, noise: Tensor) -> LossTerms:
     """Return minus the importance-weighted bound in nats. With S > 1 samples, the bound is tighter than the ELBO.
 
     The bound is that of Burda, Grosse & Salakhutdinov 2016, "Importance weighted autoencoders", eq. 8. The encoder gets
@@ -69,7 +114,7 @@ def importance_weighted_terms(vae: VAE, x: Tensor, noise: Tensor) -> LossTerms:
     return {"loss": -bound, "bound": bound, "elbo": weights.mean()}
 
 
-def _log_weights(vae: VAE, x: Tensor, z: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+def _log_weights(vae: LossVAE, x: Tensor, z: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """Return log p(x, z) - log q(z), [S, B], for samples z [S, B, K] from q.
 
     q is the Gaussian with `mean` [B, K] and `log_variance` [B, K].
@@ -96,9 +141,15 @@ def squared_error_terms(autoencoder: Autoencoder, x: Tensor, corrupted: Tensor |
     """Return the squared reconstruction error, summed over features and averaged over rows.
 
     Given `corrupted` [B, D], this is the loss of a denoising autoencoder, which reconstructs x from `corrupted`:
-    Vincent et al. 2010, "Stacked denoising autoencoders", section 3.
+    Vincent et al. 2010, "Stacked denoising autoencoders", section 3. For a conditional autoencoder, both arguments have
+    the condition in their last columns: [B, D + C].
     """
-    x_hat = autoencoder.decoder(autoencoder.encoder(x if corrupted is None else corrupted))  # [B, D]
+    inputs = x if corrupted is None else corrupted
+    code = autoencoder.encoder(inputs)  # [B, K]
+    if isinstance(autoencoder, ConditionalAutoencoder):
+        code = torch.cat((code, inputs[:, autoencoder.width :]), dim=1)  # [B, L + C]
+        x = x[:, : autoencoder.width]  # [B, D]
+    x_hat = autoencoder.decoder(code)  # [B, D]
     error = (x - x_hat).square().sum(dim=1).mean()
     return {"loss": error, "squared_error": error}
 

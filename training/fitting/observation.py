@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from models.conditional import ConditionalPrior
 from models.core import Core
 from models.likelihood import BernoulliLikelihood, GaussianLikelihood
 from models.observation import BernoulliObservation, Observation
@@ -85,9 +86,16 @@ def _noise_covariance(core: Core, prior: Prior, scaling: Scaling, data: Prepared
     random = random_stream(0, VALIDATION)
     with torch.no_grad():
         noise = torch.randn(PRIOR_ROWS, prior.means.shape[1], generator=random)
-        decoded = core.decode(prior(noise, torch.rand(PRIOR_ROWS, generator=random))).double()
-        u = scaling(data.held_out)
-        residual = (u - core.decode(core.encode(u)[0])).double()  # [M, D]
+        choice = torch.rand(PRIOR_ROWS, generator=random)
+        u, condition, of_draws = scaling(data.held_out), torch.empty(len(data.held_out), 0), torch.empty(PRIOR_ROWS, 0)
+        if data.conditions is not None and isinstance(prior, ConditionalPrior):
+            condition = torch.from_numpy(data.conditions.one_hot(data.split.held_out))  # [M, C]
+            drawn = torch.randint(len(data.split.fit), (PRIOR_ROWS,), generator=random).numpy()
+            of_draws = torch.from_numpy(data.conditions.one_hot(data.split.fit[drawn]))  # [PRIOR_ROWS, C]
+            choice = choice + prior.number(of_draws)
+        decoded = core.decode(torch.cat((prior(noise, choice), of_draws), dim=1)).double()
+        latents = core.encode(torch.cat((u, condition), dim=1))[0]
+        residual = (u - core.decode(torch.cat((latents, condition), dim=1))).double()  # [M, D]
     lacking = (moments.variance - decoded.var(dim=0)).clamp(min=0.0)  # [D]
     if width > MAX_FULL_WIDTH or len(residual) < 2:
         return lacking

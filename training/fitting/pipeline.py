@@ -1,9 +1,13 @@
 """Fit a whole pipeline: scaling, networks, score statistics, prior, calibration and explanation."""
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from models import artifact
 from models.autoencoder import Autoencoder
+from models.conditional import ConditionalPipeline, ConditionalPrior
 from models.core import Core
 from models.ensemble import Ensemble
 from models.heavy_tailed import HeavyTailedAutoencoder
@@ -20,11 +24,12 @@ from training.fitting.defaults import default_image_latents, default_table_laten
 from training.fitting.distributed import ProcessGroup
 from training.fitting.explanation import fit_explanation
 from training.fitting.heavy_tailed import count_axes, fit_heavy_tailed_ensemble, fit_heavy_tailed_pca, with_heavy_tails
+from training.fitting.level_correction import fit_level_correction
 from training.fitting.observation import fit_observation
 from training.fitting.pca import fit_pca, pca_from_moments, spectrum_from_moments
 from training.fitting.policy import fit_policy, fit_usual_score, score_rows, set_calibration
 from training.fitting.prepared_data import MAX_COVARIANCE_FEATURES, PreparedData
-from training.fitting.prior import fit_prior
+from training.fitting.prior import fit_conditional_prior, fit_prior
 from training.fitting.scaling import fit_scaling, scaling_method
 from training.fitting.score_statistics import fit_calibration, fit_neighbours, fit_score_statistics
 from training.progress import Reporter
@@ -58,7 +63,11 @@ def fit_pipeline(
             "add rows, or lower --latents"
         )
     held_out, sample = scaling(data.held_out), scaling(data.sample)
+    to_core = core_inputs(scaling)
+    held_out_inputs, sample_inputs = to_core(data.held_out_inputs), to_core(data.sample_inputs)
 
+    known = None if data.conditions is None else data.conditions.known
+    levels = () if known is None else tuple(len(column.levels) for column in known.columns)
     core: Core
     if config.model == "pca":
         reporter.start(f"{config.name} (pca)", 1)
@@ -70,12 +79,13 @@ def fit_pipeline(
             shape=tuple(data.table.shape),
             unit_range=data.images and scaling_method(config, data.images) == "range",
             latents=latents,
-            batches=Batches(data.table.x, data.split.fit, scaling, config.seed, device),
-            sample=sample,
-            held_out=held_out.to(device),
+            batches=Batches(data.store, data.split.fit, to_core, config.seed, device),
+            sample=sample_inputs,
+            held_out=held_out_inputs.to(device),
             reporter=reporter,
             checkpoints=checkpoints,
             processes=processes,
+            levels=levels,
         )
         match config.model:
             case "vae":
@@ -90,17 +100,25 @@ def fit_pipeline(
         if config.model == "ensemble":
             assert isinstance(core, Autoencoder)
             core = Ensemble(core, fit_neighbours(sample), torch.ones(len(Ensemble.parts)))
-        fit_score_statistics(core, held_out, sample, config.robust, data.images)
+        fit_score_statistics(core, held_out_inputs, sample, config.robust, data.images)
     else:
         core = _with_window_score(core.cpu().eval(), config, data, scaling)
 
     with_spread = isinstance(core, VAE) and not data.images  # only a VAE of tables: see `fit_prior`
-    prior = fit_prior(core, sample, held_out, config.seed, with_spread=with_spread)
+    prior = (
+        fit_prior(core, sample, held_out, config.seed, with_spread=with_spread)
+        if known is None
+        else fit_conditional_prior(core, sample_inputs, held_out_inputs, config.seed, known, with_spread=with_spread)
+    )
     reporter.stage("calibrating")
-    calibration = fit_calibration(core, scaling(data.calibration))
+    calibration_inputs = to_core(data.calibration_inputs)
+    correction = None if known is None else fit_level_correction(core, calibration_inputs, levels)
+    calibration = fit_calibration(core, calibration_inputs, correction)
     explanation = fit_explanation(data.moments, scaling, data.images)
     # Samples of a model with a window are rows, not summaries: see `fit_windowed`.
     observation = None if data.windows else fit_observation(core, prior, scaling, data)
+    if isinstance(prior, ConditionalPrior) and correction is not None:
+        return ConditionalPipeline(scaling, core, prior, calibration, correction, explanation, observation).eval()
     policy = None
     if data.policy is not None:
         row_scaling = None if data.windows is None else data.windows.scaling
@@ -110,6 +128,22 @@ def fit_pipeline(
         fit_usual_score(pipeline, data.held_out)
         set_calibration(pipeline, score_rows(pipeline, data.calibration))
     return pipeline
+
+
+def core_inputs(scaling: Scaling) -> Callable[[Tensor], Tensor]:
+    """Return the function that converts inputs of the model, [B, D] or [B, D + C], to the inputs of its core.
+
+    The features are converted to model units, and a condition stays as it is.
+    """
+    width = len(scaling.shift)
+
+    def convert(x: Tensor) -> Tensor:
+        if x.shape[1] == width:
+            u: Tensor = scaling(x)
+            return u
+        return torch.cat((scaling(x[:, :width]), x[:, width:]), dim=1)
+
+    return convert
 
 
 def _default_latents(kind: str, data: PreparedData, scaling: Scaling) -> int:

@@ -13,6 +13,7 @@ from models.manifest import Window
 from models.pca import PCA
 from models.policy_rules import AppliedPolicy
 from models.scaling import Scaling, standardise
+from training.data.conditions import CodedConditions, RowsWithConditions
 from training.data.moments import Moments, compute_moments
 from training.data.row_store import Floats, RowStore, column_medians
 from training.data.table import MAX_HELD_OUT_BYTES, MAX_HELD_OUT_ROWS, Split, Table
@@ -78,6 +79,7 @@ class PreparedData:
         policy: the policy, which has chosen the calibration rows; None if there is none.
         by_group: the rows in raw units, if those here are in the units of the pool. The rows in `calibration` are then
             as the model gets them if their group is unknown: the calibration of the artifact is for rows without one.
+        conditions: the conditions of the rows of `table`; None if the model knows no condition.
     """
 
     table: Table
@@ -91,6 +93,36 @@ class PreparedData:
     windows: Windows | None = None
     policy: AppliedPolicy | None = None
     by_group: ScaledByGroup | None = None
+    conditions: CodedConditions | None = None
+
+    @property
+    def store(self) -> RowStore:
+        """The inputs of the model for all rows of `table`, in raw units: [N, D], or [N, D + C] with conditions."""
+        return self.table.x if self.conditions is None else RowsWithConditions(self.table.x, self.conditions)
+
+    def with_conditions(self, rows: Tensor, indices: npt.NDArray[np.int64]) -> Tensor:
+        """Return the inputs of the model for `rows` [B, D], which have these `indices` in `table`.
+
+        They are the rows themselves or, with conditions, [B, D + C].
+        """
+        if self.conditions is None:
+            return rows
+        return torch.cat((rows, torch.from_numpy(self.conditions.one_hot(indices[: len(rows)]))), dim=1)
+
+    @property
+    def held_out_inputs(self) -> Tensor:
+        """The inputs of the model for the held-out rows, [M, D] or [M, D + C], in the form of `held_out`."""
+        return self.with_conditions(self.held_out, self.split.held_out)
+
+    @property
+    def calibration_inputs(self) -> Tensor:
+        """The inputs of the model for the calibration rows, in the form of `held_out_inputs`."""
+        return self.with_conditions(self.calibration, self.split.calibration)
+
+    @property
+    def sample_inputs(self) -> Tensor:
+        """The inputs of the model for the rows in `sample`, in the form of `held_out_inputs`."""
+        return self.with_conditions(self.sample, self.split.fit)
 
     @property
     def rows(self) -> "PreparedData":
@@ -115,7 +147,8 @@ class PreparedData:
     def notes(self) -> list[str]:
         """What the user should know about the rows."""
         table = self.rows.table
-        return [*table.notes, *table.warnings, *self.split_notes]
+        of_conditions = [] if self.conditions is None else self.conditions.notes
+        return [*table.notes, *table.warnings, *self.split_notes, *of_conditions]
 
     @property
     def images(self) -> bool:

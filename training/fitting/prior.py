@@ -10,14 +10,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from models.conditional import ConditionalPrior
 from models.core import Core
+from models.manifest import Conditions
 from models.prior import Prior
+from training.data.conditions import one_hot
 from training.random_streams import PRIOR, random_stream
 
 MAX_COMPONENTS = 64
 ROWS_PER_COMPONENT = 30  # the mixture has at most one component per this many rows, so that none is a copy of a row
 MIXTURE_ROWS = 10_000  # the mixture is fitted to the latents of at most this many rows
 SHRINKAGE = 0.5  # each component borrows this many rows per latent from all components together
+MIN_CONDITION_ROWS = 2  # a condition with fewer fit rows has no mixture of its own
+MIN_HELD_OUT_ROWS = 5  # with fewer held-out rows, the mixture of a condition is one Gaussian
 MAX_ITERATIONS = 100
 BATCH = 4096  # rows per forward pass; limits the memory
 Array = npt.NDArray[np.float64]
@@ -66,6 +71,64 @@ def fit_prior(core: Core, u: Tensor, held_out: Tensor, seed: int, *, with_spread
     )
     weights, means, factors = (torch.from_numpy(part).float() for part in fit_mixture(fit, validation, seed))
     return Prior(weights, means, factors)
+
+
+def fit_conditional_prior(
+    core: Core, u: Tensor, held_out: Tensor, seed: int, known: Conditions, *, with_spread: bool
+) -> ConditionalPrior:
+    """Return a prior with a mixture for each condition that enough fit rows have, and one for all other conditions.
+
+    The mixtures are those of `fit_prior`. The latents of an autoencoder depend on the condition, and so do those of a
+    VAE in practice: its networks use the condition less than they could.
+
+    Args:
+        core: the fitted model.
+        u: fit rows in model units, with their conditions, [N, D + C].
+        held_out: rows to which neither the model nor the mixtures are fitted, [M, D + C].
+        seed: as for `fit_prior`.
+        known: the conditions that the model knows.
+        with_spread: as for `fit_prior`.
+    """
+    rows, others = u[:MIXTURE_ROWS], held_out[:MIXTURE_ROWS]
+    z, validation = (_encode(core, each, seed, index, with_spread) for index, each in enumerate((rows, others)))
+    every = fit_mixture(z, validation, seed)
+    mixtures, conditions = [every], [torch.zeros(known.width)]
+    pooled = _covariance_within(z, rows[:, -known.width :].numpy())
+    for condition in torch.from_numpy(one_hot(known, np.array(known.combinations))):
+        of_fit, of_held_out = (
+            codes[(each[:, -known.width :] == condition).all(dim=1).numpy()]
+            for codes, each in ((z, rows), (validation, others))
+        )
+        if len(of_fit) < MIN_CONDITION_ROWS:
+            continue
+        mixtures.append(_fit_condition(of_fit, of_held_out, pooled, seed))
+        conditions.append(condition)
+    weights, means, factors = (torch.from_numpy(np.concatenate(parts)).float() for parts in zip(*mixtures, strict=True))
+    return ConditionalPrior(weights, means, factors, torch.stack(conditions))
+
+
+def _covariance_within(z: Array, condition: npt.NDArray[np.float32]) -> Array:
+    """Return the covariance [K, K] of latents z [N, K] about the means of the rows with the same condition [N, C]."""
+    _, number, counts = np.unique(condition, axis=0, return_inverse=True, return_counts=True)
+    means = np.zeros((len(counts), z.shape[1]))
+    np.add.at(means, number, z)
+    centred = z - (means / counts[:, None])[number]
+    return centred.T @ centred / max(1, len(z) - len(counts))
+
+
+def _fit_condition(z: Array, held_out: Array, pooled: Array, seed: int) -> Mixture:
+    """Return the mixture of the latents z [N, K] of the rows of one condition.
+
+    With few rows, it is one Gaussian, whose covariance borrows SHRINKAGE rows per latent from `pooled` [K, K].
+    """
+    rows, latents = z.shape
+    if rows >= 2 * ROWS_PER_COMPONENT and rows >= 2 * latents and len(held_out) >= MIN_HELD_OUT_ROWS:
+        return fit_mixture(z, held_out, seed)
+    borrowed = SHRINKAGE * latents
+    centred = z - z.mean(axis=0)
+    covariance = (centred.T @ centred + borrowed * pooled) / (rows + borrowed)
+    covariance += 1e-6 * max(float(np.trace(covariance)) / latents, 1e-6) * np.eye(latents)
+    return Mixture(np.ones(1), z.mean(axis=0)[None], np.linalg.cholesky(covariance)[None])
 
 
 def fit_mixture(z: Array, held_out: Array, seed: int) -> Mixture:

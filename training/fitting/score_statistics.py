@@ -5,6 +5,7 @@ from torch import Tensor
 
 from models.autoencoder import Autoencoder
 from models.calibration import Calibration
+from models.conditional import ConditionalAutoencoder, LevelCorrection
 from models.core import Core
 from models.ensemble import Ensemble, Neighbours
 from models.pca import PCA
@@ -32,8 +33,9 @@ def fit_score_statistics(
     """Set the statistics that training leaves unset and the score of `core` needs. A VAE needs none.
 
     Args:
-        held_out: rows [N, D] in model units, not used to train the networks.
-        sample: rows [S, D] in model units, used to train the networks.
+        held_out: inputs of `core` in model units, not used to train the networks: rows [N, D], with their conditions if
+            `core` is conditional.
+        sample: rows [S, D] in model units, used to train the networks; without conditions.
         robust: whether there may be anomalies among the rows.
         images: whether the rows are images. The score of PCA treats the noise of images as isotropic.
     """
@@ -50,10 +52,16 @@ def fit_score_statistics(
         _fit_ensemble(core, _without_outliers(core.network, held_out), usual_variance, robust)
 
 
-def fit_calibration(core: Core, u: Tensor) -> Calibration:
-    """Return the calibration from the scores of calibration rows u [N, D], in model units."""
+def fit_calibration(core: Core, u: Tensor, correction: LevelCorrection | None = None) -> Calibration:
+    """Return the calibration from the scores of calibration rows u [N, D], in model units.
+
+    If `core` is conditional, u is [N, D + C], and `correction` is for the rows without a level.
+    """
     with torch.no_grad():
-        return Calibration(torch.cat([core.score(rows)[0] for rows in u.split(BATCH)]))
+        scores = torch.cat([core.score(rows)[0] for rows in u.split(BATCH)])
+        if correction is not None:
+            scores = scores + correction(scores, u[:, -len(correction.columns) :])
+        return Calibration(scores)
 
 
 def fit_shrinkage(x: Tensor, mean: Tensor) -> Tensor:
@@ -99,8 +107,8 @@ def fit_neighbours(x: Tensor) -> Neighbours:
 def _fit_autoencoder(core: Autoencoder, u: Tensor, usual_variance: Tensor, robust: bool) -> None:
     latents, residuals = _latents_and_residuals(core, u)
     latent_variance = latents.var(dim=0, correction=0).mean().clamp(min=MIN_VARIANCE)
-    expected = torch.cat((latent_variance.expand(latents.shape[1]), usual_variance.expand(u.shape[1])))  # [K + D]
-    noise = torch.zeros_like(expected)
+    expected = torch.cat((latent_variance.expand(latents.shape[1]), usual_variance.expand(residuals.shape[1])))
+    noise = torch.zeros_like(expected)  # [K + D]
     noise[: latents.shape[1]] = LATENT_NOISE
     core.whitening = fit_whitening(torch.cat((latents, residuals), dim=1), expected, robust, noise)
 
@@ -115,10 +123,14 @@ def _fit_ensemble(core: Ensemble, u: Tensor, usual_variance: Tensor, robust: boo
 
 
 def _latents_and_residuals(core: Autoencoder, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Return latents [N, K] and residuals [N, D] of rows u [N, D]."""
+    """Return latents [N, K] and residuals [N, D] of rows u [N, D]. If `core` is conditional, u is [N, D + C]."""
     with torch.no_grad():
         latents = torch.cat([core.encode(rows)[0] for rows in u.split(BATCH)])
-        return latents, u - torch.cat([core.decode(some) for some in latents.split(BATCH)])
+        codes = latents
+        if isinstance(core, ConditionalAutoencoder):
+            u, condition = u[:, : core.width], u[:, core.width :]
+            codes = torch.cat((latents, condition), dim=1)
+        return latents, u - torch.cat([core.decode(some) for some in codes.split(BATCH)])
 
 
 def _without_outliers(core: Autoencoder, u: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from models.scaling import Scaling
 from models.windowed import Summaries, Windowed, WindowSummaries
 from models.windows import default_scales, summary_names, summary_width
 from training.config import TrainConfig
+from training.data.conditions import learn_conditions
 from training.data.ingest import full_disk_as_data_error
 from training.data.row_store import Floats
 from training.data.table import MEMORY_BYTES, Split, Table
@@ -110,6 +111,8 @@ def prepare(config: TrainConfig, table: Table, policy: Policy | None = None) -> 
         data, notes = prepare_data(scaled, split, config.robust, applied), [*notes, *left_out]
     else:
         data, notes = replace(prepare_windows(config, scaled, window, split, notes, policy), policy=applied), left_out
+    if table.conditions:
+        data = replace(data, conditions=learn_conditions(table.conditions, data.split.fit, table.source))
     return (data if converted is None else with_source(data, table, *converted)), notes
 
 

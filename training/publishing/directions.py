@@ -89,7 +89,7 @@ def publish_directions(parent: Artifact, table: Table, root: Path, key: PrivateK
         rows, labels = rows[is_judged], labels[is_judged]
     chosen = np.sort(np.random.RandomState(0).permutation(len(rows))[:MAX_ROWS])
     rows, labels = rows[chosen], labels[chosen]
-    latents = _encode(parent, table.x if windows is None else windows, rows, table.source)
+    latents = _encode(parent, table.inputs if windows is None else windows, rows, table.source)
     names, counts = np.unique(labels, return_counts=True)
     kept = names[counts >= MIN_ROWS]
     if len(names) < 2 or not len(kept):
@@ -135,13 +135,14 @@ def _labelled_rows(table: Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.
 
 def _encode(parent: Artifact, source: Any, rows: npt.NDArray[np.int64], name: str) -> Floats:
     """Return the mean latents [N, K] of the rows at `rows` of `source`, which are rows or windows."""
-    latents = np.empty((len(rows), parent.manifest.latents), np.float32)
+    count = parent.manifest.latents  # without a condition
+    latents = np.empty((len(rows), count), np.float32)
     progress = SlowProgress(f"encoding {name}", len(rows))
     with torch.inference_mode():
         for start in range(0, len(rows), BATCH_ROWS):
             some = rows[start : start + BATCH_ROWS]
             x = torch.from_numpy(source.take(some)).to(parent.device)
-            latents[start : start + len(some)] = parent.module.encode(x)[0].cpu().numpy()
+            latents[start : start + len(some)] = parent.module.encode(x)[0][:, :count].cpu().numpy()
             progress.advance(len(some))
     if not np.isfinite(latents).all():
         raise DataError(f"{name} has rows whose latents are not finite: check their scale and units")

@@ -29,14 +29,14 @@ def make_exhibits(pipeline: Pipeline, manifest: Manifest, data: PreparedData, no
     """
     exhibits, rows = {}, data.source_rows
     if not manifest.training.get("private"):
-        exhibits[HELD_OUT] = _held_out_json(pipeline, data)
+        exhibits[HELD_OUT] = _held_out_json(pipeline, manifest, data)
         exhibits[TRAINED_ROWS] = make_sketch(rows.table.x, np.concatenate((rows.split.fit, rows.split.held_out)))
     exhibits[CALIBRATION] = calibration_json(pipeline.calibration.scores)
     exhibits[CARD] = card(manifest, None, notes, ()).encode()
     return exhibits
 
 
-def _held_out_json(pipeline: Pipeline, data: PreparedData) -> bytes:
+def _held_out_json(pipeline: Pipeline, manifest: Manifest, data: PreparedData) -> bytes:
     """Return JSON with `latents` [M, K] and `labels` [M] of the first M held-out rows.
 
     The JSON also contains the first R of these rows, as `inputs` [R, D].
@@ -47,7 +47,8 @@ def _held_out_json(pipeline: Pipeline, data: PreparedData) -> bytes:
     if data.rows.by_group is not None:
         rows = inputs_of_pool(data, source.split.held_out[:MAX_LATENT_ROWS])
     with torch.inference_mode():
-        latents = pipeline.encode(rows)[0]
+        rows = data.with_conditions(rows, data.split.held_out)
+        latents = pipeline.encode(rows)[0][:, : manifest.latents]
     labels = data.table.labels
     fields = {
         "rows": len(data.held_out),

@@ -13,6 +13,7 @@ import torch
 
 from models import artifact
 from models.baseline import Baseline, BaselineBuffers
+from models.conditional import CONDITION_PART
 from models.errors import ArtifactUnwritable
 from models.keys import PrivateKey
 from models.manifest import (
@@ -99,7 +100,7 @@ def publish(
 def _golden_inputs(data: PreparedData) -> torch.Tensor:
     """Return held-out rows [GOLDEN_ROWS, D], or windows [GOLDEN_ROWS, N, D] of which the last one is short."""
     if data.windows is None:
-        return data.fill_missing(data.held_out[:GOLDEN_ROWS])
+        return data.with_conditions(data.fill_missing(data.held_out[:GOLDEN_ROWS]), data.split.held_out)
     windows = torch.from_numpy(data.windows.in_table.take(data.rows.split.held_out[:GOLDEN_ROWS]))
     windows[-1, : -data.windows.window.least_rows] = torch.nan
     return windows
@@ -202,6 +203,14 @@ def software_versions() -> dict[str, str]:
     }
 
 
+def _parts(pipeline: Pipeline, data: PreparedData) -> list[str]:
+    """Return the names of the parts of the score."""
+    parts = pipeline.core.parts
+    if data.conditions is not None:
+        parts = (*parts, CONDITION_PART)
+    return list(parts) if data.policy is None else data.policy.rules.parts(parts)
+
+
 def _finite(metrics: dict[str, float]) -> dict[str, float]:
     """Return the metrics that are finite: a manifest holds no others. One extreme cell makes a likelihood infinite."""
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
@@ -224,8 +233,8 @@ def _manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         shape=list(table.shape),
         features=_features(data.source_rows),
-        latents=len(golden.outputs["draw"][0]),
-        parts=list(pipeline.core.parts) if data.policy is None else data.policy.rules.parts(pipeline.core.parts),
+        latents=pipeline.prior.means.shape[1],
+        parts=_parts(pipeline, data),
         pixel_range=table.pixel_range,
         training=chosen.config.model_dump(),
         data=_data(data.source_rows),
@@ -236,7 +245,7 @@ def _manifest(
         versions=software_versions(),
         weights_sha256=weights_sha256,
         history=chosen.recorder.history,
-        latent_report=describe_latents(pipeline.core, pipeline.scaling(data.held_out)),
+        latent_report=describe_latents(pipeline.core, pipeline.core_inputs(data.held_out_inputs)),
         spectrum=data.spectrum(pipeline.scaling).tolist(),
         total_variance=float(scaled.variance.sum()),
         log_scale=0.0 if data.windows else density_scale(pipeline.core, pipeline.scaling),
@@ -247,4 +256,5 @@ def _manifest(
         season=_season(chosen.config),
         incident_rows=chosen.config.incident_rows,
         policy=_policy(pipeline, data),
+        conditions=None if data.conditions is None else data.conditions.known,
     )

@@ -167,6 +167,11 @@ def _refuse_options(parent: Artifact, policy: Policy | None, incident_rows: int 
         )
     if policy is not None and policy.changes_scores and parent.manifest.training.get("scale_by_group"):
         raise FitError(SCALING_REFUSAL)
+    if policy is not None and parent.manifest.conditions is not None:
+        raise DataError(
+            f"{reference(parent)} was trained with --condition: expected a model without conditions, because a policy "
+            "needs one; leave out --policy"
+        )
 
 
 def _judged_once(table: Table, windows: TableWindows | None, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -247,7 +252,7 @@ def _scores(
     with torch.inference_mode():
         for start in range(0, len(rows), BATCH_ROWS):
             some = rows[start : start + BATCH_ROWS]
-            x = torch.from_numpy((table.x if windows is None else windows).take(some)).to(device)
+            x = torch.from_numpy((table.inputs if windows is None else windows).take(some)).to(device)
             scores[start : start + len(some)] = model.score(x)[0].cpu().numpy()
             progress.advance(len(some))
     refuse_overflow(scores, rows, table.source)

@@ -6,7 +6,8 @@ from datetime import time
 from itertools import chain, repeat
 from pathlib import Path
 
-from models.manifest import CalibrationSize, Manifest, Period, Timeline, Window, calibration_rows_needed
+from models.errors import join_names
+from models.manifest import CalibrationSize, Conditions, Manifest, Period, Timeline, Window, calibration_rows_needed
 from models.policy_rules import DAYS, Silence
 from training.config import TrainConfig
 
@@ -18,6 +19,7 @@ KIND_NAMES = {
 }
 LINE_WIDTH = 100  # longer lists continue on further lines
 DEFAULT_ALPHA = 0.05  # of /anomaly and `elbo score`
+LISTED_LEVELS = 20  # number of levels of a condition that are listed; further levels are only counted
 FEATURES = 12  # number of features that are listed; further features are only counted
 
 
@@ -47,6 +49,7 @@ def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
     yield "file", f"{path}, {path.stat().st_size / 1e6:.2f} MB, written {manifest.created}"
     yield "seal", "intact: the SHA-256 of the file is the one recorded at publication"
     yield "row", _row(manifest)
+    yield from zip(chain(["condition"], repeat("")), condition_lines(manifest.conditions), strict=False)
     has_report = manifest.latent_report and manifest.kind != "pca"  # all latents of PCA are active
     if manifest.window is not None:
         yield "window", window_phrase(manifest.window)
@@ -77,6 +80,12 @@ def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
         f"at least {calibration.floor:.3g}; below this alpha, no row is anomalous without `extrapolated`",
     )
     yield "versions", _joined(manifest.versions)
+
+
+def condition_lines(conditions: Conditions | None) -> Iterator[str]:
+    """Yield a line for each column of conditions, with its levels."""
+    for column in conditions.columns if conditions else ():
+        yield f"{column.name!r}: {join_names([repr(level) for level in column.levels], LISTED_LEVELS)}"
 
 
 def window_phrase(window: Window) -> str:

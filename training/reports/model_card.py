@@ -13,6 +13,7 @@ from training.reports.describe import (
     DEFAULT_ALPHA,
     KIND_NAMES,
     against_pca,
+    condition_lines,
     few_calibration_rows,
     latents_phrase,
     period,
@@ -81,6 +82,9 @@ def _summary(manifest: Manifest) -> Iterator[str]:
     yield f"A row has {shape} {'pixels' if manifest.is_image else 'features'}."
     if manifest.window is not None:
         yield from _window(manifest.window)
+    if manifest.conditions is not None:
+        yield "It knows the condition of a row, which is no feature:"
+        yield from (f"{line}." for line in condition_lines(manifest.conditions))
     if changed := list(_changed_options(manifest)):
         yield "Options that differ from the defaults: " + ", ".join(f"{name} {text}" for name, text in changed) + "."
     else:

@@ -26,6 +26,7 @@ from models.manifest import Manifest
 from models.pipeline import Pipeline
 from models.vae import VAE
 from models.windowed import Windowed
+from training.data.conditions import draw_conditions
 from training.fitting.defaults import resolved_config
 from training.random_streams import VALIDATION, random_stream
 
@@ -69,7 +70,9 @@ class FittedModel:
 
     manifest: Manifest
     pipeline: Pipeline | Windowed
-    inputs: Tensor  # held-out rows [M, D], raw units, NaN where a value is missing; or windows [M, N, D]
+    # Held-out rows [M, D], raw units, NaN where a value is missing; or windows [M, N, D]; or rows with their
+    # conditions, [M, D + C].
+    inputs: Tensor
     labels: npt.NDArray[Any] | None  # [M]
     label_names: list[str] | None = None
 
@@ -81,13 +84,13 @@ class FittedModel:
     @property
     def x(self) -> Tensor:
         """Return the held-out rows [M, D]: the newest row of each window."""
-        return self.inputs if self.inputs.ndim == 2 else self.inputs[:, -1]
+        return self.inputs[:, : self.manifest.width] if self.inputs.ndim == 2 else self.inputs[:, -1]
 
     @cached_property
     def latents(self) -> Floats:
         """Return posterior means [M, K]."""
         with torch.inference_mode():
-            return self.pipeline.encode(self.inputs)[0].double().numpy()
+            return self.pipeline.encode(self.inputs)[0][:, : self.manifest.latents].double().numpy()
 
     @cached_property
     def x_hat(self) -> Floats:
@@ -102,6 +105,8 @@ class FittedModel:
         with torch.inference_mode():
             noise = torch.randn(count, self.latents.shape[1], generator=random)
             choice = torch.rand(count, generator=random)
+            if self.manifest.conditions is not None:
+                noise = torch.cat((noise, draw_conditions(self.manifest.conditions, count, random)), dim=1)
             x = self.pipeline.decode(self.pipeline.draw(noise, choice))
             if not self.manifest.is_image:
                 x = self.pipeline.observe(x, torch.randn(x.shape, generator=random))

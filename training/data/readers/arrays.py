@@ -255,7 +255,7 @@ def _read_labels(
     others = [other for other in headers if other != key]
     if unknown := [name for name in options.label if name not in others] if options.names is None else []:
         raise DataError(f"{path} has no array {unknown[0]!r} to read as labels: it has {join_names(list(headers))}")
-    given = [name for name in options.label if name in others]
+    given = [name for name in (*options.label, *options.condition) if name in others]
     name = given[0] if given else find_label_column([other for other in others if not is_status_name(other)])
     if name is None:
         return None, None, []

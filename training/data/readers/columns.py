@@ -26,6 +26,7 @@ from training.data.labels import (
     look_like_labels,
 )
 from training.data.line_numbers import LineNumbers, describe_row
+from training.data.readers.condition_columns import ConditionReader
 from training.data.readers.raw_table import Block, BlockDetails, RawTable, ReadOptions, format_option
 from training.data.readers.row_order import OrderDetector, describe_direction
 from training.data.readers.time_columns import GroupColumn, TimeColumn, TimelineReader
@@ -266,7 +267,7 @@ def choose_columns(header: Sequence[str], path: Path, options: ReadOptions, type
     if both := [name for name in options.label if name in {*options.drop, *options.keep}]:
         other = "--keep" if both[0] in options.keep else "--drop"
         raise DataError(f"{path}: --label and {other} both name {both[0]!r}: a label is no feature, so leave one out")
-    others = {*options.drop, *options.label, options.time, options.group}
+    others = {*options.drop, *options.label, *options.condition, options.time, options.group}
     kept = [column for column in columns if column.name not in others]
     if not kept and options.label:
         raise DataError(f"{path} has no column except labels: expected measurements to learn from")
@@ -306,6 +307,26 @@ def choose_timeline_columns(header: Sequence[str], path: Path, options: ReadOpti
         TimeColumn(options.time, names.index(options.time)),
         None if group is None else GroupColumn(group, names.index(group)),
     )
+
+
+def choose_condition_columns(header: Sequence[str], path: Path, options: ReadOptions) -> list[ConditionReader]:
+    """Return readers of the columns of conditions. In training, the file must have all of them.
+
+    Raises:
+        DataError: a column does not exist although it must, or options contradict each other.
+    """
+    names = [column.name for column in _parse_header(header, path, typed=False)] if options.condition else []
+    in_training = options.names is None
+    for name in options.condition if in_training else ():
+        if name not in names:
+            raise DataError(f"{path} has no column {name!r} for --condition: {_similar_names(name, names)}")
+        for other, listed in (("--keep", options.keep), ("--drop", options.drop)):
+            if name in listed:
+                raise DataError(
+                    f"{path}: --condition and {other} both name {name!r}: a condition is no feature, so leave one out"
+                )
+    present = [name for name in options.condition if name in names]
+    return [ConditionReader(path, name, names.index(name), limited=in_training) for name in present]
 
 
 def _parse_header(header: Sequence[str], path: Path, typed: bool) -> list[Column]:
@@ -363,6 +384,7 @@ def build_raw_table(
     notes: list[str] | None = None,
     details: BlockDetails | None = None,
     timeline: TimelineReader | None = None,
+    conditions: Sequence[ConditionReader] = (),
 ) -> RawTable:
     """Return the table in `frames`. Each frame has the columns of the file.
 
@@ -374,6 +396,7 @@ def build_raw_table(
         notes: notes for the user; the list grows while `frames` is iterated.
         details: where `frames` records faulty rows if `options.tolerant` is set.
         timeline: the columns of times and groups, if there are any.
+        conditions: the columns of conditions.
 
     Raises:
         DataError: no feature remains.
@@ -391,7 +414,8 @@ def build_raw_table(
             pass  # the user says that these are labels
         elif options.names is None or is_status_name(labels.name):
             labels = labels if look_like_labels(labels.name, cells.cast(str).unique().to_list()) else None
-    if labels is not None and options.names is None and labels.name not in options.label:
+    is_read_otherwise = labels is not None and labels.name in {*options.label, *options.condition}
+    if labels is not None and options.names is None and not is_read_otherwise:
         features = [column for column in features if column.name != labels.name]
         notes.append(
             f"column {labels.name!r} holds labels, so it is not a feature: "
@@ -410,7 +434,7 @@ def build_raw_table(
     if options.tolerant:
         blocks = _read_blocks_tolerantly(frames, columns, len(features), details, check)
     else:
-        blocks = _read_blocks(frames, features, labels, timeline, check)
+        blocks = _read_blocks(frames, features, labels, timeline, conditions, check)
     return RawTable(
         blocks=blocks,
         shape=(len(features),),
@@ -424,6 +448,7 @@ def build_raw_table(
         label_column=None if labels is None else labels.name,
         label_names=None if labels is None else labels.texts,
         timeline=timeline,
+        conditions=conditions,
         notes=notes,
     )
 
@@ -437,6 +462,7 @@ def _read_blocks(
     features: list[Column],
     labels: LabelReader | None,
     timeline: TimelineReader | None,
+    conditions: Sequence[ConditionReader],
     check: "_ColumnCheck",
 ) -> Iterator[Block]:
     row = 0
@@ -446,6 +472,8 @@ def _read_blocks(
             values[:, position] = column.read(frame.to_series(column.index), row)
         if timeline is not None:
             timeline.read(frame)
+        for condition in conditions:
+            condition.read(frame.to_series(condition.index))
         yield values, None if labels is None else labels.read(frame.to_series(labels.index))
         row += frame.height
     check.finish(features)

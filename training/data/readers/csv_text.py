@@ -21,6 +21,7 @@ from training.data.line_numbers import LineNumbers
 from training.data.readers.columns import (
     build_raw_table,
     choose_columns,
+    choose_condition_columns,
     choose_label_column,
     choose_timeline_columns,
 )
@@ -64,6 +65,7 @@ def read_csv(path: Path, options: ReadOptions) -> RawTable:
         notes=reader.notes,
         details=details,
         timeline=choose_timeline_columns(reader.header, path, options),
+        conditions=choose_condition_columns(reader.header, path, options),
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from training.data.readers.columns import (
     build_raw_table,
     choose_columns,
+    choose_condition_columns,
     choose_label_column,
     choose_timeline_columns,
 )
@@ -34,13 +35,14 @@ def read_parquet(path: Path, options: ReadOptions) -> RawTable:
     columns = choose_columns(header, path, options, typed=True)
     labels = choose_label_column(header, path, options)
     timeline = choose_timeline_columns(header, path, options)
-    read = [*columns, *([labels] if labels else []), *(timeline.columns if timeline else [])]
+    conditions = choose_condition_columns(header, path, options)
+    read = [*columns, *([labels] if labels else []), *(timeline.columns if timeline else []), *conditions]
     used = sorted({column.index for column in read})
     for column in read:
         column.index = used.index(column.index)  # the position in the frames, which contain only the used columns
     wanted = scan.select(pl.nth(used))
     frames = _slices(wanted, rows, rows_per_block(len(columns)), path)
-    return build_raw_table(frames, columns, labels, options, path, rows, timeline=timeline)
+    return build_raw_table(frames, columns, labels, options, path, rows, timeline=timeline, conditions=conditions)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from training.data.line_numbers import LineNumbers
+from training.data.readers.condition_columns import ConditionReader
 from training.data.readers.time_columns import TimelineReader
 from training.data.row_store import FileArray
 
@@ -35,6 +36,7 @@ class ReadOptions:
     time: str | None = None  # column with the time of each row
     group: str | None = None  # column with the group of each row, such as its host
     timeline_optional: bool = False  # whether the source may lack these two columns
+    condition: Sequence[str] = ()  # columns of conditions; if `names` is given, the source may lack them
 
 
 @dataclass
@@ -66,6 +68,7 @@ class RawTable:
     details: BlockDetails = field(default_factory=BlockDetails)  # about the latest block of `blocks`
     notes: list[str] = field(default_factory=list)  # notes for the user; complete when all blocks have been read
     timeline: TimelineReader | None = None  # reads the times and groups of the rows of `blocks`
+    conditions: Sequence[ConditionReader] = ()  # read the conditions of the rows of `blocks`
     file_array: FileArray | None = None  # values [N, D] in the source file, if the rows can be read in any order
 
 

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from models.season import Floats, offsets_of_zone, to_local
-from training.data.readers.columns import build_raw_table, choose_columns, choose_label_column, choose_timeline_columns
+from training.data.readers.columns import (
+    build_raw_table,
+    choose_columns,
+    choose_condition_columns,
+    choose_label_column,
+    choose_timeline_columns,
+)
 from training.data.readers.raw_table import RawTable, ReadOptions
 
 if TYPE_CHECKING:
@@ -40,7 +46,10 @@ def read_simulated_hosts(source: str, options: ReadOptions) -> RawTable:
     columns = choose_columns(frame.columns, path, options, typed=True)
     labels = choose_label_column(frame.columns, path, options)
     timeline = choose_timeline_columns(frame.columns, path, options)
-    return build_raw_table(iter([frame]), columns, labels, options, path, len(frame), timeline=timeline)
+    conditions = choose_condition_columns(frame.columns, path, options)
+    return build_raw_table(
+        iter([frame]), columns, labels, options, path, len(frame), timeline=timeline, conditions=conditions
+    )
 
 
 def simulate(first_week: int, weeks: int, *, incidents: bool = False, seed: int = 0) -> "pl.DataFrame":
