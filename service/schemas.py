@@ -19,6 +19,10 @@ _ROW = {
     "feature had missing values in training",
 }
 _RECORD = {"type": "object", "additionalProperties": {"type": ["number", "string", "null"]}}
+_CONDITION = {
+    "type": "object",
+    "additionalProperties": {"type": ["string", "number", "boolean", "null"]},
+}
 _METRIC = {
     "type": "object",
     "properties": {
@@ -36,9 +40,20 @@ Vectors = Annotated[Any, WithJsonSchema({"type": "array", "minItems": 1, "items"
 Vector = Annotated[Any, WithJsonSchema(_NUMBERS)]
 Records = Annotated[Any, WithJsonSchema({"type": "array", "minItems": 1, "items": _RECORD})]
 Metrics = Annotated[Any, WithJsonSchema({"type": "array", "minItems": 1, "items": _METRIC})]
+# The condition of all rows, or a list with one condition per row
+Condition = Annotated[Any, WithJsonSchema(_CONDITION)]
+RowConditions = Annotated[
+    Any, WithJsonSchema({"anyOf": [_CONDITION, {"type": "array", "minItems": 1, "items": _CONDITION}]})
+]
 Seed = Annotated[
     int, Field(ge=0, lt=SEEDS, description="whole number below 2^53; the same seed gives the same numbers")
 ]
+
+
+_ROW_CONDITIONS = (
+    'models trained with `--condition` only: the condition of all rows, such as `{"label": "7"}`, or a list with one '
+    "condition per row; for a column that is absent, the model takes the level as unknown"
+)
 
 
 def _drop_null_defaults(schema: dict[str, Any]) -> None:
@@ -71,18 +86,21 @@ class EncodeBody(Body):
     seed: Seed | None = Field(
         None, description="seed of the samples; by default a random seed, which the response contains"
     )
+    condition: RowConditions = Field(None, description=_ROW_CONDITIONS)
 
 
 class DecodeBody(Body):
     """Latents to decode."""
 
     latents: Vectors = Field(description="N latent vectors of K numbers")
+    condition: RowConditions = Field(None, description=_ROW_CONDITIONS)
 
 
 class ReconstructBody(Body):
     """Rows to reconstruct."""
 
     inputs: Rows = Field(description="N rows in raw units; windows of rows for a model with a window")
+    condition: RowConditions = Field(None, description=_ROW_CONDITIONS)
 
 
 class SampleBody(Body):
@@ -109,6 +127,12 @@ class SampleBody(Body):
         "and whole-number features are rounded; false returns the mean of each row given its latents. By default true "
         "for tables, false for images and for artifacts of earlier releases",
     )
+    condition: RowConditions = Field(
+        None,
+        description='models trained with `--condition` only: the condition to draw rows for, such as `{"label": "7"}`, '
+        "or a list with one condition per row; for a column that is absent, levels are drawn by their shares in the "
+        "training rows",
+    )
 
 
 class End(Body):
@@ -128,6 +152,11 @@ class InterpolateBody(Body):
         "linear",
         description="path between the latents: a straight line, or spherical linear interpolation (slerp), which falls "
         "back to a straight line for parallel, opposite and zero vectors",
+    )
+    condition: Condition = Field(
+        None,
+        description='models trained with `--condition` only: the condition of all points, such as `{"label": "7"}`; '
+        "for a column that is absent, the model takes the level as unknown",
     )
 
 
@@ -159,6 +188,11 @@ class EditBody(Body):
         description="number of rows in the response, at most ELBO_MAX_ROWS; 1 returns the row moved by `amount`, and "
         "more return the path from the unmoved row to it, both included",
     )
+    condition: Condition = Field(
+        None,
+        description='models trained with `--condition` only: the condition of all rows, such as `{"label": "7"}`; for '
+        "a column that is absent, the model takes the level as unknown",
+    )
 
 
 class NeighboursBody(Body):
@@ -172,6 +206,7 @@ class NeighboursBody(Body):
         description="whether the response contains the values of the neighbours, which are rows of the training data; "
         "if the server has API keys, this needs the scope admin",
     )
+    condition: RowConditions = Field(None, description=f"for `inputs` and {_ROW_CONDITIONS}")
 
 
 class AnomalyBody(Body):
@@ -252,6 +287,11 @@ class AnomalyBody(Body):
         "not change what is remembered of their groups, and count only in `elbo_unobserved_rows_total`. By default "
         "ELBO_OBSERVE; false if the request has an API key "
         "without the scope `write`",
+    )
+    condition: RowConditions = Field(
+        None,
+        description='models trained with `--condition` only: the condition of all rows, such as `{"label": "7"}`, or '
+        "for `inputs` a list with one condition per row; a record or a line that has a column of conditions uses that",
     )
 
 
@@ -405,6 +445,9 @@ class SampleAnswer(DecodeAnswer):
 
     latents: Vectors = Field(description="[N, K]")
     seed: int = Field(description="send this seed to get the same samples again")
+    conditions: list[dict[str, str]] | None = Field(
+        None, description="[N]: the condition of each row; absent if the model knows no conditions"
+    )
 
 
 class FeatureReport(BaseModel):
@@ -624,6 +667,11 @@ class ModelSummary(BaseModel):
         None,
         description="the periods, day or week, in which the usual score returns, and the time zone of their hours. "
         "Absent if the model was trained without `--season`",
+    )
+    conditions: dict[str, list[str]] | None = Field(
+        None,
+        description="the levels of each column of conditions, by its name; absent if the model was trained without "
+        "`--condition`",
     )
 
 

@@ -7,7 +7,7 @@ from models.timestamps import to_unix_seconds
 from service.anomaly.inputs import InputRows, parse_input_rows
 from service.anomaly.record_keys import group_name
 from service.codec.budget import Budget
-from service.codec.row_errors import describe_value
+from service.codec.json_values import describe_value
 from service.errors import InvalidField
 from service.inference.served_model import ServedModel
 from service.schemas import AnomalyBody, FeedbackBody

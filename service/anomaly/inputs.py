@@ -10,6 +10,7 @@ from models.errors import join_names
 from service.anomaly.record_keys import RecordKeys
 from service.codec import csv_rows, ndjson
 from service.codec.budget import NO_LIMIT, Budget
+from service.codec.conditions import Codes, no_conditions
 from service.codec.json_rows import JsonRows
 from service.codec.request_body import BodyReader, read_json
 from service.codec.row_arrays import parse_valid_array_rows
@@ -44,6 +45,7 @@ class InputRows(NamedTuple):
         group: [G], with None for a row without a group; None instead of the list if no row has a group.
         windows: [G, N, D], the windows of the rows; None unless the request has windows.
         silenced: [G], whether a silence of the policy holds for the row; None if the policy has no silences.
+        conditions: [G, J], the codes of the conditions of the rows; None if the model knows no conditions.
     """
 
     parsed: ParsedRows
@@ -54,6 +56,7 @@ class InputRows(NamedTuple):
     unknown_metrics: Sequence[str] = ()
     windows: npt.NDArray[np.float32] | None = None
     silenced: npt.NDArray[np.bool_] | None = None
+    conditions: Codes | None = None
 
 
 def with_default_alpha(served: ServedModel, body: AnomalyBody) -> AnomalyBody:
@@ -94,6 +97,8 @@ def parse_input_rows(
         )
     if body.half_life is not None or body.half_life_rows is not None:
         _validate_smoothing(body)
+    if body.condition is not None and served.conditions is None:
+        raise no_conditions(served.name)
     body = with_timeline_keys(served, body)
     if body.metrics is not None:
         return _parse_metrics(served, body, budget)
@@ -118,7 +123,10 @@ def parse_input_rows(
         parsed = parse_valid_array_rows(served.row_schema, body.inputs, "/inputs", budget)
     else:
         parsed = parse_valid_rows(served.row_schema, body.inputs, "/inputs", may_contain_non_floats, budget)
-    return InputRows(parsed, len(parsed.rows) + len(parsed.errors))
+    count = len(parsed.rows) + len(parsed.errors)
+    if served.conditions is None:
+        return InputRows(parsed, count)
+    return InputRows(parsed, count, conditions=served.conditions.read_all(body.condition, count, budget)[parsed.rows])
 
 
 def parse_record_rows(
@@ -135,7 +143,10 @@ def parse_record_rows(
     Raises InvalidRows if fewer than `minimum` records are valid.
     """
     allow_lists = isinstance(records, ndjson.NdjsonRows)
-    keys = RecordKeys(schema, body.time, body.group, allow_unknown=_allows_unknown(body), budget=budget)
+    condition = () if schema.conditions is None else schema.conditions.read(body.condition)
+    keys = RecordKeys(
+        schema, body.time, body.group, allow_unknown=_allows_unknown(body), budget=budget, condition=condition
+    )
     if isinstance(records, csv_rows.CsvRecords):
         names = keys.names(records.header)
         _validate_header(schema, names, body.impute, pointer, keys)
@@ -151,7 +162,7 @@ def parse_record_rows(
         impute=body.impute,
         allow_lists=allow_lists,
         minimum=minimum,
-        read=keys.read,
+        read=keys.reader(),
         budget=budget,
     )
     time = np.array([keys.times[row] for row in parsed.rows])
@@ -162,6 +173,7 @@ def parse_record_rows(
         keys.unknown_fields,
         time=None if np.isnan(time).all() else time,
         group=group if any(name is not None for name in group) else None,
+        conditions=np.array([keys.conditions[row] for row in parsed.rows], np.int64) if keys.conditions else None,
     )
 
 

@@ -5,13 +5,15 @@ made for other feature names, so a verdict on it would ignore a value that the c
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 from models.columns import parse_title
 from models.errors import join_names, shortened
 from models.timestamps import to_unix_seconds
 from service.codec.budget import NO_LIMIT, Budget
+from service.codec.conditions import Code, ConditionSchema
 from service.codec.feature_names import closest
 from service.codec.row_errors import MalformedRow, not_a_timestamp
 from service.codec.row_schema import RowSchema
@@ -32,20 +34,30 @@ class RecordKeys:
         group: the key of the group.
         allow_unknown: whether a record that lacks a feature may have unknown keys.
         budget: counts the time and the memory for the keys that are not names of features.
+        condition: for a model that knows conditions, the code of the condition of records that have no key for one.
 
     Attributes:
         unknown_fields: the number of values read so far that belong to no feature.
         times: for each record read so far, its time in Unix seconds; NaN for a record without a time.
         groups: for each record read so far, the name of its group; None for a record without a group.
+        conditions: for a model that knows conditions: for each record read so far, the code of its condition.
     """
 
     def __init__(
-        self, schema: RowSchema, time: str, group: str, *, allow_unknown: bool, budget: Budget = NO_LIMIT
+        self,
+        schema: RowSchema,
+        time: str,
+        group: str,
+        *,
+        allow_unknown: bool,
+        budget: Budget = NO_LIMIT,
+        condition: Code = (),
     ) -> None:
         self._schema = schema
         self._time = None if time in schema.name_set else time
         self._group = None if group in schema.name_set else group
-        self._other = {name for name in (time, group) if name not in schema.name_set}
+        of_conditions = () if schema.conditions is None else schema.conditions.names
+        self._other = {name for name in (time, group, *of_conditions) if name not in schema.name_set}
         self._known = schema.name_set | self._other
         self._allow_unknown = allow_unknown
         self._budget = budget
@@ -54,6 +66,23 @@ class RecordKeys:
         self.unknown_fields = 0
         self.times: list[float] = []
         self.groups: list[str | None] = []
+        self.conditions: list[Code] = []
+        self._condition = condition
+
+    def reader(self) -> Callable[[Any], Any]:
+        """Return `read`, or for a model that knows conditions, a function that also reads the condition."""
+        known = self._schema.conditions
+        return self.read if known is None else partial(self._read_with_condition, known)
+
+    def _read_with_condition(self, known: ConditionSchema, record: Any) -> Any:
+        record = self.read(record)
+        self.conditions.append(self._condition)
+        if type(record) is dict:
+            try:
+                self.conditions[-1] = known.read_record(record, self._condition)
+            except InvalidRows as error:
+                return MalformedRow.of(error)
+        return record
 
     def read(self, record: Any) -> Any:
         """Return `record` with the names of features as keys. Return a `MalformedRow` if a key is not understood.
@@ -151,7 +180,7 @@ class RecordKeys:
         return aliases
 
     def _meaning(self, key: str) -> str | None:
-        """Return what `key` means: a feature, the key of the time, or the key of the group. Raises InvalidRows."""
+        """Return what `key` means: a feature, or the key of the time, the group or a condition. Raises InvalidRows."""
         if key in self._meanings:
             return self._meanings[key]
         self._budget.check_time()

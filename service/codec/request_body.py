@@ -11,7 +11,7 @@ import orjson
 from service.codec import npy, pictures, safetensors, simdjson_rows
 from service.codec.budget import NO_LIMIT, PIECE_BYTES, Budget
 from service.codec.json_rows import require_few_values, take_apart
-from service.codec.row_errors import describe_value
+from service.codec.json_values import describe_value
 from service.codec.simdjson_rows import MAX_WHOLE_BYTES
 from service.errors import InvalidJson, UnsupportedMediaType
 

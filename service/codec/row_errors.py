@@ -3,7 +3,6 @@
 Functions that receive one row return pointers relative to that row. Their callers prepend the pointer to the row.
 """
 
-import json
 import math
 import struct
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from service.codec.json_rows import JsonRows
+from service.codec.json_values import describe_value
 from service.codec.row_schema import RowSchema, flatten
 from service.errors import InvalidRows, escape
 
@@ -49,16 +48,6 @@ class MalformedRow:
         error = InvalidRows(self.detail, pointer=self.pointer, expected=self.expected, got=self.got, hint=self.hint)
         error.is_partial = self.is_partial
         return error
-
-
-def describe_value(value: Any) -> str:
-    """Return a short description of a JSON value for an error message."""
-    if isinstance(value, list | JsonRows):
-        return f"a list of {len(value)}" if len(value) else "an empty list"
-    if isinstance(value, dict):
-        return "an object"
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:36] + "..."
 
 
 def refuse_single_row(schema: RowSchema, rows: Any, pointer: str) -> None:

@@ -19,10 +19,10 @@ import numpy as np
 from service.codec.budget import NO_LIMIT, Budget
 from service.codec.float32 import missing_mask
 from service.codec.json_rows import JsonRows
+from service.codec.json_values import describe_value
 from service.codec.row_errors import (
     PACKING_ERRORS,
     all_values_missing,
-    describe_value,
     first_bad_value,
     refuse_single_row,
     wrong_shape,

@@ -5,7 +5,8 @@ from typing import Any
 
 from models.errors import join_names
 from service.codec.budget import NO_LIMIT, Budget
-from service.codec.row_errors import MalformedRow, describe_value
+from service.codec.json_values import describe_value
+from service.codec.row_errors import MalformedRow
 from service.codec.row_lists import RowPacker, append_valid_rows
 from service.codec.row_schema import ParsedRows, RowSchema
 from service.errors import InvalidRows

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from service.codec.feature_names import FeatureTitles
 from service.errors import InvalidRows
+
+if TYPE_CHECKING:
+    from service.codec.conditions import ConditionSchema
 
 Array = npt.NDArray[np.float32]
 
@@ -46,6 +49,7 @@ class RowSchema:
         optional: for each of the D values, whether it may be missing. By default, no value may be missing.
         medians: the medians of the D features in the training rows, which `impute` uses.
         units: the units of the D features; None where unknown. By default, all are unknown.
+        conditions: the conditions that the model knows of a row; None if it knows none.
     """
 
     def __init__(
@@ -55,8 +59,10 @@ class RowSchema:
         optional: Sequence[bool] = (),
         medians: Sequence[float] = (),
         units: Sequence[str | None] = (),
+        conditions: "ConditionSchema | None" = None,
     ) -> None:
         self.shape = tuple(shape)
+        self.conditions = conditions
         self.width = math.prod(self.shape)
         self.names = tuple(names)
         self.name_set = frozenset(names)

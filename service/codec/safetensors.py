@@ -17,7 +17,7 @@ import numpy.typing as npt
 import orjson
 
 from service.codec.array_shape import MAX_DIMENSIONS, is_possible
-from service.codec.row_errors import describe_value
+from service.codec.json_values import describe_value
 from service.errors import InvalidSafetensors
 
 MEDIA_TYPE = "application/x-safetensors"

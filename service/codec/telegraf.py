@@ -8,7 +8,8 @@ from models.timestamps import to_unix_seconds
 from service.codec.budget import NO_LIMIT, Budget
 from service.codec.feature_names import FeatureSelectors, FeatureTitles
 from service.codec.json_rows import JsonRows
-from service.codec.row_errors import MalformedRow, describe_value, not_a_timestamp
+from service.codec.json_values import describe_value
+from service.codec.row_errors import MalformedRow, not_a_timestamp
 from service.errors import InvalidRows
 
 Record = dict[str, Any]

@@ -16,6 +16,7 @@ from service.anomaly.inputs import InputRows, parse_record_rows, with_default_al
 from service.anomaly.verdicts import Verdicts, parsing_errors, results_and_errors
 from service.codec import compression, ndjson
 from service.codec.budget import NoLimit, max_row_bytes
+from service.codec.conditions import no_conditions
 from service.codec.response_body import stream_media_type
 from service.codec.row_errors import MalformedRow
 from service.endpoints import offload
@@ -63,6 +64,10 @@ class AnomalyStream:
         self._gunzip = compression.GzipDecompressor() if is_gzip else None
         self._warning: dict[str, str] = {}
         self._counts = {"rows": 0, "anomalies": 0, "failed": 0, "unknown_fields": 0}
+        if self._body.condition is not None:
+            if self._served.conditions is None:
+                raise no_conditions(self._served.name)
+            self._served.conditions.read(self._body.condition)  # refuse an unknown level before the first row
         for name in ("fdr", "half_life", "half_life_rows"):
             if getattr(self._body, name) is not None:
                 raise InvalidField(

@@ -62,6 +62,13 @@ class BacktestEndpoint:
     async def _replay(self, parsed: ParsedBacktest, incidents: list[Incident] | None) -> bytes | memoryview:
         """Return the response: the report of the rows, with drawings if the request wants them."""
         service, served, inputs = self._service, parsed.served, parsed.inputs
+        if served.conditions is not None:
+            raise InvalidField(
+                f"{served.name}@{served.version} knows conditions of rows, and a backtest does not",
+                expected="a model that was trained without --condition",
+                got=served.name,
+                hint="train a model without --condition",
+            )
         count, width = inputs.rows_received, served.row_schema.width
         options = _options(service, served, parsed.body)
 

@@ -21,12 +21,20 @@ from service.anomaly.verdicts import (
     score_array,
 )
 from service.codec.budget import Budget
+from service.codec.conditions import Codes
 from service.codec.request_body import JSON
 from service.codec.row_arrays import parse_array
 from service.codec.row_lists import parse_row, parse_rows
 from service.codec.row_schema import RowSchema
 from service.codec.row_windows import count_missing, parse_window, parse_windows
 from service.endpoints import anomaly_stream, offload
+from service.endpoints.conditions import (
+    features_of,
+    read_codes,
+    read_condition,
+    with_conditions,
+    without_conditions,
+)
 from service.endpoints.context import ServiceContext
 from service.endpoints.offload import run_in_thread_if_long
 from service.endpoints.pipeline import (
@@ -72,7 +80,9 @@ class InferenceEndpoints:
         """Encode rows: return the posterior mean or a posterior sample, and the posterior standard deviation."""
         parsed = await parse_request(self._service, request, ENCODE)
         mean, std = await run_operation(self._service, parsed, operations.ENCODE, parsed.inputs)
-        imputed = imputed_fields(parsed.served, parsed.inputs) | await pixel_fields(parsed.served, parsed.inputs)
+        rows = features_of(parsed.served, parsed.inputs)
+        imputed = imputed_fields(parsed.served, rows) | await pixel_fields(parsed.served, rows)
+        mean, std = without_conditions(parsed.served, mean), without_conditions(parsed.served, std)
         if not parsed.body.sample:
             return await render_response(parsed, {"latents": mean, "std": std, **imputed}, mean)
         seed = _seed(parsed.body.seed)
@@ -95,9 +105,10 @@ class InferenceEndpoints:
         parsed = await parse_request(self._service, request, RECONSTRUCT)
         operation = operations.reconstruct(parsed.served.row_schema.allows_missing)
         outputs, errors = await run_operation(self._service, parsed, operation, parsed.inputs)
-        fields = {"outputs": outputs, "errors": errors, **imputed_fields(parsed.served, parsed.inputs)}
-        if may_be_out_of_range(parsed.served, parsed.inputs, errors):
-            fields |= await pixel_fields(parsed.served, parsed.inputs)
+        rows = features_of(parsed.served, parsed.inputs)
+        fields = {"outputs": outputs, "errors": errors, **imputed_fields(parsed.served, rows)}
+        if may_be_out_of_range(parsed.served, rows, errors):
+            fields |= await pixel_fields(parsed.served, rows)
         return await render_response(parsed, fields, outputs)
 
     async def sample(self, request: RequestContext) -> HttpResponse:
@@ -111,9 +122,16 @@ class InferenceEndpoints:
         else:
             operation = operations.SAMPLE_ROWS if len(noise) == 3 else operations.SAMPLE
         latents, outputs = await run_operation(self._service, parsed, operation, *noise)
-        return await render_response(parsed, {"latents": latents, "outputs": outputs, "seed": seed}, outputs)
+        fields = {"latents": latents, "outputs": outputs, "seed": seed}
+        cost = 0.0
+        if known := parsed.served.conditions:
+            fields["latents"] = without_conditions(parsed.served, latents)
+            cost = len(outputs) * offload.NORMAL
+            describe = partial(known.describe, known.codes_of(noise[0][:, -known.width :]))
+            fields["conditions"] = await run_in_thread_if_long(describe, cost)
+        return await render_response(parsed, fields, outputs, write_ns=cost)
 
-    async def _draw(self, parsed: ParsedRequest[SampleBody, None], seed: int) -> tuple[Array, ...]:
+    async def _draw(self, parsed: ParsedRequest[SampleBody, Codes | None], seed: int) -> tuple[Array, ...]:
         """Return the inputs of `operations.SAMPLE`, or of SAMPLE_ROWS if the samples include observation noise.
 
         Long draws run one at a time, and each begins only if the queue has room for its rows. If many large requests
@@ -126,17 +144,21 @@ class InferenceEndpoints:
         rows, manifest = parsed.body.n, parsed.served.manifest
         with_row_noise = _with_noise(parsed)
         temperature = np.float32(parsed.body.temperature)
+        known, codes = parsed.served.conditions, parsed.inputs
 
         def draw() -> tuple[Array, ...]:
             normal, uniform = self._noise.draw(seed, rows, manifest.latents)
             normal *= temperature
+            if known is not None and codes is not None:
+                normal = known.join(normal, known.draw_missing(codes, self._noise.draw_levels(seed, rows)))
             if not with_row_noise:
                 return normal, uniform
             row_noise = self._noise.draw_rows(seed, rows, manifest.width)
             row_noise *= temperature
             return normal, uniform, row_noise
 
-        cost = rows * (manifest.latents + 1 + with_row_noise * manifest.width) * offload.NORMAL
+        values = manifest.latents + manifest.condition_width + 1 + with_row_noise * manifest.width
+        cost = rows * values * offload.NORMAL
         if cost <= offload.MAX_LOOP_NS:
             return await run_in_thread_if_long(draw, cost)
         await take_turn(parsed, rows)
@@ -150,7 +172,7 @@ class InferenceEndpoints:
         start, end = await latents_of(self._service, parsed, parsed.inputs)
         path = partial(interpolate, start, end, parsed.body.steps, parsed.body.method)
         latents = await run_in_thread_if_long(path, parsed.body.steps * len(start) * offload.NORMAL)
-        (outputs,) = await run_operation(self._service, parsed, operations.DECODE, latents)
+        outputs = await decode_latents(self._service, parsed, latents)
         rows = [point.values for point in parsed.inputs if not point.is_latent]
         imputed = imputed_fields(parsed.served, *rows) | await pixel_fields(parsed.served, *rows)
         columns = len(outputs) if len(outputs) <= MAX_STRIP_STEPS else None
@@ -212,14 +234,25 @@ def read_inputs(
     may_contain_non_floats: bool,
     budget: Budget,
 ) -> Array:
-    """Return the rows in `inputs` as float32 [B, D], or the windows [B, N, D] if the model has a window."""
+    """Return the rows in `inputs` as float32 [B, D], or the windows [B, N, D] if the model has a window.
+
+    If the model knows conditions, the rows are followed by their conditions, [B, D + C].
+    """
     if served.window_schema is None:
-        return _read_rows(served, body, may_contain_non_floats, budget)
+        rows = _read_rows(served, body, may_contain_non_floats, budget)
+        return with_conditions(served, body.condition, rows, budget)
+    read_condition(served, body.condition)
     return parse_windows(served.window_schema, body.inputs, "/inputs", may_contain_non_floats, budget)
 
 
-def _read_nothing(_served: ServedModel, _body: SampleBody, _may_contain_non_floats: bool, _budget: Budget) -> None:
-    """Return no inputs: the request body of /sample has no rows."""
+def _read_latents(served: ServedModel, body: DecodeBody, may_contain_non_floats: bool, budget: Budget) -> Array:
+    """Return the latents as float32 [B, K], or with their conditions, [B, K + C], if the model knows conditions."""
+    return with_conditions(served, body.condition, read_latents(served, body, may_contain_non_floats, budget), budget)
+
+
+def _read_codes(served: ServedModel, body: SampleBody, _may_contain_non_floats: bool, budget: Budget) -> Codes | None:
+    """Return the codes of the conditions to draw rows for, [n, J]; None if the model knows no conditions."""
+    return read_codes(served, body.condition, body.n, budget)
 
 
 @dataclass(frozen=True)
@@ -233,6 +266,7 @@ class Point:
 def _read_ends(
     served: ServedModel, body: InterpolateBody, may_contain_non_floats: bool, _budget: Budget
 ) -> list[Point]:
+    read_condition(served, body.condition)
     return [
         read_point(served, body.start, "/start", may_contain_non_floats),
         read_point(served, body.end, "/end", may_contain_non_floats),
@@ -265,21 +299,30 @@ def read_point(served: ServedModel, point: End | EditBody, pointer: str, may_con
 
 
 async def latents_of(service: ServiceContext, parsed: ParsedRequest[Any, Any], points: Sequence[Point]) -> list[Array]:
-    """Return the latents [K] of each point. One run of the model encodes all rows."""
+    """Return the latents [K] of each point. One run of the model encodes all rows, with the request's condition."""
     rows = [point.values for point in points if not point.is_latent]
     encoded = iter(())
     if rows:
-        mean, _ = await run_operation(service, parsed, operations.ENCODE, np.concatenate(rows))
-        encoded = iter(mean)
+        inputs = with_conditions(parsed.served, parsed.body.condition, np.concatenate(rows))
+        mean, _ = await run_operation(service, parsed, operations.ENCODE, inputs)
+        encoded = iter(without_conditions(parsed.served, mean))
     return [point.values[0] if point.is_latent else next(encoded) for point in points]
 
 
+async def decode_latents(service: ServiceContext, parsed: ParsedRequest[Any, Any], latents: Array) -> Array:
+    """Return the rows [B, D] that latents [B, K] decode to, with the condition of the request."""
+    join = partial(with_conditions, parsed.served, parsed.body.condition, latents)
+    inputs = await run_in_thread_if_long(join, latents.size * offload.NUMBER)
+    (outputs,) = await run_operation(service, parsed, operations.DECODE, inputs)
+    return outputs
+
+
 ENCODE = RequestSpec(EncodeBody, read_inputs, row_fields=("inputs",), array_field="inputs", pictures=True)
-DECODE = RequestSpec(DecodeBody, read_latents, row_fields=("latents",), array_field="latents", png_output=True)
+DECODE = RequestSpec(DecodeBody, _read_latents, row_fields=("latents",), array_field="latents", png_output=True)
 RECONSTRUCT = RequestSpec(
     ReconstructBody, read_inputs, row_fields=("inputs",), array_field="inputs", pictures=True, png_output=True
 )
-SAMPLE = RequestSpec(SampleBody, _read_nothing, count_field="n", png_output=True)
+SAMPLE = RequestSpec(SampleBody, _read_codes, count_field="n", png_output=True)
 INTERPOLATE = RequestSpec(InterpolateBody, _read_ends, count_field="steps", png_output=True)
 ANOMALY = RequestSpec(
     AnomalyBody, parse_input_rows, row_fields=ROW_FIELDS, array_field="inputs", pictures=True, readers=RECORD_READERS
@@ -348,7 +391,7 @@ def imputed_fields(served: ServedModel, *rows: Array) -> dict[str, Any]:
     return {"imputed": count} if count else {}
 
 
-def _with_noise(parsed: ParsedRequest[SampleBody, None]) -> bool:
+def _with_noise(parsed: ParsedRequest[SampleBody, Codes | None]) -> bool:
     """Return whether samples include observation noise. Raise InvalidField if they cannot."""
     served, requested = parsed.served, parsed.body.noise
     if requested is None:
@@ -364,7 +407,7 @@ def _with_noise(parsed: ParsedRequest[SampleBody, None]) -> bool:
     return requested
 
 
-def _is_standard(parsed: ParsedRequest[SampleBody, None]) -> bool:
+def _is_standard(parsed: ParsedRequest[SampleBody, Codes | None]) -> bool:
     """Return whether the latents come from N(0, I). Raise InvalidField if this is not a prior of the model."""
     served = parsed.served
     if parsed.body.prior == "fitted":

@@ -12,10 +12,12 @@ from models.errors import join_names
 from service.access.scopes import Scope
 from service.codec.budget import Budget
 from service.endpoints import offload
+from service.endpoints.conditions import features_of, read_condition, without_conditions
 from service.endpoints.context import ServiceContext
 from service.endpoints.inference import (
     MAX_STRIP_STEPS,
     Point,
+    decode_latents,
     imputed_fields,
     latents_of,
     read_inputs,
@@ -66,7 +68,7 @@ class LatentEndpoints:
             return (start + amounts[:, None] * direction).astype(np.float32)
 
         latents = await run_in_thread_if_long(move, parsed.body.steps * len(start) * offload.NUMBER)
-        (outputs,) = await run_operation(self._service, parsed, operations.DECODE, latents)
+        outputs = await decode_latents(self._service, parsed, latents)
         rows = [] if parsed.inputs.is_latent else [parsed.inputs.values]
         notes = imputed_fields(parsed.served, *rows) | await pixel_fields(parsed.served, *rows)
         columns = len(outputs) if len(outputs) <= MAX_STRIP_STEPS else None
@@ -96,6 +98,7 @@ class LatentEndpoints:
         notes: dict[str, Any] = {}
         if not are_latents:
             latents, _ = await run_operation(self._service, parsed, operations.ENCODE, rows)
+            latents, rows = without_conditions(served, latents), features_of(served, rows)
             notes = imputed_fields(served, rows) | await pixel_fields(served, rows)
         parsed.record.rows = len(rows)
         find = partial(_neighbours, held_out, latents, count, parsed.body.values)
@@ -175,6 +178,7 @@ def _neighbours(held_out: HeldOutRows, latents: Array, count: int, has_values: b
 
 
 def _read_point(served: ServedModel, body: EditBody, may_contain_non_floats: bool, _budget: Budget) -> Point:
+    read_condition(served, body.condition)
     return read_point(served, body, "", may_contain_non_floats)
 
 
@@ -187,6 +191,8 @@ def _read_neighbours(served: ServedModel, body: NeighboursBody, may_contain_non_
             f"expected one of the fields inputs and latents, got {got}", expected="inputs or latents", got=got
         )
     are_latents = given == ["latents"]
+    if are_latents:
+        read_condition(served, body.condition)
     read = read_latents if are_latents else read_inputs
     return Inputs(read(served, body, may_contain_non_floats, budget), are_latents)
 

@@ -60,6 +60,9 @@ async def score_rows(
             watch = None if request is None else DisconnectWatch(request)
             verdicts = await score_with_past(service, served, input_rows, rows, body, run, is_live, deadline, watch)
         else:
+            if served.conditions is not None:
+                join = partial(served.conditions.join, rows, input_rows.conditions)
+                rows = await run_in_thread_if_long(join, rows.size * offload.DECISION)
             verdicts = await _score(input_rows, rows, body, run)
     if is_live:
         for _ in service.metrics.anomalies.count_in_steps(served, input_rows, verdicts):

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError
 
 from models.errors import FieldFault, first_fault
-from service.codec.row_errors import describe_value
+from service.codec.json_values import describe_value
 from service.errors import InvalidField, escape
 from service.schemas import Body
 

@@ -236,6 +236,8 @@ def _run_operations(served: ServedModel, rows: int) -> None:
     if manifest.window is not None:
         x = np.repeat(x[:, None], manifest.window.rows, axis=1)
     noise, choice = NoiseSource().draw(0, rows, manifest.latents)
+    if served.conditions is not None:
+        x, noise = served.conditions.join(x), served.conditions.join(noise)
     inputs_by_operation = {
         operations.ENCODE: (x,),
         operations.reconstruct(served.row_schema.allows_missing): (x,),

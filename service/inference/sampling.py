@@ -49,6 +49,11 @@ class NoiseSource(threading.local):
         normal = self._random.standard_normal((rows, width))
         return normal.astype(np.float32)
 
+    def draw_levels(self, seed: int, rows: int) -> Array:
+        """Return choices [rows] for `seed`, as those of `draw`, from a fourth stream. They select the conditions."""
+        self._start_stream(seed, 3)
+        return _below_one(self._random.random_sample(rows))
+
     def _start_stream(self, seed: int, *stream: int) -> None:
         self._random.seed([seed & 0xFFFFFFFF, seed >> 32, *stream])
 

@@ -14,6 +14,7 @@ from models.manifest import Manifest
 from models.onset import UsualCourse
 from models.silences import Silences
 from service.codec import png
+from service.codec.conditions import ConditionSchema
 from service.codec.feature_names import FeatureSelectors
 from service.codec.pictures import PictureRow
 from service.codec.row_schema import RowSchema
@@ -99,7 +100,15 @@ class ServedModel:
         optional = [feature.missing > 0 for feature in features]
         medians = [feature.median for feature in features]
         units = [feature.unit for feature in features]
-        return RowSchema(self.manifest.shape, names, optional, medians, units)
+        return RowSchema(self.manifest.shape, names, optional, medians, units, self.conditions)
+
+    @cached_property
+    def conditions(self) -> ConditionSchema | None:
+        """The conditions that the model knows of a row; None if it knows none."""
+        known = self.manifest.conditions
+        if known is None:
+            return None
+        return ConditionSchema({each.name: each.levels for each in known.columns}, known.combinations, known.shares)
 
     @cached_property
     def window_schema(self) -> WindowSchema | None:
@@ -109,7 +118,7 @@ class ServedModel:
 
     @cached_property
     def input_width(self) -> int:
-        """The number of values of one input: of a row, or of a window if the model has one."""
+        """The number of values of one input: of a row, or of a window if the model has one, without a condition."""
         return self.row_schema.width if self.window_schema is None else self.window_schema.width
 
     @cached_property
@@ -135,7 +144,8 @@ class ServedModel:
     def row_bytes(self) -> int:
         """Size of one row, or of its window if the model has one, or of its latents, whichever is largest, in bytes."""
         window = self.manifest.window
-        return 4 * max(self.manifest.width * (window.rows if window else 1), self.manifest.latents)
+        widest = max(self.manifest.width * (window.rows if window else 1), self.manifest.latents)
+        return 4 * (widest + self.manifest.condition_width)
 
     @cached_property
     def selectors(self) -> FeatureSelectors:
@@ -192,4 +202,5 @@ def describe(served: ServedModel) -> dict[str, Any]:
         "warm_seconds": round(served.warm_seconds, 3),
         **({"groups": len(manifest.groups)} if manifest.groups else {}),
         **({"season": manifest.season.model_dump()} if manifest.season else {}),
+        **({"conditions": served.conditions.levels} if served.conditions else {}),
     }

@@ -44,6 +44,7 @@ RULES = (
     "the field verdict is missing",  # it may stand in the body or in the query
     "knows no labels",  # the model was trained on rows without labels
     "a response may have at most",  # the rows times n
+    "knows no condition of a row",
     "no row has a time",  # which column has the times is an option
 )
 WIDTHS = {"inputs": len(HOST_FEATURES), "input": len(HOST_FEATURES), "latents": 2, "latent": 2}

@@ -1,0 +1,209 @@
+"""The conditions of rows in requests: what a level is, and the one-hot numbers that a conditional model takes.
+
+A condition is an object such as `{"label": "7"}`: the level of each column of conditions. A column may be absent. In
+codes, a level is its index among the levels of its column, and NO_LEVEL stands for an absent one.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from models.errors import join_names
+from service.codec.budget import NO_LIMIT, Budget
+from service.codec.json_rows import JsonRows
+from service.codec.json_values import describe_value
+from service.errors import InvalidField, InvalidRows, escape
+
+NO_LEVEL = -1
+LISTED_LEVELS = 20  # number of levels that an error lists
+MAX_QUOTED = 100  # characters of an unknown level that an error quotes
+CHECKED_ROWS = 1024  # the time is checked after this many conditions
+Array = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.int64]  # [B, J] for B rows and J columns of conditions
+Code = tuple[int, ...]  # [J]
+
+
+class ConditionSchema:
+    """The conditions that a model knows.
+
+    Args:
+        levels: the levels of each column, by the name of the column.
+        combinations: the codes of the conditions in the training data.
+        shares: how often each of them occurs; the sum is 1.
+    """
+
+    def __init__(
+        self, levels: Mapping[str, Sequence[str]], combinations: Sequence[Sequence[int]], shares: Sequence[float]
+    ) -> None:
+        self.levels = {name: list(of_column) for name, of_column in levels.items()}
+        self.names = tuple(levels)
+        self.width = sum(map(len, levels.values()))
+        self.unknown: Code = (NO_LEVEL,) * len(self.names)  # the code of a row without a level
+        self._places = {
+            name: {level: place for place, level in enumerate(of_column)} for name, of_column in levels.items()
+        }
+        sizes = [len(of_column) for of_column in levels.values()]
+        self._first = np.cumsum([0, *sizes[:-1]])  # [J], the place of the first level of each column
+        self._combinations = np.array(combinations, np.int64)
+        self._shares = np.array(shares)
+
+    def read(self, condition: Any, pointer: str = "/condition") -> Code:
+        """Return the code of a condition in a request; `unknown` for None.
+
+        Raises:
+            InvalidField: it is no object, or a column or a level is not known.
+        """
+        if condition is None:
+            return self.unknown
+        if type(condition) is not dict:
+            raise self._not_a_condition(condition, pointer)
+        for name in condition:
+            if name not in self._places:
+                raise InvalidField(
+                    f"the model knows no condition {name[:MAX_QUOTED]!r}",
+                    pointer=f"{pointer}/{escape(name)}",
+                    expected=join_names([repr(name) for name in self.names]),
+                    got=name[:MAX_QUOTED],
+                )
+        codes = []
+        for name in self.names:
+            value = condition.get(name)
+            code = NO_LEVEL if value is None else self._place(name, value)
+            if code is None:
+                expected, got = self._describe_levels(name), describe_value(value)
+                raise InvalidField(
+                    f"{name!r} has no level {got}: expected {expected}",
+                    pointer=f"{pointer}/{escape(name)}",
+                    expected=expected,
+                    got=got,
+                )
+            codes.append(code)
+        return tuple(codes)
+
+    def read_all(self, condition: Any, rows: int, budget: Budget = NO_LIMIT) -> Codes:
+        """Return the codes [rows, J] of the conditions in a request: one for all rows, or a list with one per row.
+
+        Raises:
+            InvalidField: see `read`; or the list has another length.
+        """
+        if not isinstance(condition, list | JsonRows):
+            return np.array([self.read(condition)], np.int64).repeat(rows, axis=0)
+        if len(condition) != rows:
+            raise InvalidField(
+                f"condition has {len(condition)} entries for {rows} rows",
+                pointer="/condition",
+                expected=f"an object, or a list of {rows} objects",
+                got=f"a list of {len(condition)}",
+            )
+        codes = []
+        for row, each in enumerate(condition):
+            if row % CHECKED_ROWS == 0:
+                budget.check_time()
+            codes.append(self.read(each, f"/condition/{row}"))
+        return np.array(codes, np.int64).reshape(rows, len(self.names))
+
+    def read_record(self, record: dict[str, Any], default: Code) -> Code:
+        """Return the code of the condition in a record, whose keys are names of columns; `default` where it has none.
+
+        Raises:
+            InvalidRows: a level is not known.
+        """
+        codes = []
+        for name, code in zip(self.names, default, strict=True):
+            value = record.get(name)
+            place = code if value is None or value == "" else self._place(name, value)
+            if place is None:
+                expected, got = self._describe_levels(name), describe_value(value)
+                raise InvalidRows(
+                    f"{name!r} has no level {got}: expected {expected}",
+                    pointer=f"/{escape(name)}",
+                    expected=expected,
+                    got=got,
+                )
+            codes.append(place)
+        return tuple(codes)
+
+    def draw_missing(self, codes: Codes, choice: Array) -> Codes:
+        """Return `codes` [B, J] with levels in place of NO_LEVEL, drawn by their shares in the training data.
+
+        The levels of a row are drawn among the combinations that have the levels that are given. If the training data
+        have no such combination, NO_LEVEL stays.
+
+        Args:
+            choice: uniform numbers in [0, 1), [B].
+        """
+        drawn = codes.copy()
+        for given in np.unique(codes, axis=0):
+            if (given != NO_LEVEL).all():
+                continue
+            fits = ((self._combinations == given) | (given == NO_LEVEL)).all(axis=1)
+            if not fits.any():
+                continue
+            rows = (codes == given).all(axis=1)
+            limits = np.cumsum(self._shares[fits])
+            places = np.searchsorted(limits[:-1], choice[rows].astype(np.float64) * limits[-1], side="right")
+            drawn[rows] = self._combinations[fits][places]
+        return drawn
+
+    def one_hot(self, codes: Codes) -> Array:
+        """Return the numbers [B, C] of the conditions with these codes [B, J]."""
+        numbers = np.zeros((len(codes), self.width), np.float32)
+        rows, columns = np.nonzero(codes != NO_LEVEL)
+        numbers[rows, self._first[columns] + codes[rows, columns]] = 1.0
+        return numbers
+
+    def codes_of(self, numbers: Array) -> Codes:
+        """Return the codes [B, J] of one-hot conditions [B, C]. See `one_hot`."""
+        codes = np.full((len(numbers), len(self.names)), NO_LEVEL)
+        rows, places = np.nonzero(numbers)
+        columns = np.searchsorted(self._first, places, side="right") - 1
+        codes[rows, columns] = places - self._first[columns]
+        return codes
+
+    def join(self, rows: Array, codes: Codes | None = None) -> Array:
+        """Return rows or latents [B, D] followed by their conditions, [B, D + C]. None: no row has a level."""
+        if codes is None:
+            return np.concatenate((rows, np.zeros((len(rows), self.width), np.float32)), axis=1)
+        return np.concatenate((rows, self.one_hot(codes)), axis=1)
+
+    def describe(self, codes: Codes) -> list[dict[str, str]]:
+        """Return the conditions with these codes [B, J] as objects, such as `{"label": "7"}`."""
+        distinct, index = np.unique(codes, axis=0, return_inverse=True)
+        objects = [
+            {name: self.levels[name][place] for name, place in zip(self.names, code, strict=True) if place != NO_LEVEL}
+            for code in distinct.tolist()
+        ]
+        return [objects[number] for number in index.reshape(-1).tolist()]
+
+    def _place(self, name: str, value: Any) -> int | None:
+        """Return the index of the level `value` of the column `name`; None if there is no such level."""
+        places = self._places[name]
+        if type(value) is str:
+            return places.get(value, places.get(value.strip()))
+        if type(value) is bool:
+            return places.get(str(value).lower())
+        if type(value) is float and value.is_integer() and abs(value) < 2**53:
+            value = int(value)
+        return places.get(str(value)) if type(value) in (int, float) else None
+
+    def _describe_levels(self, name: str) -> str:
+        return join_names([repr(level) for level in self.levels[name]], LISTED_LEVELS)
+
+    def _not_a_condition(self, value: Any, pointer: str) -> InvalidField:
+        expected, got = f"an object with {join_names([repr(name) for name in self.names])}", describe_value(value)
+        return InvalidField(
+            f"{pointer.removeprefix('/')} should be {expected}, got {got}", pointer=pointer, expected=expected, got=got
+        )
+
+
+def no_conditions(model: str) -> InvalidField:
+    """Return the error that a request has a condition, but the model knows none."""
+    return InvalidField(
+        f"{model} knows no condition of a row",
+        pointer="/condition",
+        expected="no such field",
+        got="condition",
+        hint="leave the field out, or train a model with elbo train --condition",
+    )
