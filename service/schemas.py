@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator
 
-from models.manifest import Season
+from models.manifest import Season, Timeline
 from service.inference.sampling import SEEDS
 
 _NUMBERS = {"type": "array", "items": {"type": "number"}}
@@ -721,6 +721,17 @@ class ModelDetail(ModelSummary):
         None,
         description="the policy of the model: its `rules`, the `alpha` that keeps its budget of alarms, and how many "
         "rows it left out of the calibration; absent if the model has no policy",
+    )
+    timeline: Timeline | None = Field(
+        None,
+        description="the columns of times and groups, the usual time between two rows of a group, and the periods of "
+        "the training rows; absent if the model was trained without times, as are the next two fields",
+    )
+    incident_rows: int | None = Field(
+        None, description="number of rows after which an incident of a group counts as a change"
+    )
+    scaled_by_group: bool | None = Field(
+        None, description="whether rows are converted into common units before the model sees them"
     )
     recalibration: dict[str, Any] | None = Field(
         description="source of the rows that `elbo calibrate` used, and the version with the same networks; null if "

@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import orjson
 from fastapi.openapi.docs import get_swagger_ui_html
@@ -12,6 +13,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from models.artifact import CALIBRATION, CARD, HELD_OUT
+from service.anomaly.group_memory import rules_of
+from service.anomaly.online_calibration import default_incident_rows
 from service.codec.request_body import JSON
 from service.endpoints.context import ServiceContext
 from service.endpoints.offload import MAX_LOOP_NS, run_in_thread_if_long
@@ -24,7 +27,7 @@ STATIC = Path(__file__).parents[1] / "static"
 DOCS_STATIC = "/static/docs"  # where fastapi-offline serves the files of Swagger UI
 DETAIL_FIELDS = {
     "features", "policy", "training", "data", "recalibration", "versions", "weights_sha256",
-    "history", "latent_report", "spectrum", "total_variance", "comparison",
+    "history", "latent_report", "spectrum", "total_variance", "comparison", "timeline",
 }  # fmt: skip
 
 
@@ -50,9 +53,8 @@ class InformationEndpoints:
         """Describe one model version: the features, the training data and the history of the training run."""
         served = self._find(request)
         directions = await run_in_thread_if_long(partial(_labels, served), math.inf)
-        return _json(
-            {**describe(served), **served.manifest.model_dump(include=DETAIL_FIELDS), "directions": directions}
-        )
+        details = served.manifest.model_dump(include=DETAIL_FIELDS)
+        return _json({**describe(served), **details, **_in_time(served), "directions": directions})
 
     async def held_out(self, request: Request) -> Response:
         """Return the latents and labels of held-out rows, and the values of the first few of these rows."""
@@ -129,6 +131,17 @@ def _labels(served: ServedModel) -> list[str]:
         return list(served.label_means)
     except BadExhibitError:
         return []
+
+
+def _in_time(served: ServedModel) -> dict[str, Any]:
+    """Return the fields of a `ModelDetail` that only models with times have, besides `timeline`."""
+    if served.manifest.timeline is None:
+        return {}
+    rules = rules_of(served, has_calibration=True)
+    return {
+        "incident_rows": rules.incident_rows or default_incident_rows(rules.rows),
+        "scaled_by_group": rules.features is not None,
+    }
 
 
 def _json(content: object) -> Response:

@@ -27,6 +27,7 @@ from training.data.table import read_table
 from training.errors import FitError
 from training.progress import SilentReporter
 from training.publishing.recalibrate import recalibrate
+from training.reports.describe import describe
 from training.train import train
 
 pytestmark = pytest.mark.slow
@@ -101,6 +102,14 @@ def test_memory_leak_is_found_on_very_different_hosts_only_if_rows_are_scaled_by
             assert cause.value - cause.expected == pytest.approx(6, abs=1)  # GB of this host
     assert found["plain"] < 0.1
     assert min(found["scaled"], found["windows"]) > 0.85
+
+
+def test_inspect_and_card_say_that_rows_are_scaled_by_group(artifacts: Path) -> None:
+    for name, count in (("plain", 0), ("scaled", 1)):
+        artifact = load(artifacts / name / "1" / "model.pt")
+        card = " ".join(artifact.exhibits["card.md"].decode().split())
+        for text in (describe(artifact.manifest, artifact.path), card):
+            assert text.lower().count("rows of these groups are converted into common units") == count
 
 
 @pytest.mark.parametrize("name", ["scaled", "windows"])

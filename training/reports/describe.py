@@ -58,10 +58,7 @@ def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
     yield "split", f"{data.fit:,} fit, {data.held_out:,} held out, {data.calibration:,} calibration"
     if manifest.timeline is not None:
         yield from _split_by_time(manifest.timeline)
-        if manifest.groups:
-            yield "baseline", f"{len(manifest.groups):,} groups have their own; other groups have that of all together"
-        if manifest.season:
-            yield "season", f"{' and '.join(manifest.season.periods)}, time zone {manifest.season.time_zone}"
+        yield from _baseline(manifest)
     yield "training", _joined(_given_options(manifest.training))
     for index, (name, value) in enumerate(manifest.metrics.items()):
         yield "" if index else "held out", f"{name} {value:.6g}"
@@ -100,6 +97,18 @@ def _split_by_time(timeline: Timeline) -> Iterator[tuple[str, str]]:
     step = timeline.usual_step_seconds
     yield "time", f"{timeline.time_column!r}{'' if step is None else f', a row every {step:g} s'}{group}"
     yield from (("", f"{what} {periods}") for what, periods in period_lines(timeline))
+
+
+def _baseline(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Yield what verdicts take into account besides the row: its group, the season, and incidents of the group."""
+    if manifest.groups:
+        yield "baseline", f"{len(manifest.groups):,} groups have their own; other groups have that of all together"
+        if manifest.training.get("scale_by_group"):
+            yield "", "rows of these groups are converted into common units before the model sees them"
+    if manifest.season:
+        yield "season", f"{' and '.join(manifest.season.periods)}, time zone {manifest.season.time_zone}"
+    if manifest.incident_rows is not None:
+        yield "incidents", f"an incident of a group that lasts {manifest.incident_rows} rows counts as a change"
 
 
 def period_lines(timeline: Timeline) -> Iterator[tuple[str, str]]:

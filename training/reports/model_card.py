@@ -187,6 +187,9 @@ def _alarms(manifest: Manifest) -> Iterator[str]:
             yield "false alarm. Measure it on later rows with `elbo backtest`, and calibrate on them with"
             yield "`elbo calibrate`."
         yield from _baseline(manifest)
+        if manifest.incident_rows is not None:
+            yield f"An incident of a group that lasts {manifest.incident_rows} rows counts as a change: its rows become"
+            yield "the new normal."
     elif _is_series(manifest):
         yield "**Rows of other days are not exchangeable with these rows, which are a series: see below.**"
     yield f"The smallest possible p-value is {floor:.3g}. At a smaller alpha, no row is anomalous"

@@ -2,6 +2,7 @@
 
 The service, a backtest and a new calibration obey it."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,13 +54,18 @@ def test_service_and_backtest_count_an_incident_as_a_change_after_the_chosen_num
     table, artifacts = save(tmp_path / "metrics.csv", host_metrics(400)), tmp_path / "artifacts"
 
     def run(*arguments: str) -> str:
-        result = CliRunner().invoke(elbo.app, [*arguments, "--artifacts", str(artifacts), "--runs", str(tmp_path)])
+        runs = [] if arguments[0] == "inspect" else ["--runs", str(tmp_path)]
+        result = CliRunner().invoke(elbo.app, [*arguments, "--artifacts", str(artifacts), *runs])
         assert result.exit_code == 0, result.output
         return result.output
 
     run("train", table, "--model", "pca", "--name", "web", "--time", "ts", "--group", "host", "--incident-rows", "40")
     path = artifacts / "web" / "1" / "model.pt"
     assert load(path).manifest.incident_rows == 40
+    for text in (run("inspect", "web"), " ".join(load(path).exhibits["card.md"].decode().split())):
+        assert re.search(r"an incident of a group that lasts 40 rows counts as a change", text, re.IGNORECASE)
+    with running(create_app(settings_of(artifacts, tmp_path / "unused", default_model="web"))) as client:
+        assert client.get("/models/web").json()["incident_rows"] == 40
     served = served_states(artifacts, tmp_path / "state")
     changed = served.index("changed")
     assert changed == served.index("incident") - 21 + 40 - 1  # the state is "incident" from the 22nd alarm on

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema  # type: ignore[import-untyped] # installed with check-jsonschema, has no types
 import numpy as np
 import numpy.typing as npt
 import polars as pl
@@ -139,6 +140,24 @@ def test_host_that_is_as_busy_at_night_as_by_day_is_usual_for_its_own_past_but_n
         largest = max(group["score_deviation"], -1e9 if model != "scaled" else group["feature_deviation"])
         assert group["deviation"] == largest
         assert group["has_baseline"]
+
+
+@MODELS
+def test_description_of_a_model_names_the_columns_of_its_groups_and_says_whether_rows_are_scaled(
+    client: httpx.Client, model: str
+) -> None:
+    described = client.get(f"/models/{model}").json()
+    schema = client.get("/openapi.json").json()
+    jsonschema.validate(
+        described,
+        {"$ref": "#/components/schemas/ModelDetail", "components": schema["components"]},
+        jsonschema.Draft202012Validator,
+    )
+    assert described["timeline"]["time_column"] == "ts"
+    assert described["timeline"]["group_column"] == "host"
+    assert described["timeline"]["usual_step_seconds"] == STEP.total_seconds()
+    assert described["scaled_by_group"] == (model == "scaled")
+    assert described["incident_rows"] == 120  # the default
 
 
 @MODELS

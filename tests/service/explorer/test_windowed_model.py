@@ -2,20 +2,22 @@
 
 from pathlib import Path
 
+import httpx
 import numpy as np
+import polars as pl
 from playwright.sync_api import Browser, expect
 
 from service.app import create_app
 from service.settings import Settings
-from tests.service.explorer.browser import OUTPUT, ExplorerPage, save_npy
-from tests.service.running import running
+from tests.service.explorer.browser import OUTPUT, ExplorerPage, click_button, save_npy
+from tests.service.running import post, running
 from tests.training.reporters import RecordingReporter
 from tests.training.series import host_metrics, save
 from training.config import TrainConfig
 from training.data.table import read_table
 from training.train import train
 
-WINDOW = 12
+WINDOW = 4  # so small that a row alone in its window can be anomalous
 
 
 def test_views_of_a_model_with_a_window_show_rows_without_errors(browser: Browser, tmp_path: Path) -> None:
@@ -44,3 +46,33 @@ def test_views_of_a_model_with_a_window_show_rows_without_errors(browser: Browse
             explorer.open(f"?view={view}&model=fleet")
             explorer.wait_until_idle()
         assert explorer.errors == []
+        explorer.open("?view=anomaly&model=fleet")
+        page.get_by_label("Feature").select_option("2")
+        explorer.set_slider("disk", 60)
+        expect(page.locator(".verdict")).to_have_text("Anomalous")
+        contributions = page.locator("table.contributions")
+        expect(contributions.locator("th[scope=col]").last).to_have_text("since")
+        expect(contributions.locator("tbody tr", has_text="disk").locator("td").last).to_have_text("this row")
+        compare_peers(explorer, client)
+        assert explorer.errors == []
+
+
+def compare_peers(explorer: ExplorerPage, client: httpx.Client) -> None:
+    """Compare hosts with their peers in the anomaly view, while two hosts send rows, and then while eight do."""
+    card = explorer.page.locator("section.peers")
+    # The known hosts differ in their CPU, and others are not known.
+    frame = host_metrics(30, 8, seed=4).with_columns(pl.col("ts").dt.epoch("s"), pl.lit(0.0).alias("cpu"))
+    rows = frame.to_dicts()
+    for row in rows[-8:]:
+        row["disk"] += 25.0 if row["host"] == "web-5" else 0.0
+    post(client, "/anomaly", {"records": [row for row in rows if row["host"] in ("web-0", "web-1")]})
+    click_button(explorer.page, "Compare now")
+    expect(card.get_by_role("alert")).to_contain_text("2 of 2 remembered groups")
+    explorer.errors.clear()  # the browser reports the status 409
+    post(client, "/anomaly", {"records": [row for row in rows if row["host"] not in ("web-0", "web-1")]})
+    click_button(explorer.page, "Compare now")
+    expect(card.get_by_role("status")).to_contain_text("web-5 differs among 8 groups at 2024-01-01 04:50:00.")
+    lines = card.get_by_role("region", name="groups by deviation").locator("tbody tr")
+    expect(lines).to_have_count(8)
+    expect(lines.first).to_contain_text("web-5")
+    expect(lines.first).to_contain_text("disk 2")  # the value is 25 plus noise

@@ -54,6 +54,11 @@ export async function postJson(endpoint, model, body, signal) {
 /** The response of /anomaly. The rows are not live traffic: a visitor who looks at rows must not raise an alert. */
 export const scoreRows = (model, body, signal) => postJson("/anomaly", model, { ...body, observe: false }, signal);
 
+/** How the groups of `model` differ from their peers at this moment. */
+export async function comparePeers(model, signal) {
+  return (await request(`/models/${reference(model)}/peers`, { signal })).json();
+}
+
 /** The response of /backtest for a file of rows with times. An option that is empty is left to the server. */
 export async function rehearse(model, file, type, options, signal) {
   const given = Object.entries(options).filter(([, value]) => value);

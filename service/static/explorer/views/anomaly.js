@@ -14,6 +14,7 @@ import { RowSource } from "../ui/row-source.js";
 import { BatchCard } from "./anomaly/batch-card.js";
 import { contributions } from "./anomaly/contributions.js";
 import { FeatureCard } from "./anomaly/feature-card.js";
+import { PeersCard } from "./anomaly/peers-card.js";
 import { RehearsalCard } from "./anomaly/rehearsal-card.js";
 
 export const title = "Anomaly";
@@ -54,7 +55,8 @@ class AnomalyView {
     this.batch = new BatchCard({ model, alpha, heldOut: this.heldOut, oninspect: (row) => this.inspect(row) });
     this.rehearsal = isImage(model) ? null : new RehearsalCard({ model });
     container.append(this.rowAndVerdict(), this.feature.element, this.batch.element);
-    if (this.rehearsal) container.append(this.rehearsal.element);
+    this.peers = model.timeline?.group_column ? new PeersCard({ model }) : null;
+    for (const extra of [this.peers, this.rehearsal]) if (extra) container.append(extra.element);
     this.source.start();
   }
 
@@ -149,6 +151,7 @@ class AnomalyView {
     this.scoring.stop();
     this.feature?.stop();
     this.batch?.stop();
+    this.peers?.stop();
     this.rehearsal?.stop();
   }
 }
