@@ -17,7 +17,7 @@ SCREENSHOTS = ROOT / "screenshots"
 A = ",".join(["1.5", "0", "-1", *["0"] * 13])
 B = ",".join(["-1", "1", "0.5", *["0"] * 13])
 VIEWS = {  # query, and the selector of the element that appears last
-    "models": ("?view=models", "article.model img"),
+    "models": ("?view=models", "article.model canvas"),
     "latent": (f"?view=latent&model=vae&a={A}&b={B}&seed=7", ".strip canvas"),
     "reconstruct": ("?view=reconstruct&model=vae&noise=0.2&draw=1", "table.errors"),
     "pca": ("?view=pca&model=pca&step=4&component=1", ".components canvas"),

@@ -5,7 +5,7 @@ import re
 import httpx
 from playwright.sync_api import expect
 
-from tests.service.explorer.browser import ExplorerPage, click_button
+from tests.service.explorer.browser import ExplorerPage, canvas_hash, click_button
 
 
 def test_buttons_of_a_model_draw_new_samples_copy_a_command_and_open_a_view(explorer: ExplorerPage) -> None:
@@ -13,13 +13,15 @@ def test_buttons_of_a_model_draw_new_samples_copy_a_command_and_open_a_view(expl
     page = explorer.page
     expect(page.locator("article.model h3")).to_have_count(6)
     expect(page.locator("article.model").filter(has_text="default model")).to_contain_text("vae")
-    expect(page.get_by_alt_text("12 samples from pca")).to_be_visible()
-    before = page.get_by_alt_text("12 samples from vae").get_attribute("src")
+    expect(page.get_by_label("12 samples from pca")).to_be_visible()
+    first = "[aria-label='12 samples from vae'] canvas"
+    before = canvas_hash(page, first)
     request = explorer.expect_request(
         lambda: click_button(page, "sample again from vae"), "/sample", model="vae@1", n="12"
     )
-    assert request.sent.headers["accept"] == "image/png"
-    explorer.wait_for("old => document.querySelector('[alt=\"12 samples from vae\"]').src !== old", before)
+    assert request.sent.headers["accept"] == "application/x-npy"
+    expect(page.locator(f"{first} >> nth=0")).to_be_visible()
+    assert canvas_hash(page, first) != before
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     click_button(page, "copy the command for vae")
     copied = page.evaluate("navigator.clipboard.readText()")

@@ -113,14 +113,14 @@ export async function encodeInBatches(model, rows, onProgress) {
   return latents;
 }
 
-/** `count` samples as one PNG image, with the seed that the service used. */
-export async function samplePng(model, count) {
+/** `count` sampled images, each a Float32Array, and the seed that gives them again. */
+export async function sampleImages(model, count) {
   const seed = Math.floor(Math.random() * 10000);
   const response = await request(`/sample?model=${reference(model)}&n=${count}&seed=${seed}`, {
     method: "POST",
-    headers: { Accept: "image/png" },
+    headers: { Accept: NPY },
   });
-  return { image: await response.blob(), seed: response.headers.get("elbo-seed") };
+  return { images: fromNpy(await response.arrayBuffer()), seed };
 }
 
 /** `count` sampled rows and the seed that gives them again. */

@@ -307,7 +307,6 @@ export class LatentMap {
     const { rows, count } = this.decodedGrid;
     const side = this.size / count;
     const canvas = document.createElement("canvas");
-    context.imageSmoothingEnabled = false;
     rows.forEach((row, k) => {
       paint(canvas, this.model, row);
       context.drawImage(canvas, (k % count) * side, Math.floor(k / count) * side, side - 1, side - 1);

@@ -1,11 +1,12 @@
 // The start view: the served models with samples, and what each kind of model is for.
 
-import { describeModel, samplePng, sampleRows } from "../lib/api.js";
+import { describeModel, sampleImages, sampleRows } from "../lib/api.js";
 import { number } from "../lib/format.js";
 import { featureName, isImage, kindName } from "../lib/model.js";
 import { button } from "../ui/controls.js";
 import { definition, h, scrollable } from "../ui/dom.js";
 import { AsyncPanel } from "../ui/messages.js";
+import { thumbnail } from "../ui/row-figure.js";
 
 export const title = "Models";
 const SAMPLES = 12;
@@ -77,7 +78,7 @@ function useCaseItem([name, text, view], navigate) {
 
 function modelCard(model, isDefault, navigate) {
   const command = `curl -X POST '${location.origin}/sample?model=${model.name}&n=2'`;
-  const samples = createSamples(model);
+  const samples = new Samples(model);
   const explore = () => navigate({ view: "latent", model: model.name });
   return h(
     "article",
@@ -85,7 +86,7 @@ function modelCard(model, isDefault, navigate) {
     h("h3", {}, model.name, " ", h("small", {}, `version ${model.version}${isDefault ? ", default model" : ""}`)),
     h("p", { class: "muted" }, kindName(model)),
     model.warnings.map((warning) => h("p", { class: "warning" }, warning)),
-    samples?.element,
+    samples.element,
     h("dl", {}, facts(model)),
     h("pre", { tabindex: "0" }, h("code", {}, command)),
     h(
@@ -93,7 +94,7 @@ function modelCard(model, isDefault, navigate) {
       { class: "controls" },
       button("Explore", explore, { class: "primary", "aria-label": `explore ${model.name}` }),
       copyButton(command, model.name),
-      samples?.button,
+      samples.button,
     ),
   );
 }
@@ -117,15 +118,10 @@ function copyButton(command, name) {
   return element;
 }
 
-/** Samples of a model, with a button that draws new ones. Null for images that the server cannot draw. */
-function createSamples(model) {
-  if (!isImage(model)) return new Samples(model, sampleTable);
-  return model.pictures ? new Samples(model, samplePicture) : null;
-}
-
-/** Samples that `draw(model)` draws and shows, with a button that draws new ones. */
+/** Samples of a model, with a button that draws new ones. */
 class Samples {
-  constructor(model, draw) {
+  constructor(model) {
+    const draw = isImage(model) ? samplePictures : sampleTable;
     const panel = new AsyncPanel("samples");
     const load = () => panel.load(() => draw(model));
     this.element = panel.element;
@@ -134,9 +130,12 @@ class Samples {
   }
 }
 
-async function samplePicture(model) {
-  const { image, seed } = await samplePng(model, SAMPLES);
-  return sampleFigure(model, image, seed);
+async function samplePictures(model) {
+  const { images, seed } = await sampleImages(model, SAMPLES);
+  const label = `${SAMPLES} samples from ${model.name}`;
+  const tiles = images.map((row) => thumbnail(model, row, ""));
+  const grid = h("div", { class: "strip pictures", role: "img", "aria-label": label }, tiles);
+  return h("figure", {}, grid, h("figcaption", {}, `${SAMPLES} samples, seed ${seed}`));
 }
 
 /** A table of sampled rows: one line for each of the first features, one column for each sample. */
@@ -151,11 +150,4 @@ async function sampleTable(model) {
   const caption = h("figcaption", {}, `${SAMPLED_ROWS} samples, seed ${seed}${note}`);
   const table = h("table", { class: "sampled" }, h("tbody", {}, lines));
   return h("figure", {}, scrollable(`${SAMPLED_ROWS} samples from ${model.name}`, table), caption);
-}
-
-function sampleFigure(model, blob, seed) {
-  const image = h("img", { alt: `${SAMPLES} samples from ${model.name}` });
-  image.src = URL.createObjectURL(blob);
-  image.addEventListener("load", () => URL.revokeObjectURL(image.src));
-  return h("figure", {}, image, h("figcaption", {}, `${SAMPLES} samples, seed ${seed}`));
 }
