@@ -38,10 +38,13 @@ TRAINED: dict[str, Rule] = {
     # Activations and the normal distribution function.
     **_rules("relu sigmoid silu softplus special_ndtr tanh", 1, grows=False),
     # Sums over a dimension.
-    **_rules("sum mean amin amax", 1, grows=False),
+    **_rules("sum mean amin amax cumsum softmax", 1, grows=False),
     # Layers.
     **_rules("matmul", 2),
     **_rules("addmm linear conv2d conv_transpose2d", 3),
+    # Systems of linear equations.
+    **_rules("linalg_cholesky_ex diag_embed", 1),
+    **_rules("linalg_solve_triangular", 2),
     # Parts, shapes and types of tensors.
     **_rules("select slice split squeeze detach contiguous numpy_T", 1, grows=False),
     **_rules("reshape permute flatten unflatten unsqueeze cat stack zeros_like full_like", 1),
@@ -64,6 +67,7 @@ TRAINED: dict[str, Rule] = {
 # The arguments that may be given by name. `out` is not allowed: many operators write their result to the tensor that is
 # given as `out`, which may be a weight.
 KEYWORDS: dict[str, frozenset[str]] = {
+    "torch.linalg_solve_triangular": frozenset({"upper"}),
     "torch.searchsorted": frozenset({"out_int32", "right"}),
     "torch.tensor": frozenset({"dtype"}),
 }

@@ -61,6 +61,8 @@ METHODS = (
     "threshold",
 )  # the exported methods, besides `forward`
 WINDOW_METHODS = ("summarise", "score_summaries")  # further exported methods of a model with a window
+COMPLETION_METHODS = ("impute", "complete")  # further exported methods of a model that completes rows
+OPTIONAL_METHODS = (*WINDOW_METHODS, *COMPLETION_METHODS)
 TWIN_METHODS = ("encode", "decode", "score", "reconstruct")  # the methods of an ONNX twin (see `Twin`)
 OPTIONAL_TWIN_METHODS = ("reconstruct",)  # twins written by earlier releases lack these methods
 TWIN_MEMBER, TWIN_WEIGHTS_MEMBER = "extra/twin/{}.onnx", "extra/twin/{}.json"
@@ -109,7 +111,7 @@ class Artifact:
     """A loaded and verified model. `module` has the methods of `models.pipeline.Pipeline`.
 
     If the manifest has a window, x is [B, N, D] instead of [B, D], and `module` also has WINDOW_METHODS: see
-    `models.windowed.Windowed`.
+    `models.windowed.Windowed`. Otherwise, it may have COMPLETION_METHODS: see `models.completion`.
 
     If the manifest has conditions, x is [B, D + C] and z is [B, K + C]: see `models.conditional`.
 
@@ -148,7 +150,7 @@ def script(model: nn.Module) -> torch.jit.ScriptModule:
     # compiles a class once per process, and the next model may be such a pipeline without a window.
     for kind in {type(module) for module in model.modules()}:
         if all(hasattr(kind, method) for method in METHODS):
-            for method in (*METHODS, *WINDOW_METHODS):
+            for method in (*METHODS, *OPTIONAL_METHODS):
                 if hasattr(kind, method):
                     torch.jit.export(getattr(kind, method))
     with _deprecations_silenced():
@@ -159,7 +161,7 @@ def script(model: nn.Module) -> torch.jit.ScriptModule:
 def freeze(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
     """Return `module` with its weights as constants. The methods that METHODS lists can still be called."""
     # Artifacts of earlier releases lack some of the methods.
-    present = [method for method in (*METHODS, *WINDOW_METHODS) if hasattr(module, method)]
+    present = [method for method in (*METHODS, *OPTIONAL_METHODS) if hasattr(module, method)]
     with _deprecations_silenced():
         frozen: torch.jit.ScriptModule = torch.jit.freeze(module.eval(), preserved_attrs=present)
     return frozen
@@ -437,6 +439,7 @@ def compute_outputs(module: Any, x: Tensor, noise: Tensor, choice: Tensor) -> di
         return (
             log_weight
             | observe
+            | _impute(module, x)
             | {
                 "forward": module(x),
                 "encode.mean": mean,
@@ -452,6 +455,15 @@ def compute_outputs(module: Any, x: Tensor, noise: Tensor, choice: Tensor) -> di
                 "threshold": module.threshold(GOLDEN_ALPHA),
             }
         )
+
+
+def _impute(module: Any, x: Tensor) -> dict[str, Tensor]:
+    """Return the outputs of `impute` for rows x [B, D] without a third of their values; none if the model lacks it."""
+    if not hasattr(module, "impute"):
+        return {}
+    rows, columns = torch.arange(len(x), device=x.device), torch.arange(x.shape[1], device=x.device)
+    mean, deviation, low, high = module.impute(torch.where((rows[:, None] + columns) % 3 == 0, torch.nan, x))
+    return {"impute.mean": mean, "impute.deviation": deviation, "impute.low": low, "impute.high": high}
 
 
 def reconstruct(module: Any, x: Tensor, gaps: bool) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from models.pickle_check import INT_LIST, check_operations, check_pickle
 MAX_CODE_BYTES = 2 * 2**20  # limit on the sum of all code members; enough for hundreds of layers
 ENTRY_METHODS = (
     "forward", "encode", "decode", "draw", "observe", "score", "log_weight", "p_value", "severity", "threshold",
+    "impute", "complete",
 )  # fmt: skip
 
 

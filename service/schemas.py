@@ -39,6 +39,7 @@ Row = Annotated[Any, WithJsonSchema(_ROW)]
 Vectors = Annotated[Any, WithJsonSchema({"type": "array", "minItems": 1, "items": _NUMBERS})]
 Vector = Annotated[Any, WithJsonSchema(_NUMBERS)]
 Records = Annotated[Any, WithJsonSchema({"type": "array", "minItems": 1, "items": _RECORD})]
+PartialRow = Annotated[Any, WithJsonSchema({"anyOf": [_RECORD, *_ROW["anyOf"]]})]
 Metrics = Annotated[Any, WithJsonSchema({"type": "array", "minItems": 1, "items": _METRIC})]
 # The condition of all rows, or a list with one condition per row
 Condition = Annotated[Any, WithJsonSchema(_CONDITION)]
@@ -103,8 +104,15 @@ class ReconstructBody(Body):
     condition: RowConditions = Field(None, description=_ROW_CONDITIONS)
 
 
+class End(Body):
+    """A point of the latent space: either a row or a latent vector."""
+
+    input: Row = Field(None, description="a row in raw units, which stands for its posterior mean")
+    latent: Vector = Field(None, description="a latent vector of K numbers")
+
+
 class SampleBody(Body):
-    """A request for new rows from the model's prior."""
+    """A request for new rows: from the model's prior, with given values of some features, or near a row."""
 
     n: int = Field(1, ge=1, lt=SEEDS, description="number of rows; at most ELBO_MAX_ROWS")
     seed: Seed | None = Field(
@@ -133,13 +141,31 @@ class SampleBody(Body):
         "or a list with one condition per row; for a column that is absent, levels are drawn by their shares in the "
         "training rows",
     )
+    given: PartialRow = Field(
+        None,
+        description="values of some features, by name or as a row with null for the others: the other values are drawn "
+        "given these. With `noise` false, they are what the latents decode to",
+    )
+    near: End | None = Field(
+        None,
+        description="a row or a latent vector: the latents of the samples scatter around its latents",
+    )
+    spread: float = Field(
+        0.3,
+        ge=0.0,
+        le=100.0,
+        description="with `near`: the standard deviation of each latent of the samples, in units of its standard "
+        "deviation over samples without `near`",
+    )
 
 
-class End(Body):
-    """One end of an interpolation: either a row or a latent vector."""
+class ImputeBody(Body):
+    """Rows with missing values. They are in exactly one of the fields `inputs` and `records`."""
 
-    input: Row = Field(None, description="a row in raw units; the path ends in its posterior mean")
-    latent: Vector = Field(None, description="a latent vector of K numbers")
+    inputs: Rows = Field(None, description="N rows in raw units, with null for a missing value of any feature")
+    records: Records = Field(
+        None, description="N objects with a number per feature name; a missing value is null or absent"
+    )
 
 
 class InterpolateBody(Body):
@@ -448,6 +474,19 @@ class SampleAnswer(DecodeAnswer):
     conditions: list[dict[str, str]] | None = Field(
         None, description="[N]: the condition of each row; absent if the model knows no conditions"
     )
+
+
+class ImputeAnswer(DecodeAnswer):
+    """Complete rows, and how certain the values are that were missing."""
+
+    std: Vectors = Field(description="[N, D]: standard deviation of a value that was missing; 0 if it was known")
+    low: Vectors = Field(
+        description="[N, D]: lower end of an interval that contains the missing value in 90 % of cases; the value "
+        "itself if it was known"
+    )
+    high: Vectors = Field(description="[N, D]: upper end of this interval")
+    imputed: int = Field(description="number of missing values in the rows")
+    warning: str | None = Field(None, description=_WARNING)
 
 
 class FeatureReport(BaseModel):

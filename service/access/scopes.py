@@ -28,6 +28,7 @@ ROUTES: dict[str, Scope | None] = {
     "/interpolate": Scope.INFER,
     "/edit": Scope.INFER,
     "/neighbours": Scope.INFER,  # and ADMIN for the values of the neighbours, which are rows of the training data
+    "/impute": Scope.INFER,
     "/backtest": Scope.INFER,
     "/api/v1/write": Scope.WRITE,
     "/feedback": Scope.WRITE,

@@ -14,6 +14,7 @@ from service.schemas import (
     EditBody,
     EncodeBody,
     FeedbackBody,
+    ImputeBody,
     InterpolateBody,
     NeighboursBody,
     ReconstructBody,
@@ -70,6 +71,28 @@ EXAMPLES: dict[type[Body], dict[str, dict[str, Any]]] = {
         "standard": {
             "summary": "samples from the prior N(0, I), which a VAE has",
             "value": {"n": 4, "seed": 42, "prior": "standard"},
+        },
+        "near": {
+            "summary": "four digits like this one",
+            "value": {"n": 4, "seed": 42, "near": {"input": _image(ONE)}, "spread": 0.3},
+        },
+        "given": {
+            "summary": "four digits with the same upper half",
+            "value": {"n": 4, "seed": 42, "given": _flat(ONE)[:32] + [None] * 32},
+        },
+    },
+    ImputeBody: {
+        "image": {
+            "summary": "a digit whose lower half is missing",
+            "value": {"inputs": [_flat(ZERO)[:32] + [None] * 32]},
+        },
+        "pixel": {
+            "summary": "two digits, each without a pixel",
+            "value": {"inputs": [[None, *_flat(ZERO)[1:]], [*_flat(ONE)[:-1], None]]},
+        },
+        "records": {
+            "summary": "objects without some of the features",
+            "value": {"records": [dict(list(_record(ONE).items())[:40])]},
         },
     },
     InterpolateBody: {

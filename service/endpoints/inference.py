@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ from service.codec.row_lists import parse_row, parse_rows
 from service.codec.row_schema import RowSchema
 from service.codec.row_windows import count_missing, parse_window, parse_windows
 from service.endpoints import anomaly_stream, offload
+from service.endpoints.completion import IMPUTE_FIELDS, Given, read_given, read_partial_rows, require_no_conditions
 from service.endpoints.conditions import (
     features_of,
     read_codes,
@@ -50,6 +52,7 @@ from service.endpoints.scoring import is_live_traffic, score_rows
 from service.errors import InvalidField
 from service.http.request import HttpResponse, RequestContext
 from service.inference import operations
+from service.inference.batch import concatenate
 from service.inference.sampling import NoiseSource, fresh_seed, interpolate
 from service.inference.served_model import ServedModel
 from service.schemas import (
@@ -58,6 +61,7 @@ from service.schemas import (
     EditBody,
     EncodeBody,
     End,
+    ImputeBody,
     InterpolateBody,
     NeighboursBody,
     ReconstructBody,
@@ -65,6 +69,7 @@ from service.schemas import (
 )
 
 Array = npt.NDArray[np.float32]
+LATENT_DRAWS = 1024  # from which the standard deviations of the latents are estimated
 MAX_STRIP_STEPS = 32  # for up to this many interpolation steps, the image is a single row of tiles
 
 
@@ -75,6 +80,8 @@ class InferenceEndpoints:
         self._service = service
         self._noise = NoiseSource()
         self._long_draw = asyncio.Lock()  # held while a thread draws noise
+        # The standard deviations [K] of the latents that the prior of a model draws.
+        self._deviations: WeakKeyDictionary[ServedModel, Array] = WeakKeyDictionary()
 
     async def encode(self, request: RequestContext) -> HttpResponse:
         """Encode rows: return the posterior mean or a posterior sample, and the posterior standard deviation."""
@@ -114,9 +121,14 @@ class InferenceEndpoints:
     async def sample(self, request: RequestContext) -> HttpResponse:
         """Sample new rows from the prior. The same seed always gives the same bytes."""
         parsed = await parse_request(self._service, request, SAMPLE)
+        start = parsed.inputs
+        if isinstance(start, Point):
+            return await self._sample_near(parsed, start)
+        if isinstance(start, Given):
+            return await self._complete(parsed, start)
         seed = _seed(parsed.body.seed)
         is_standard = _is_standard(parsed)
-        noise = await self._draw(parsed, seed)
+        noise = await self._draw(parsed, seed, parsed.served.manifest.width if _with_noise(parsed) else 0, start)
         if is_standard:
             operation = operations.SAMPLE_STANDARD_ROWS if len(noise) == 3 else operations.SAMPLE_STANDARD
         else:
@@ -131,33 +143,34 @@ class InferenceEndpoints:
             fields["conditions"] = await run_in_thread_if_long(describe, cost)
         return await render_response(parsed, fields, outputs, write_ns=cost)
 
-    async def _draw(self, parsed: ParsedRequest[SampleBody, Codes | None], seed: int) -> tuple[Array, ...]:
-        """Return the inputs of `operations.SAMPLE`, or of SAMPLE_ROWS if the samples include observation noise.
+    async def _draw(
+        self, parsed: "ParsedRequest[SampleBody, Start]", seed: int, row_width: int, codes: Codes | None = None
+    ) -> tuple[Array, ...]:
+        """Return noise [B, K] of the latents, choices [B], and unless `row_width` is 0, noise [B, row_width] of rows.
+
 
         Long draws run one at a time, and each begins only if the queue has room for its rows. If many large requests
         arrive at once, most are refused before they cost time and memory.
 
         Raises:
-            InvalidField: samples of this model cannot include observation noise.
             Overloaded: admission control refuses the rows.
         """
         rows, manifest = parsed.body.n, parsed.served.manifest
-        with_row_noise = _with_noise(parsed)
         temperature = np.float32(parsed.body.temperature)
-        known, codes = parsed.served.conditions, parsed.inputs
+        known = parsed.served.conditions
 
         def draw() -> tuple[Array, ...]:
             normal, uniform = self._noise.draw(seed, rows, manifest.latents)
             normal *= temperature
             if known is not None and codes is not None:
                 normal = known.join(normal, known.draw_missing(codes, self._noise.draw_levels(seed, rows)))
-            if not with_row_noise:
+            if not row_width:
                 return normal, uniform
-            row_noise = self._noise.draw_rows(seed, rows, manifest.width)
+            row_noise = self._noise.draw_rows(seed, rows, row_width)
             row_noise *= temperature
             return normal, uniform, row_noise
 
-        values = manifest.latents + manifest.condition_width + 1 + with_row_noise * manifest.width
+        values = manifest.latents + manifest.condition_width + 1 + row_width
         cost = rows * values * offload.NORMAL
         if cost <= offload.MAX_LOOP_NS:
             return await run_in_thread_if_long(draw, cost)
@@ -165,6 +178,46 @@ class InferenceEndpoints:
         async with self._long_draw:
             self._service.admission.check(rows=rows, is_queued=True)
             return await run_in_thread_if_long(draw, cost, frees_lock=True)
+
+    async def _sample_near(self, parsed: "ParsedRequest[SampleBody, Start]", point: "Point") -> HttpResponse:
+        """Sample rows whose latents are near those of `point`."""
+        seed, served = _seed(parsed.body.seed), parsed.served
+        deviation = self._deviations.get(served)
+        if deviation is None:
+            drawn = self._noise.draw(0, LATENT_DRAWS, served.manifest.latents)
+            (latents,) = await run_operation(self._service, parsed, operations.DRAW, *drawn)
+            deviation = self._deviations[served] = latents.std(axis=0)
+        (centre,) = await latents_of(self._service, parsed, [point])
+        noise, choice, *row_noise = await self._draw(parsed, seed, served.manifest.width if _with_noise(parsed) else 0)
+        latents = centre + np.float32(parsed.body.spread) * deviation * noise
+        operation = operations.SAMPLE_STANDARD_ROWS if row_noise else operations.SAMPLE_STANDARD
+        latents, outputs = await run_operation(self._service, parsed, operation, latents, choice, *row_noise)
+        return await render_response(parsed, {"latents": latents, "outputs": outputs, "seed": seed}, outputs)
+
+    async def _complete(self, parsed: "ParsedRequest[SampleBody, Start]", given: Given) -> HttpResponse:
+        """Sample rows that have the given values."""
+        seed = _seed(parsed.body.seed)
+        with_row_noise = _with_noise(parsed)
+        noise = await self._draw(parsed, seed, 2 * parsed.served.manifest.width)
+        x = np.broadcast_to(given.row, (parsed.body.n, given.row.shape[1]))
+        latents, x_hat, rows = await run_operation(self._service, parsed, operations.COMPLETE, *noise, x)
+        outputs = rows if with_row_noise else x_hat
+        return await render_response(parsed, {"latents": latents, "outputs": outputs, "seed": seed}, outputs)
+
+    async def impute(self, request: RequestContext) -> HttpResponse:
+        """Estimate the missing values of rows from the known ones, each with its uncertainty."""
+        parsed = await parse_request(self._service, request, IMPUTE)
+        x, most = parsed.inputs, operations.MAX_IMPUTED_ROWS
+        if len(x) > self._service.admission.max_small_rows:
+            await take_turn(parsed, len(x))
+        parts = [
+            await run_operation(self._service, parsed, operations.IMPUTE, x[start : start + most])
+            for start in range(0, len(x), most)
+        ]
+        parsed.record.rows = len(x)
+        outputs, std, low, high = await run_in_thread_if_long(partial(concatenate, parts), x.size * offload.DECISION)
+        fields = {"outputs": outputs, "std": std, "low": low, "high": high, "imputed": int(np.isnan(x).sum())}
+        return await render_response(parsed, fields | await pixel_fields(parsed.served, x), outputs)
 
     async def interpolate(self, request: RequestContext) -> HttpResponse:
         """Decode points on the path from one row or latent vector to another, both ends included."""
@@ -250,11 +303,6 @@ def _read_latents(served: ServedModel, body: DecodeBody, may_contain_non_floats:
     return with_conditions(served, body.condition, read_latents(served, body, may_contain_non_floats, budget), budget)
 
 
-def _read_codes(served: ServedModel, body: SampleBody, _may_contain_non_floats: bool, budget: Budget) -> Codes | None:
-    """Return the codes of the conditions to draw rows for, [n, J]; None if the model knows no conditions."""
-    return read_codes(served, body.condition, body.n, budget)
-
-
 @dataclass(frozen=True)
 class Point:
     """A point of the latent space: a row [1, D], a window [1, N, D] or a latent vector [1, K]."""
@@ -298,6 +346,44 @@ def read_point(served: ServedModel, point: End | EditBody, pointer: str, may_con
     return Point(parse_row(served.row_schema, point.input, pointer, may_contain_non_floats), is_latent=False)
 
 
+# What samples start from: given values, a point of the latent space, the codes of conditions, or the prior alone.
+Start = Given | Point | Codes | None
+
+
+def _read_start(served: ServedModel, body: SampleBody, may_contain_non_floats: bool, budget: Budget) -> Start:
+    """Return what the samples start from.
+
+    Raises:
+        NotSupported: the model knows conditions, and the samples start from given values or a point.
+        InvalidField: two fields of the body conflict. See also `read_given` and `read_point`.
+    """
+    if body.near is None:
+        if "spread" in body.model_fields_set:
+            raise InvalidField(
+                "spread says how far samples are from the point near, which is missing",
+                pointer="/spread",
+                expected="near",
+                got="spread alone",
+            )
+        given = read_given(served, body, may_contain_non_floats)
+        return read_codes(served, body.condition, body.n, budget) if given is None else given
+    require_no_conditions(served, "near")
+    for name, is_there in (
+        ("given", body.given is not None),
+        ("prior", body.prior == "standard"),
+        ("condition", body.condition is not None),
+    ):
+        if is_there:
+            raise InvalidField(
+                f"samples near a point have no given values, prior or condition, got near and {name}",
+                pointer=f"/{name}",
+                expected="near alone",
+                got=f"near and {name}",
+                hint=f"leave out {name} or near",
+            )
+    return read_point(served, body.near, "/near", may_contain_non_floats)
+
+
 async def latents_of(service: ServiceContext, parsed: ParsedRequest[Any, Any], points: Sequence[Point]) -> list[Array]:
     """Return the latents [K] of each point. One run of the model encodes all rows, with the request's condition."""
     rows = [point.values for point in points if not point.is_latent]
@@ -322,7 +408,8 @@ DECODE = RequestSpec(DecodeBody, _read_latents, row_fields=("latents",), array_f
 RECONSTRUCT = RequestSpec(
     ReconstructBody, read_inputs, row_fields=("inputs",), array_field="inputs", pictures=True, png_output=True
 )
-SAMPLE = RequestSpec(SampleBody, _read_codes, count_field="n", png_output=True)
+SAMPLE = RequestSpec(SampleBody, _read_start, count_field="n", png_output=True)
+IMPUTE = RequestSpec(ImputeBody, read_partial_rows, row_fields=IMPUTE_FIELDS, array_field="inputs", png_output=True)
 INTERPOLATE = RequestSpec(InterpolateBody, _read_ends, count_field="steps", png_output=True)
 ANOMALY = RequestSpec(
     AnomalyBody, parse_input_rows, row_fields=ROW_FIELDS, array_field="inputs", pictures=True, readers=RECORD_READERS
@@ -391,7 +478,7 @@ def imputed_fields(served: ServedModel, *rows: Array) -> dict[str, Any]:
     return {"imputed": count} if count else {}
 
 
-def _with_noise(parsed: ParsedRequest[SampleBody, Codes | None]) -> bool:
+def _with_noise(parsed: ParsedRequest[SampleBody, Start]) -> bool:
     """Return whether samples include observation noise. Raise InvalidField if they cannot."""
     served, requested = parsed.served, parsed.body.noise
     if requested is None:
@@ -407,7 +494,7 @@ def _with_noise(parsed: ParsedRequest[SampleBody, Codes | None]) -> bool:
     return requested
 
 
-def _is_standard(parsed: ParsedRequest[SampleBody, Codes | None]) -> bool:
+def _is_standard(parsed: ParsedRequest[SampleBody, Start]) -> bool:
     """Return whether the latents come from N(0, I). Raise InvalidField if this is not a prior of the model."""
     served = parsed.served
     if parsed.body.prior == "fitted":

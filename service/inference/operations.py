@@ -101,6 +101,10 @@ def _draw(module: Any, noise: Tensor, choice: Tensor) -> Tensor:
     return torch.cat([module.draw(*part) for part in parts])
 
 
+def _draw_latents(module: Any, noise: Tensor, choice: Tensor) -> Tensors:
+    return (_draw(module, noise, choice),)
+
+
 def _sample_rows(module: Any, noise: Tensor, choice: Tensor, row_noise: Tensor) -> Tensors:
     z, x_hat = _sample(module, noise, choice)
     return z, module.observe(x_hat, row_noise)
@@ -115,6 +119,16 @@ def _sample_standard_rows(module: Any, noise: Tensor, choice: Tensor, row_noise:
     return z, module.observe(x_hat, row_noise)
 
 
+def _complete(module: Any, noise: Tensor, choice: Tensor, row_noise: Tensor, x: Tensor) -> Tensors:
+    z, x_hat, rows = module.complete(x[:1], noise, choice, row_noise)
+    return z, x_hat, rows
+
+
+def _impute(module: Any, x: Tensor) -> Tensors:
+    mean, deviation, low, high = module.impute(x)
+    return mean, deviation, low, high
+
+
 def _score(module: Any, x: Tensor) -> Tensors:
     score, parts, contribution, expected = module.score(x)
     return score, parts, contribution, expected
@@ -127,9 +141,22 @@ SAMPLE = Operation("sample", _sample, batched=False)  # noise [B, K], choice [B]
 # noise [B, K], choice [B], row_noise [B, D] -> z [B, K], x [B, D]
 SAMPLE_ROWS = Operation("sample", _sample_rows, batched=False)
 
-# Samples from N(0, I), with the same inputs and outputs as SAMPLE and SAMPLE_ROWS. Only a VAE has this prior.
+# Samples whose latents are the noise, with the same inputs and outputs as SAMPLE and SAMPLE_ROWS.
 SAMPLE_STANDARD = Operation("sample", _sample_standard, batched=False)
 SAMPLE_STANDARD_ROWS = Operation("sample", _sample_standard_rows, batched=False)
+
+
+# Latents of samples: noise [B, K], choice [B] -> z [B, K]
+DRAW = Operation("draw", _draw_latents, batched=False)
+
+# Samples with given values: noise [B, K], choice [B], row_noise [B, 2 D], and the same x [B, D] in each row, with NaN
+# for the values to draw -> z [B, K], x_hat [B, D] without observation noise, rows [B, D] with it.
+COMPLETE = Operation("complete", _complete, batched=False)
+
+# x [B, D] with NaN -> the rows without NaN, and standard deviation, lower and upper end of each value, each [B, D]. Not
+# batched, because requests with many rows run in parts of MAX_IMPUTED_ROWS, each of which lets other requests pass.
+IMPUTE = Operation("impute", _impute, batched=False)
+MAX_IMPUTED_ROWS = 64
 
 
 # For rows that the online calibration of their group judges.

@@ -165,6 +165,16 @@ class ServedModel:
         return hasattr(self.backend.module, "observe")
 
     @cached_property
+    def scales_by_group(self) -> bool:
+        """Whether the model sees rows in units of their group (`elbo train --scale-by-group`)."""
+        return self.baseline is not None and self.baseline.features is not None
+
+    @cached_property
+    def completes_rows(self) -> bool:
+        """Whether the model can estimate and draw the missing values of a row."""
+        return hasattr(self.backend.module, "impute") and not self.scales_by_group
+
+    @cached_property
     def has_png_output(self) -> bool:
         """Whether outputs can be returned as image/png."""
         return png.is_image(self.manifest.shape, self.manifest.pixel_range)

@@ -6,6 +6,7 @@ import torch
 
 from models.autoencoder import Autoencoder
 from models.calibration import Calibration
+from models.completion import Chains, CompletingNetwork, CompletingPCA, CompletingPipeline
 from models.core import Core
 from models.ensemble import Ensemble, Neighbours
 from models.explanation import Expectations
@@ -13,7 +14,6 @@ from models.likelihood import BernoulliLikelihood, GaussianLikelihood
 from models.manifest import FORMAT_VERSION, CalibrationSize, Data, Feature, Golden, Manifest
 from models.networks import mlp
 from models.pca import PCA
-from models.pipeline import Pipeline
 from models.prior import Prior, gaussian_prior
 from models.scaling import ImputingScaling, Scaling
 from models.vae import VAE
@@ -46,7 +46,7 @@ def core(kind: str) -> Core:
             raise ValueError(f"expected one of {', '.join(CORES)}, got {kind}")
 
 
-def pipeline(kind: str, seed: int = 0) -> Pipeline:
+def pipeline(kind: str, seed: int = 0) -> CompletingPipeline:
     """Return a pipeline around `core(kind)`, with random parameters from `seed`.
 
     If `kind` ends in -imputing, the pipeline imputes missing values.
@@ -63,7 +63,10 @@ def pipeline(kind: str, seed: int = 0) -> Pipeline:
         scaling = ImputingScaling(scaling, torch.randn(D))
     inner, calibration = core(kind.removesuffix("-imputing")), Calibration(20 * torch.rand(50))
     explanation = None if kind.startswith("ae") else _expectations()
-    model = Pipeline(scaling, inner, prior, calibration, explanation)
+    parts = scaling, inner, prior, calibration, explanation
+    model: CompletingPipeline = (
+        CompletingPCA(*parts) if isinstance(inner, PCA) else CompletingNetwork(*parts, chains=_chains())
+    )
     return model.eval().requires_grad_(False)
 
 
@@ -102,6 +105,12 @@ def manifest(name: str, weights_sha256: str, golden: Golden, format_version: int
 def _expectations() -> Expectations:
     weights = 0.3 * torch.randn(D, D)
     return Expectations(torch.randn(D), torch.rand(D) + 0.5, weights.fill_diagonal_(0.0), torch.rand(D) + 0.2)
+
+
+def _chains(chains: int = 4, candidates: int = 8) -> Chains:
+    candidate_noise = torch.randn(candidates, K), torch.rand(candidates)
+    deviation, spread, high = torch.rand(D) + 0.2, torch.rand(D) + 0.5, torch.rand(D) + 1.0
+    return Chains(deviation, *candidate_noise, torch.randn(chains, K), torch.randn(chains, D), spread, -high, high)
 
 
 def _vae(likelihood: GaussianLikelihood | BernoulliLikelihood) -> Core:

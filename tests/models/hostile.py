@@ -209,7 +209,7 @@ CODE: dict[type[Pipeline], str] = {
 
 def publish_code(root: Path, hostile: type[Pipeline]) -> Path:
     """Publish a PCA whose class is `hostile` as model@1 under `root`; return the path of the artifact."""
-    harmless = pipeline("pca")
+    harmless: Pipeline = pipeline("pca")
     golden = artifact.record_golden(artifact.script(harmless), *batch())
     harmless.__class__ = hostile
     module = artifact.script(harmless)

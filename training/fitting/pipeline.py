@@ -20,6 +20,7 @@ from training.data.batches import Batches
 from training.errors import FitError
 from training.fitting.autoencoders import FitTask, fit_autoencoder, fit_vae
 from training.fitting.checkpoint import CheckpointStore
+from training.fitting.completion import with_completion_of_rows
 from training.fitting.defaults import default_image_latents, default_table_latents, with_defaults
 from training.fitting.distributed import ProcessGroup
 from training.fitting.explanation import fit_explanation
@@ -124,6 +125,8 @@ def fit_pipeline(
         row_scaling = None if data.windows is None else data.windows.scaling
         policy = fit_policy(data.policy.rules, data.rows.table.names, scaling, explanation, row_scaling)
     pipeline = Pipeline(scaling, core, prior, calibration, explanation, observation, policy).eval()
+    reporter.stage("calibrating the estimates of missing values")
+    pipeline = with_completion_of_rows(pipeline, data, config.seed)
     if policy is not None:
         fit_usual_score(pipeline, data.held_out)
         set_calibration(pipeline, score_rows(pipeline, data.calibration))

@@ -21,6 +21,7 @@ from models import artifact
 from models.artifact import Artifact
 from models.baseline import BaselineBuffers
 from models.calibration import Calibration
+from models.completion import COMPLETING
 from models.errors import join_names
 from models.keys import PrivateKey
 from models.manifest import (
@@ -267,7 +268,9 @@ def _with_policy(module: torch.jit.ScriptModule, parent: Artifact, rules: Policy
     window = parent.manifest.window
     of_rows = module if window is None else module.pipeline
     policy = fit_policy(rules, names, of_rows.scaling, of_rows.explanation, None if window is None else module.scaling)
-    pipeline = Pipeline(
+    class_ = COMPLETING.get(of_rows.original_name, Pipeline)
+    chains = {"chains": of_rows.chains} if hasattr(of_rows, "chains") else {}
+    pipeline = class_(
         of_rows.scaling,
         of_rows.core,
         of_rows.prior,
@@ -275,6 +278,7 @@ def _with_policy(module: torch.jit.ScriptModule, parent: Artifact, rules: Policy
         of_rows.explanation,
         of_rows.observation,
         policy,
+        **chains,
     ).eval()
     if hasattr(of_rows, "baseline"):
         pipeline.add_module("baseline", of_rows.baseline)

@@ -97,6 +97,7 @@ CALLS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "interpolate": ("models", "InterpolateBody", ENDS, {"model": "vae"}),
     "edit": ("models", "EditBody", {"input": ROW, "direction": "7", "steps": 3}, {"model": "vae"}),
     "neighbours": ("models", "NeighboursBody", {"inputs": [ROW], "n": 2, "values": True}, {"model": "vae"}),
+    "impute": ("models", "ImputeBody", {"inputs": [[*ROW[:-1], None]]}, {"model": "vae"}),
     "anomaly": ("models", "AnomalyBody", {"inputs": [ROW], "alpha": 0.01, "observe": False}, {"model": "vae"}),
     "models": ("service", "", {}, {}),
     "model": ("service", "", {}, {"reference": "vae"}),

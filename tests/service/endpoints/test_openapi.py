@@ -9,7 +9,7 @@ import jsonschema  # type: ignore[import-untyped] # installed with check-jsonsch
 import pytest
 
 from service.endpoints.examples import EXAMPLES, TEXTS
-from service.endpoints.inference import ANOMALY, DECODE, ENCODE, INTERPOLATE, RECONSTRUCT, SAMPLE
+from service.endpoints.inference import ANOMALY, DECODE, ENCODE, IMPUTE, INTERPOLATE, RECONSTRUCT, SAMPLE
 from service.endpoints.pipeline import RequestSpec
 
 SPECS: dict[str, RequestSpec[Any, Any]] = {
@@ -18,6 +18,7 @@ SPECS: dict[str, RequestSpec[Any, Any]] = {
     "/reconstruct": RECONSTRUCT,
     "/sample": SAMPLE,
     "/interpolate": INTERPOLATE,
+    "/impute": IMPUTE,
     "/anomaly": ANOMALY,
 }
 POSTS = list(SPECS)
@@ -63,8 +64,9 @@ OPTIONS = {
     "/encode": {"sample", "seed"},
     "/decode": set(),
     "/reconstruct": set(),
-    "/sample": {"n", "noise", "prior", "seed", "temperature"},
+    "/sample": {"n", "noise", "prior", "seed", "spread", "temperature"},
     "/interpolate": {"steps", "method"},
+    "/impute": set(),
     "/anomaly": {
         "alpha", "fdr", "explain", "extrapolated", "impute", "half_life", "half_life_rows", "time", "group", "detail",
         "observe",
@@ -90,8 +92,8 @@ def test_declared_option_works_in_the_query(
     (schema,) = (p["schema"] for p in document["paths"][path]["post"]["parameters"] if p["name"] == name)
     value = schema["enum"][0] if "enum" in schema else VALUES[schema["type"]]
     examples = content(document, path)["application/json"]["examples"]
-    # `half_life` needs timestamps, which only records have.
-    example = examples["records" if name == "half_life" else next(iter(examples))]["value"]
+    # `half_life` needs timestamps, which only records have, and `spread` needs a point.
+    example = examples[{"half_life": "records", "spread": "near"}.get(name, next(iter(examples)))]["value"]
     rest = {key: field for key, field in example.items() if key != name}
     text = str(value).lower() if isinstance(value, bool) else value
     response = client.post(path, json=rest, params={"model": "vae", name: text})
@@ -149,7 +151,8 @@ def test_get_response_matches_its_schema(client: httpx.Client, document: dict[st
 @pytest.mark.parametrize("path", POSTS)
 def test_problem_matches_its_schema(client: httpx.Client, document: dict[str, Any], path: str) -> None:
     responses = document["paths"][path]["post"]["responses"]
-    assert set(responses) == {"200", "404", "406", "408", "413", "415", "422", "429", "500", "503", "504"}
+    conflict = {"409"} if path in ("/sample", "/impute") else set()
+    assert set(responses) == {"200", "404", "406", "408", *conflict, "413", "415", "422", "429", "500", "503", "504"}
     problem = client.post(path, json={"nonsense": 1}).json()
     validate(document, problem, responses["422"]["content"]["application/problem+json"]["schema"])
 
@@ -164,7 +167,7 @@ def test_every_text_example_is_scored(client: httpx.Client, document: dict[str, 
 
 def test_binary_formats_are_documented_for_the_endpoints_that_support_them(document: dict[str, Any]) -> None:
     accepting_npy = {path for path in POSTS if "application/x-npy" in content(document, path)}
-    assert accepting_npy == {"/encode", "/decode", "/reconstruct", "/anomaly"}
+    assert accepting_npy == {"/encode", "/decode", "/reconstruct", "/impute", "/anomaly"}
     for path in POSTS:
         responses = document["paths"][path]["post"]["responses"]["200"]["content"]
         pictures = path not in ("/encode", "/anomaly")

@@ -45,6 +45,12 @@ RULES = (
     "knows no labels",  # the model was trained on rows without labels
     "a response may have at most",  # the rows times n
     "knows no condition of a row",
+    "is not a feature of the model",
+    "every value of the row is missing",
+    "nothing is left to draw",
+    "with given values come from",  # which has no other prior
+    "samples near a point have no given values",
+    "spread says how far",
     "no row has a time",  # which column has the times is an option
 )
 WIDTHS = {"inputs": len(HOST_FEATURES), "input": len(HOST_FEATURES), "latents": 2, "latent": 2}
@@ -58,7 +64,8 @@ def row_schemas(number: dict[str, Any]) -> dict[str, dict[str, Any]]:
     record = {"type": "object", "properties": dict.fromkeys(HOST_FEATURES, number), "required": HOST_FEATURES}
     tags = {"type": "object", "additionalProperties": {"type": "string"}}
     metric = {"type": "object", "properties": {"fields": record, "tags": tags}, "required": ["fields"]}
-    return {**rows, "records": record, "metrics": metric}
+    some = {"type": "object", "properties": dict.fromkeys(HOST_FEATURES, number), "additionalProperties": False}
+    return {**rows, "records": record, "metrics": metric, "given": some}
 
 
 def npy_bytes(rows: list[list[float]]) -> bytes:
@@ -110,7 +117,7 @@ def narrow(document: dict[str, Any], number: dict[str, Any]) -> dict[str, Any]:
     for schema in document["components"]["schemas"].values():
         properties = schema.get("properties", {}) if schema.get("additionalProperties") is False else {}
         for name in rows.keys() & properties.keys():
-            if name in ("input", "latent"):
+            if name in ("input", "latent", "given"):
                 properties[name] = rows[name]
             else:
                 properties[name]["items"] = rows[name]

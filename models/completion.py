@@ -1,0 +1,303 @@
+"""Models that complete rows: they estimate or draw the missing values of a row, given its known values."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from models.calibration import Calibration
+from models.core import Core
+from models.explanation import Explanation
+from models.observation import Observation
+from models.pca import PCA
+from models.pipeline import Pipeline
+from models.policy import PolicyModule
+from models.prior import Prior
+from models.scaling import Scaling
+
+CHAINS = 16
+FIRST_STEPS = 4  # of each chain, whose states are not used
+KEPT_STEPS = 4  # of each chain, whose states are used; more steps change the error of estimates by less than 2 %
+CANDIDATES = 256
+
+
+class CompletingPipeline(Pipeline):
+    """A pipeline that can complete rows. See `Pipeline`."""
+
+    def impute(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Estimate the missing values of rows x [B, D], which are NaN.
+
+        Returns:
+            mean: the rows with the expected values of what is missing, [B, D].
+            deviation: the standard deviation of each missing value given the known ones, and 0 if it is known, [B, D].
+            low: lower end of the interval that contains a missing value with probability 0.9, or the known value.
+            high: upper end of this interval.
+        """
+        raise NotImplementedError
+
+    def complete(self, x: Tensor, noise: Tensor, choice: Tensor, row_noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw B rows that have the known values of one row.
+
+        Args:
+            x: the row, [1, D]; what is missing is NaN.
+            noise: standard normal noise of the latents, [B, K].
+            choice: uniform numbers in [0, 1), [B].
+            row_noise: standard normal noise of the rows, [B, 2 D].
+
+        Returns:
+            z: the latents, [B, K].
+            x_hat: the rows with the values that z decodes to, [B, D].
+            rows: the rows with observation noise, [B, D]. They are within the range of the training rows, and
+                whole-number features are rounded.
+        """
+        raise NotImplementedError
+
+
+class CompletingPCA(CompletingPipeline):
+    """A pipeline of PCA that completes rows by the exact conditional distribution of probabilistic PCA.
+
+    In model units, x = mean + W' t + noise. t ~ N(0, I) are the standardised latents, W = (L - s2)^(1/2) V [K, D] are
+    the loadings, and the noise is N(0, s2 I) (Tipping & Bishop 1999, eq. 7). Let x_o be the known values of a row, and
+    W_o their loadings. Then t given x_o is N(M^-1 W_o (x_o - mean_o), s2 M^-1), with M = s2 I + W_o W_o' (eq. 6). So
+    the missing values are Gaussian too. All of this is computed in float64, because s2 can be very small.
+
+    See `Pipeline` for the arguments. `core` is a PCA. The latents have this Gaussian prior, not the mixture of
+    `prior`: only then is the distribution of the missing values known exactly.
+    """
+
+    if TYPE_CHECKING:
+        core: PCA  # TorchScript cannot compile this annotation
+
+    def impute(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Estimate the missing values of rows x [B, D]. See `CompletingPipeline.impute`."""
+        missing = x.isnan()  # [B, D]
+        loadings = self._loadings()  # [K, D]
+        latents, factor = self._condition(x, loadings)  # [B, K], [B, K, K]
+        mean = latents @ loadings + self.core.mean  # [B, D]
+        # With M = F F', the variance of W' t is s2 W' M^-1 W = s2 (F^-1 W)' (F^-1 W).
+        spread = torch.linalg.solve_triangular(factor, loadings.unsqueeze(0), upper=False)  # [B, K, D]
+        variance = self.core.noise_variance.double() * (1.0 + spread.square().sum(dim=1))  # [B, D]
+        filled = torch.where(missing, self.scaling.inverse(mean), x.double())  # [B, D]
+        deviation = torch.where(missing, variance.sqrt() * self.scaling.scale, torch.zeros_like(filled))  # [B, D]
+        # A normal variable is further than this above its mean with probability 0.05, and below it likewise.
+        margin = 1.6448536269514722 * deviation
+        return filled.float(), deviation.float(), (filled - margin).float(), (filled + margin).float()
+
+    def complete(
+        self,
+        x: Tensor,
+        noise: Tensor,
+        choice: Tensor,  # noqa: ARG002 - there is no mixture to choose from
+        row_noise: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw B rows that have the known values of one row. See `CompletingPipeline.complete`."""
+        missing = x.isnan()  # [1, D]
+        loadings = self._loadings()  # [K, D]
+        mean, factor = self._condition(x, loadings)  # [1, K], [1, K, K]
+        # M^-1 = F'^-1 F^-1, so F'^-1 times standard normal noise has the covariance M^-1.
+        spread = torch.linalg.solve_triangular(factor[0].T, noise.double().T, upper=True).T  # [B, K]
+        deviation = self.core.noise_variance.double().sqrt()
+        latents = mean + deviation * spread  # [B, K]
+        decoded = latents @ loadings + self.core.mean  # [B, D]
+        noisy = decoded + deviation * row_noise[:, : x.shape[1]]  # [B, D]
+        x_hat = torch.where(missing, self.scaling.inverse(decoded), x.double()).float()  # [B, D]
+        rows = self.scaling.inverse(noisy).float()  # [B, D]
+        rows = torch.where(missing, self.observation(rows, torch.zeros_like(rows)), x)
+        return (latents * self._deviations()).float(), x_hat, rows
+
+    def _deviations(self) -> Tensor:
+        """Return the prior standard deviation of each principal score, [K], float64."""
+        return (self.core.eigenvalues.double() - self.core.noise_variance.double()).clamp(min=0.0).sqrt()
+
+    def _loadings(self) -> Tensor:
+        """Return W [K, D], float64."""
+        return self._deviations().unsqueeze(1) * self.core.components.double()
+
+    def _condition(self, x: Tensor, loadings: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean [B, K] of t given the known values of x [B, D], and F [B, K, K], where M = F F'."""
+        known = 1.0 - x.isnan().double()  # [B, D]
+        # The fill of an ImputingScaling takes the place of missing values, and `known` takes it out again.
+        filled = torch.where(x.isnan(), torch.zeros_like(x), x).double()
+        centred = known * (self.scaling(filled) - self.core.mean)  # [B, D]
+        weighted = loadings * known.unsqueeze(1)  # [B, K, D]
+        noise = torch.diag_embed(torch.zeros_like(self.core.eigenvalues).double() + self.core.noise_variance)  # [K, K]
+        m = weighted @ loadings.T + noise  # [B, K, K]
+        factor = torch.linalg.cholesky_ex(m)[0]  # [B, K, K]
+        right = (centred @ loadings.T).unsqueeze(2)  # [B, K, 1]
+        half = torch.linalg.solve_triangular(factor, right, upper=False)
+        mean = torch.linalg.solve_triangular(factor.permute(0, 2, 1), half, upper=True)  # [B, K, 1]
+        return mean.squeeze(2), factor
+
+
+class Chains(nn.Module):
+    """What `CompletingNetwork` knows besides the networks. In shapes: C chains, M candidates, D features, K latents.
+
+    Args:
+        deviation: standard deviation of each feature around the decoder's output, in model units, positive, [D].
+        candidate_noise: standard normal noise of candidates from the prior, [M, K].
+        candidate_choice: uniform numbers in [0, 1) of the candidates, [M].
+        noise: standard normal noise of the latents, [C, K].
+        row_noise: standard normal noise of the rows, [C, D].
+        spread: by what the standard deviation of the chains is multiplied to be right on calibration rows, [D].
+        low: lower end of an interval that contains 90 % of the missing values of calibration rows, in standard
+            deviations of the chains from their mean, [D].
+        high: upper end of this interval, [D].
+    """
+
+    deviation: Tensor
+    candidate_noise: Tensor
+    candidate_choice: Tensor
+    noise: Tensor
+    row_noise: Tensor
+    spread: Tensor
+    low: Tensor
+    high: Tensor
+    chain_places: Tensor
+    state_places: Tensor
+
+    def __init__(
+        self,
+        deviation: Tensor,
+        candidate_noise: Tensor,
+        candidate_choice: Tensor,
+        noise: Tensor,
+        row_noise: Tensor,
+        spread: Tensor,
+        low: Tensor,
+        high: Tensor,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("deviation", deviation)
+        self.register_buffer("candidate_noise", candidate_noise)
+        self.register_buffer("candidate_choice", candidate_choice)
+        self.register_buffer("noise", noise)
+        self.register_buffer("row_noise", row_noise)
+        self.register_buffer("spread", spread)
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+        chains = len(noise)
+        states = chains * KEPT_STEPS
+        # The middles of C equal parts of [0, 1], and the ends of equal parts, one for each state.
+        self.register_buffer("chain_places", (torch.arange(chains) + 0.5) / chains)  # [C]
+        self.register_buffer("state_places", torch.arange(1, states) / states)  # [C KEPT_STEPS - 1]
+
+
+class CompletingNetwork(CompletingPipeline):
+    """A pipeline of a VAE, an autoencoder or an ensemble that completes rows by Markov chains.
+
+    Each chain alternates between latents given the whole row and missing values given the latents (Rezende, Mohamed &
+    Wierstra 2014, "Stochastic backpropagation", appendix F; for an autoencoder the walkback of Bengio et al. 2013,
+    "Generalized denoising auto-encoders as generative models"). The chains begin with candidates from the prior, chosen
+    with probabilities in proportion to the density of the known values (sampling importance resampling). A chain that
+    begins with medians needs many more steps if most values are missing.
+
+    The encoder only approximates the posterior, so the distribution of the chains is not exact. The deviations and the
+    intervals of `impute` are therefore calibrated: on rows that did not train the networks, 90 % of the values that
+    were taken out are within their intervals.
+
+    All noise of `impute` is a part of the artifact, so that equal rows get equal answers.
+
+    See `Pipeline` for the other arguments. `chains` is a `Chains`.
+    """
+
+    def __init__(
+        self,
+        scaling: Scaling,
+        core: Core,
+        prior: Prior,
+        calibration: Calibration,
+        explanation: Explanation | None = None,
+        observation: Observation | None = None,
+        policy: PolicyModule | None = None,
+        *,
+        chains: Chains,
+    ) -> None:
+        super().__init__(scaling, core, prior, calibration, explanation, observation, policy)
+        self.chains = chains
+        self.first_steps = FIRST_STEPS
+
+    def impute(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Estimate the missing values of rows x [B, D], which are NaN. See `CompletingPipeline.impute`."""
+        missing = x.isnan()  # [B, D]
+        mean, deviation = self.estimate(x)  # [B, D], [B, D]
+        filled = torch.where(missing, self.scaling.inverse(mean), x)  # [B, D]
+        low = torch.where(missing, self.scaling.inverse(mean + self.chains.low * deviation), x)
+        high = torch.where(missing, self.scaling.inverse(mean + self.chains.high * deviation), x)
+        scaled = self.chains.spread * deviation * self.scaling.scale  # [B, D]
+        return filled, torch.where(missing, scaled, torch.zeros_like(scaled)), low, high
+
+    def estimate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and the standard deviation of the chains for rows x [B, D], in model units, each [B, D].
+
+        They are those of all values, including the known ones.
+        """
+        decoded = self._run_chains(x)  # [B, S, D]
+        mean = decoded.mean(dim=1)  # [B, D]
+        variance = (decoded - mean.unsqueeze(1)).square().mean(dim=1) + self.chains.deviation.square()
+        return mean, variance.sqrt()
+
+    def complete(self, x: Tensor, noise: Tensor, choice: Tensor, row_noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw B rows that have the known values of one row: `choice` chooses a state, from which a chain goes on.
+
+        See `CompletingPipeline.complete`.
+        """
+        missing = x.isnan()  # [1, D]
+        decoded = self._run_chains(x)  # [1, S, D]
+        state = torch.searchsorted(self.chains.state_places, choice, right=True)  # [B]
+        width = x.shape[1]
+        u = decoded[0][state] + self.chains.deviation * row_noise[:, :width]  # [B, D]
+        u = torch.where(missing, u, self._known(x))
+        mean, std = self.core.encode(u)  # [B, K], [B, K]
+        latents = mean + std * noise  # [B, K]
+        x_hat = self.scaling.inverse(self.core.decode(latents))  # [B, D]
+        rows = self.observation(x_hat, row_noise[:, width:])  # [B, D]
+        return latents, torch.where(missing, x_hat, x), torch.where(missing, rows, x)
+
+    def _known(self, x: Tensor) -> Tensor:
+        """Return x [B, D] in model units, with arbitrary numbers in place of what is missing."""
+        u: Tensor = self.scaling(torch.where(x.isnan(), torch.zeros_like(x), x))  # [B, D]
+        return u
+
+    def _run_chains(self, x: Tensor) -> Tensor:
+        """Return what the S = 4 C states of the chains decode to, in model units, [B, S, D].
+
+        Args:
+            x: rows [B, D], whose missing values are NaN.
+        """
+        known, u = 1.0 - x.isnan().to(x.dtype), self._known(x)  # [B, D], [B, D]
+        missing, values = x.isnan().unsqueeze(1), u.unsqueeze(1)  # [B, 1, D], [B, 1, D]
+        candidates = self.core.decode(self.prior(self.chains.candidate_noise, self.chains.candidate_choice))  # [M, D]
+        weight = known / self.chains.deviation.square()  # [B, D]
+        # The log-density of the known values given each candidate, up to a constant of the row, [B, M].
+        log_density = (weight * u) @ candidates.T - 0.5 * weight @ candidates.square().T
+        cumulative = torch.softmax(log_density, dim=1).cumsum(dim=1)[:, :-1].contiguous()  # [B, M - 1]
+        places = self.chains.chain_places.unsqueeze(0) + torch.zeros_like(u[:, :1])  # [B, C]
+        chosen = torch.searchsorted(cumulative, places, right=True)  # [B, C]
+        decoded = candidates[chosen]  # [B, C, D]
+        for step in range(self.first_steps):
+            decoded = self._step(decoded, missing, values, step)
+        first = self._step(decoded, missing, values, self.first_steps)
+        second = self._step(first, missing, values, self.first_steps + 1)
+        third = self._step(second, missing, values, self.first_steps + 2)
+        fourth = self._step(third, missing, values, self.first_steps + 3)
+        return torch.cat((first, second, third, fourth), dim=1)
+
+    def _step(self, decoded: Tensor, missing: Tensor, values: Tensor, step: int) -> Tensor:
+        """Return what the next states of the chains decode to, given what the present ones decode to, [B, C, D].
+
+        Args:
+            decoded: in model units, [B, C, D].
+            missing: whether a value is missing, [B, 1, D].
+            values: the known values in model units, [B, 1, D].
+            step: the number of the step. In each step, a chain gets the noise of another one.
+        """
+        noise = torch.cat((self.chains.noise[step:], self.chains.noise[:step]))  # [C, K]
+        row_noise = torch.cat((self.chains.row_noise[step:], self.chains.row_noise[:step]))  # [C, D]
+        rows = torch.where(missing, decoded + self.chains.deviation * row_noise, values)  # [B, C, D]
+        mean, std = self.core.encode(rows.flatten(0, 1))  # [B C, K], [B C, K]
+        z = mean.reshape(rows.shape[0], rows.shape[1], -1) + std.reshape(rows.shape[0], rows.shape[1], -1) * noise
+        return self.core.decode(z.flatten(0, 1)).reshape(rows.shape)
+
+
+# By the name of the class.
+COMPLETING: dict[str, type[Pipeline]] = {kind.__name__: kind for kind in (CompletingPCA, CompletingNetwork)}

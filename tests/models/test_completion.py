@@ -1,0 +1,199 @@
+"""Models that complete rows: what they estimate and draw is compared with closed forms, computed by NumPy."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from models import artifact
+from models.completion import Chains, CompletingNetwork, CompletingPCA
+from models.likelihood import GaussianLikelihood
+from models.observation import Observation
+from models.pca import PCA
+from models.prior import gaussian_prior
+from models.vae import VAE
+from tests.models.builders import D, K, batch, pipeline
+from tests.models.publishing import publish
+from training.fitting.completion import with_completion
+
+Doubles = npt.NDArray[np.float64]
+GAPS = ((0, 1), (1, 0), (1, 3), (2, 4), (3, 0), (3, 1), (3, 2), (3, 3), (3, 4))  # row 3 has no value at all
+
+
+def conditional(model: CompletingPCA, row: torch.Tensor) -> tuple[Doubles, Doubles]:
+    """Return the mean and the covariance of the missing values of `row` [D], in raw units.
+
+    The covariance of all values is C = W W' + s2 I (Tipping & Bishop 1999), and its blocks give the conditional one.
+    """
+    core = model.core
+    v, s2 = core.components.double().numpy(), float(core.noise_variance)
+    scale, shift = model.scaling.scale.double().numpy(), model.scaling.shift.double().numpy()
+    covariance = v.T @ np.diag(core.eigenvalues.double().numpy() - s2) @ v + s2 * np.eye(len(scale))
+    covariance, mean = covariance * np.outer(scale, scale), core.mean.double().numpy() * scale + shift
+    x = row.double().numpy()
+    m, o = np.isnan(x), ~np.isnan(x)
+    gain = covariance[np.ix_(m, o)] @ np.linalg.inv(covariance[np.ix_(o, o)])
+    return mean[m] + gain @ (x[o] - mean[o]), covariance[np.ix_(m, m)] - gain @ covariance[np.ix_(o, m)]
+
+
+def pca(kind: str = "pca") -> CompletingPCA:
+    model = pipeline(kind)
+    assert isinstance(model, CompletingPCA)
+    return model
+
+
+def test_impute_of_pca_for_rows_with_gaps_gives_the_conditional_gaussian() -> None:
+    model, (x, _, _) = pca(), batch(gaps=GAPS)
+    mean, deviation, low, high = artifact.script(model).impute(x)
+    for index, row in enumerate(x):
+        expected, covariance = conditional(model, row)
+        missing = row.isnan()
+        np.testing.assert_allclose(mean[index][missing], expected, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(deviation[index][missing], np.sqrt(np.diag(covariance)), rtol=1e-6)
+        quantile = 1.6448536269514722 * np.sqrt(np.diag(covariance))
+        np.testing.assert_allclose(low[index][missing], expected - quantile, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(high[index][missing], expected + quantile, rtol=1e-6, atol=1e-6)
+        known = ~missing
+        for values in (mean, low, high):
+            assert torch.equal(values[index][known], row[known])
+        assert not deviation[index][known].any()
+
+
+def test_impute_of_pca_with_nearly_no_noise_still_gives_the_conditional_gaussian() -> None:
+    model = pca()
+    model.core = PCA(model.core.mean, model.core.components, torch.tensor([3.0, 2.0]), torch.tensor(3e-6))
+    row = batch(1, [(0, 2), (0, 4)])[0]
+    mean, deviation, _, _ = model.impute(row)
+    expected, covariance = conditional(model, row[0])
+    np.testing.assert_allclose(mean[0][[2, 4]], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(deviation[0][[2, 4]], np.sqrt(np.diag(covariance)), rtol=1e-5)
+
+
+def test_impute_of_pca_does_not_depend_on_the_fill_of_a_model_trained_with_gaps() -> None:
+    plain, imputing, (x, _, _) = pca(), pca("pca-imputing"), batch(gaps=GAPS)
+    imputing.core = plain.core
+    imputing.scaling.shift, imputing.scaling.scale = plain.scaling.shift, plain.scaling.scale
+    for expected, found in zip(plain.impute(x), imputing.impute(x), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("gaps", [[1], [0, 3], [0, 1, 2, 4]], ids=str)
+def test_complete_of_pca_maps_noise_to_the_conditional_gaussian(gaps: list[int]) -> None:
+    """The draw is an affine function of the noise: at 0 it is the mean, and its matrix A has A A' = covariance."""
+    model = pca()
+    row = batch(1, [(0, gap) for gap in gaps])[0]
+    noise = torch.cat((torch.zeros(1, K + D), torch.eye(K + D)))  # zero, and each unit vector
+    row_noise = torch.cat((noise[:, K:], torch.full((K + D + 1, D), 9.0)), dim=1)  # the last D columns do not matter
+    _, _, rows = artifact.script(model).complete(row, noise[:, :K], torch.zeros(K + D + 1), row_noise)
+    known = ~row[0].isnan()
+    assert torch.equal(rows[:, known], row[:, known].expand(K + D + 1, -1))
+    drawn = rows[:, gaps].double().numpy()
+    matrix = (drawn[1:] - drawn[0]).T  # [missing, K + D]
+    mean, covariance = conditional(model, row[0])
+    np.testing.assert_allclose(drawn[0], mean, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(matrix @ matrix.T, covariance, rtol=2e-6, atol=2e-6)
+
+
+def test_complete_of_pca_without_row_noise_gives_what_its_latents_decode_to() -> None:
+    model, (_, noise, choice) = pca(), batch()
+    row = batch(1, [(0, 1), (0, 2)])[0]
+    z, x_hat, _ = model.complete(row, noise, choice, torch.zeros(len(noise), 2 * D))
+    decoded = model.decode(z)
+    assert torch.allclose(x_hat[:, [1, 2]], decoded[:, [1, 2]], atol=1e-5)
+    assert torch.equal(x_hat[:, [0, 3, 4]], row[:, [0, 3, 4]].expand(len(noise), -1))
+
+
+def linear_vae(chains: int) -> tuple[CompletingNetwork, CompletingPCA]:
+    """Return a VAE that is exactly the probabilistic PCA of the second model, with its posterior as the encoder."""
+    model, width, latents = pca(), D, K
+    core = model.core
+    s2 = core.noise_variance
+    loadings = (core.eigenvalues - s2).sqrt().unsqueeze(1) * core.components  # [K, D]
+    precision = loadings @ loadings.T + s2 * torch.eye(latents)  # M; the components are orthogonal, so M is diagonal
+    encoder, decoder = torch.nn.Linear(width, 2 * latents), torch.nn.Linear(latents, width)
+    gain = torch.linalg.solve(precision, loadings)  # [K, D]
+    encoder.weight.data = torch.cat((gain, torch.zeros(latents, width)))
+    encoder.bias.data = torch.cat((-gain @ core.mean, (s2 / precision.diagonal()).log()))
+    decoder.weight.data, decoder.bias.data = loadings.T, core.mean
+    vae = VAE(encoder, decoder, GaussianLikelihood(s2.reshape(1))).eval()
+    random = torch.Generator().manual_seed(2)
+    candidates, noise, row_noise = (torch.randn(chains, size, generator=random) for size in (latents, latents, width))
+    ones = torch.ones(width)
+    parts = Chains(
+        s2.sqrt() * ones,
+        candidates,
+        torch.rand(chains, generator=random),
+        noise,
+        row_noise,
+        ones,
+        -1.645 * ones,
+        1.645 * ones,
+    )
+    prior = gaussian_prior(torch.ones(latents))
+    completing = CompletingNetwork(model.scaling, vae, prior, model.calibration, chains=parts)
+    return completing.eval().requires_grad_(False), model
+
+
+@pytest.mark.parametrize("gaps", [[1], [0, 3], [0, 1, 2, 4], [0, 1, 2, 3, 4]], ids=str)
+def test_chains_of_a_vae_whose_encoder_is_the_posterior_give_the_conditional_gaussian(gaps: list[int]) -> None:
+    vae, exact = linear_vae(chains=8000)
+    row = batch(1, [(0, gap) for gap in gaps])[0]
+    expected, covariance = conditional(exact, row[0])
+    mean, deviation, _, _ = vae.impute(row)
+    spread = np.sqrt(np.diag(covariance))
+    assert np.abs(mean[0, gaps].double().numpy() - expected).max() < 0.04 * spread.max()
+    assert deviation[0, gaps].double().numpy() == pytest.approx(spread, rel=0.04)
+
+
+def test_complete_of_a_vae_whose_encoder_is_the_posterior_draws_from_the_conditional_gaussian() -> None:
+    vae, exact = linear_vae(chains=4000)
+    vae.observation = Observation(  # the noise of the model, in raw units
+        exact.core.noise_variance.sqrt() * exact.scaling.scale,
+        torch.full((D,), -torch.inf), torch.full((D,), torch.inf), torch.zeros(D, dtype=torch.bool),
+    )  # fmt: skip
+    row, random = batch(1, [(0, 0), (0, 3)])[0], torch.Generator().manual_seed(3)
+    noise = torch.randn(20_000, K, generator=random), torch.rand(20_000, generator=random)
+    _, x_hat, rows = vae.complete(row, *noise, torch.randn(20_000, 2 * D, generator=random))
+    expected, covariance = conditional(exact, row[0])
+    drawn = rows[:, [0, 3]].double().numpy()
+    assert np.abs(drawn.mean(axis=0) - expected).max() < 0.05 * np.sqrt(covariance.max())
+    assert np.cov(drawn.T) == pytest.approx(covariance, rel=0.06, abs=0.03 * covariance.max())
+    assert torch.equal(rows[:, [1, 2, 4]], row[:, [1, 2, 4]].expand(20_000, -1))
+    assert torch.equal(x_hat[:, [1, 2, 4]], row[:, [1, 2, 4]].expand(20_000, -1))
+
+
+@pytest.mark.parametrize("kind", ["pca", "ensemble", "vae-bernoulli"])
+def test_artifact_of_every_kind_answers_like_the_model_and_each_row_like_alone(kind: str, tmp_path: Path) -> None:
+    loaded, (x, noise, choice) = artifact.load(publish(tmp_path, kind)), batch(gaps=GAPS[:4])
+    found = loaded.module.impute(x)
+    for expected, array in zip(pipeline(kind).impute(x), found, strict=True):
+        assert torch.allclose(array, expected, atol=1e-5)
+    for index in range(len(x)):
+        for together, alone in zip(found, loaded.module.impute(x[index : index + 1]), strict=True):
+            assert torch.allclose(together[index], alone[0], rtol=1e-4, atol=1e-5)
+    known = ~x.isnan()
+    assert all(torch.equal(array[known], x[known]) for array in (found[0], found[2], found[3]))
+    assert not any(array.isnan().any() for array in found)
+    assert "impute.mean" in loaded.manifest.golden.outputs
+    loaded.module.complete(x[1:2], noise, choice, torch.zeros(len(noise), 2 * D))
+
+
+def test_intervals_cover_90_percent_of_new_values_although_the_model_is_wrong() -> None:
+    """The rows have three times the noise that the encoder and the decoder expect, with heavy tails."""
+    vae, exact = linear_vae(chains=4)
+    random = np.random.RandomState(0)
+    core, scaling = exact.core, exact.scaling
+    z = random.standard_normal((3000, K)) * np.sqrt(core.eigenvalues.numpy())
+    noise = 3 * float(core.noise_variance.sqrt()) * random.standard_t(5, (3000, D))
+    u = torch.from_numpy(z @ core.components.numpy() + core.mean.numpy() + noise).float()
+    rows = scaling.inverse(u)
+    model = with_completion(vae, rows[:300], rows[300:1000], seed=0)
+    test, taken = rows[1000:], torch.from_numpy(random.uniform(size=(2000, D)) < 0.3)
+    taken[taken.all(dim=1), 0] = False
+    _, _, low, high = model.impute(torch.where(taken, torch.nan, test))
+    inside = ((low <= test) & (test <= high))[taken].double().mean()
+    assert 0.88 < inside < 0.92
+    untouched = vae.impute(torch.where(taken, torch.nan, test))  # without calibration
+    assert ((untouched[2] <= test) & (test <= untouched[3]))[taken].double().mean() < 0.7

@@ -1,0 +1,113 @@
+"""Fit what a model needs in order to complete rows: see `models.completion`."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.calibration import Calibration
+from models.completion import CANDIDATES, CHAINS, Chains, CompletingNetwork, CompletingPCA, CompletingPipeline
+from models.core import Core
+from models.explanation import Explanation
+from models.observation import Observation
+from models.pca import PCA
+from models.pipeline import Pipeline
+from models.policy import PolicyModule
+from models.prior import Prior
+from models.scaling import Scaling
+from training.fitting.prepared_data import PreparedData
+from training.random_streams import VALIDATION, random_stream
+
+MIN_DEVIATION = 0.01  # of a feature around the decoder's output, in model units; smaller ones are mostly rounding
+INTERVAL = 0.9  # share of the missing values that are within their intervals
+MISSING_SHARES = (0.1, 0.2, 0.3, 0.5)  # which share of the values is taken out of calibration rows
+CALIBRATED_ROWS = 400  # at most; each takes about a millisecond
+LEAST_VALUES = 60  # of a feature, for an interval of its own: three are then outside on each side
+BATCH = 50  # rows that are completed at once
+
+
+def with_completion_of_rows(pipeline: Pipeline, data: PreparedData, seed: int) -> Pipeline:
+    """Return what `with_completion` returns for the rows of `data`.
+
+    Return `pipeline` itself if it has a window: it sees summaries, which do not tell the missing values of a row.
+    """
+    return pipeline if data.windows else with_completion(pipeline, data.held_out, data.calibration, seed)
+
+
+def with_completion(pipeline: Pipeline, held_out: Tensor, calibration: Tensor, seed: int) -> CompletingPipeline:
+    """Return a pipeline with the parts of `pipeline` that can also complete rows.
+
+    Args:
+        held_out: rows that did not train the networks, in raw units, [N, D].
+        calibration: further such rows, in raw units, [M, D].
+        seed: the seed of the noise.
+    """
+    parts: tuple[
+        Scaling, Core, Prior, Calibration, Explanation | None, Observation | None, PolicyModule | None
+    ] = (
+        pipeline.scaling, pipeline.core, pipeline.prior, pipeline.calibration, pipeline.explanation,
+        pipeline.observation, pipeline.policy,
+    )  # fmt: skip
+    if isinstance(pipeline.core, PCA):
+        return CompletingPCA(*parts).eval()
+    completing = CompletingNetwork(*parts, chains=_new_chains(pipeline, held_out, seed)).eval()
+    _calibrate(completing, calibration[:CALIBRATED_ROWS], seed)
+    return completing
+
+
+def _new_chains(pipeline: Pipeline, held_out: Tensor, seed: int) -> Chains:
+    """Return the chains of `pipeline` before their intervals are calibrated."""
+    random, latents, width = random_stream(seed, VALIDATION), pipeline.prior.means.shape[1], held_out.shape[1]
+    with torch.no_grad():
+        u = pipeline.scaling(held_out)  # [N, D]
+        mean, std = pipeline.core.encode(u)  # [N, K], [N, K]
+        output = pipeline.core.decode(mean + std * torch.randn(mean.shape, generator=random))  # [N, D]
+        present = ~held_out.isnan()
+        squares = torch.where(present, (u - output).square(), 0.0).double().sum(dim=0)  # [D]
+        deviation = (squares / present.sum(dim=0).clamp(min=1)).sqrt().clamp(min=MIN_DEVIATION).float()
+    ones = torch.ones(width)
+    return Chains(
+        deviation,
+        torch.randn(CANDIDATES, latents, generator=random),
+        torch.rand(CANDIDATES, generator=random),
+        _balanced_noise(latents, random),
+        _balanced_noise(width, random),
+        spread=ones,
+        low=-1.645 * ones,
+        high=1.645 * ones,
+    )
+
+
+def _balanced_noise(width: int, random: torch.Generator) -> Tensor:
+    """Return standard normal noise [CHAINS, width] whose columns have the mean 0 and the standard deviation 1."""
+    noise = torch.randn(CHAINS, width, generator=random)
+    return (noise - noise.mean(dim=0)) / noise.std(dim=0, correction=0)
+
+
+def _calibrate(pipeline: CompletingNetwork, rows: Tensor, seed: int) -> None:
+    """Take values out of `rows` [M, D], estimate them, and set the spread and the intervals by the errors."""
+    random, width = random_stream(seed, VALIDATION), rows.shape[1]
+    shares = torch.tensor(MISSING_SHARES)[torch.arange(len(rows)) % len(MISSING_SHARES)]  # [M]
+    taken = torch.rand(rows.shape, generator=random) < shares.unsqueeze(1)  # [M, D]
+    taken[taken.all(dim=1), 0] = False  # a row without any value says nothing
+    gaps = torch.where(taken, torch.nan, rows)
+    with torch.no_grad():
+        estimates = [pipeline.estimate(part) for part in gaps.split(BATCH)]
+        mean, deviation = (torch.cat(parts) for parts in zip(*estimates, strict=True))  # [M, D], [M, D]
+        error = ((pipeline.scaling(rows) - mean) / deviation).double().numpy()  # [M, D]
+    counted = (taken & ~rows.isnan()).numpy()  # [M, D]
+    together = error[counted]
+    if not len(together):
+        return
+    columns = [error[counted[:, column], column] for column in range(width)]
+    columns = [column if len(column) >= LEAST_VALUES else together for column in columns]
+    chains = pipeline.chains
+    chains.spread = torch.tensor([np.sqrt(np.mean(column**2)) for column in columns]).float().clamp(min=1e-3)
+    tail = (1.0 - INTERVAL) / 2.0
+    chains.low = torch.tensor([-_quantile(-column, 1.0 - tail) for column in columns]).float()
+    chains.high = torch.tensor([_quantile(column, 1.0 - tail) for column in columns]).float()
+
+
+def _quantile(values: "np.ndarray[tuple[int], np.dtype[np.float64]]", level: float) -> float:
+    """Return the smallest value that a further one exceeds with a probability of at most 1 - level (Vovk 2005)."""
+    rank = min(len(values), int(np.ceil(level * (len(values) + 1))))
+    return float(np.sort(values)[rank - 1])
