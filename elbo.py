@@ -403,26 +403,23 @@ def _train(
 def demo(artifacts: ArtifactFolder = DEFAULT_ARTIFACTS, runs: Runs = Path("runs"), sign: SignOption = None) -> None:
     """Train the demonstration models that are not in the artifact folder yet.
 
-    The models pca, ae, vae and linear (an autoencoder without hidden layers) are trained on scikit-learn's digits. The
-    model hosts is trained on simulated metrics of ten hosts (simulated-hosts).
+    These models are trained on scikit-learn's digits: pca, ae, vae, linear (an autoencoder without hidden layers), map
+    (a VAE with two latents, whose whole latent space is a map) and conditional (a VAE that draws the digit that is
+    asked for). The model hosts is trained on simulated metrics of ten hosts (simulated-hosts).
     """
     from models.manifest import versions
     from training.config import DEMONSTRATIONS
 
-    names = [config.name for configs in DEMONSTRATIONS.values() for config in configs]
-    missing = [name for name in names if not versions(artifacts, name)]
+    missing = [(source, config) for source, config in DEMONSTRATIONS if not versions(artifacts, config.name)]
     if not missing:
-        typer.echo(f"nothing to do: {artifacts} has {', '.join(names)}")
+        typer.echo(f"nothing to do: {artifacts} has {', '.join(config.name for _, config in DEMONSTRATIONS)}")
         return
     key = _private_key(sign)
     from training.data.table import read_table
 
-    for source, configs in DEMONSTRATIONS.items():
-        wanted = [config for config in configs if config.name in missing]
-        if wanted:
-            table = read_table(source, time=wanted[0].time, group=wanted[0].group)
-            for config in wanted:
-                _train(config, table, artifacts, runs, key=key)
+    for source, config in missing:
+        table = read_table(source, time=config.time, group=config.group, condition=config.condition)
+        _train(config, table, artifacts, runs, key=key)
 
 
 @app.command(epilog="Examples: elbo inspect vae | elbo inspect vae@2 --json | elbo inspect artifacts/vae/2/model.pt")

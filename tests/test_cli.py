@@ -19,7 +19,7 @@ from models.manifest import read_manifest
 from tests.commands import HEADER, Rows, command, in_process, two_factor_rows, write
 from tests.data import ROOT
 from tests.preloaded import PreloadedProcess
-from training.config import AUTO_KINDS, DEMONSTRATION, DEMONSTRATION_OF_HOSTS, TrainConfig
+from training.config import AUTO_KINDS, DEMONSTRATIONS, TrainConfig
 from training.data.table import split_rows
 
 pytestmark = pytest.mark.slow
@@ -419,7 +419,7 @@ def test_repeated_training_publishes_the_next_version_with_the_same_weights(
 def test_demo_trains_only_missing_models(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for config in (*DEMONSTRATION[1:], DEMONSTRATION_OF_HOSTS):
+    for _, config in DEMONSTRATIONS[1:]:
         (tmp_path / config.name / "1").mkdir(parents=True)
         (tmp_path / config.name / "1" / "model.pt").touch()
     monkeypatch.setenv("ELBO_ARTIFACTS", str(tmp_path))
@@ -430,13 +430,13 @@ def test_demo_trains_only_missing_models(
     assert manifest.training == TrainConfig(model=AUTO_KINDS[0], name=AUTO_KINDS[0]).model_dump(mode="json")
     assert manifest.data.source == "digits"
     again = in_process(capsys, "demo", "--artifacts", str(tmp_path))
-    assert again == (0, f"nothing to do: {tmp_path} has pca, ae, vae, linear, hosts\n", "")
+    assert again == (0, f"nothing to do: {tmp_path} has pca, ae, vae, linear, map, conditional, hosts\n", "")
 
 
 def test_demo_trains_the_model_of_hosts_on_times_groups_and_seasons(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for config in DEMONSTRATION:
+    for _, config in DEMONSTRATIONS[:-1]:
         (tmp_path / config.name / "1").mkdir(parents=True)
         (tmp_path / config.name / "1" / "model.pt").touch()
     code, out, err = in_process(capsys, "demo", "--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs"))

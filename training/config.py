@@ -292,17 +292,18 @@ class TrainConfig(BaseModel):
         return WIDTHS[self.network] if self.hidden is None else self.hidden
 
 
-# Models that `elbo demo` trains on the bundled digits. The linear autoencoder spans the same subspace as PCA;
-# the explorer compares the two.
-DEMONSTRATION: tuple[TrainConfig, ...] = (
-    *(TrainConfig(model=kind, name=kind) for kind in AUTO_KINDS),
-    TrainConfig(model="ae", name="linear", hidden=(), learning_rate=0.03),  # a rate of 0.001 converges too slowly
+# The models that `elbo demo` trains, and their data. The linear autoencoder spans the same subspace as PCA, and the
+# explorer compares the two.
+DEMONSTRATIONS: tuple[tuple[str, TrainConfig], ...] = (
+    *(("digits", TrainConfig(model=kind, name=kind)) for kind in AUTO_KINDS),
+    # a learning rate of 0.001 converges too slowly
+    ("digits", TrainConfig(model="ae", name="linear", hidden=(), learning_rate=0.03)),
+    ("digits", TrainConfig(model="vae", name="map", latents=2)),
+    ("digits", TrainConfig(model="vae", name="conditional", condition=("label",))),
+    (
+        "simulated-hosts",
+        TrainConfig(
+            model="pca", name="hosts", time="time", group="host", season=("day", "week"), time_zone="Europe/Berlin"
+        ),
+    ),
 )
-# The model that `elbo demo` trains on the simulated hosts: times, groups and seasons.
-DEMONSTRATION_OF_HOSTS = TrainConfig(
-    model="pca", name="hosts", time="time", group="host", season=("day", "week"), time_zone="Europe/Berlin"
-)
-DEMONSTRATIONS: dict[str, tuple[TrainConfig, ...]] = {
-    "digits": DEMONSTRATION,
-    "simulated-hosts": (DEMONSTRATION_OF_HOSTS,),
-}  # by source

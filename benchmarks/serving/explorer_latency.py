@@ -26,7 +26,7 @@ from service.app import create_app
 from service.settings import Settings
 from tests.service.explorer.browser import FLAGS
 from tests.service.running import running
-from training.config import DEMONSTRATION
+from training.config import DEMONSTRATIONS
 from training.data.table import read_table
 from training.progress import PlainReporter
 from training.train import train
@@ -48,6 +48,7 @@ RECORD_FRAMES = """() => {
   const tick = (now) => { frames_.push(now - last); last = now; requestAnimationFrame(tick); };
   requestAnimationFrame(tick);
 }"""
+MODELS = [config for source, config in DEMONSTRATIONS if source == "digits" and not config.condition]
 
 
 def measure_moves(page: Page, moves: int) -> list[float]:
@@ -123,7 +124,7 @@ def measure(root: Path, executable: str, moves: int, rows: int) -> None:
         base = str(client.base_url)
         first_paint, contentful_paint, size = measure_opening(browser, base)
         print("| model | pointer to image, median ms | 95th percentile, ms | moves |\n|---|---|---|---|")
-        for config in DEMONSTRATION:
+        for config in MODELS:
             print(measure_latency(browser, base, config.name, moves), flush=True)
         frames = measure_frames(browser, base, rows, moves)
         print(f"\nFirst paint {first_paint:.0f} ms, first contentful paint {contentful_paint:.0f} ms, {size:,} bytes.")
@@ -142,7 +143,7 @@ def main() -> None:
         raise SystemExit("Chromium is missing: install it with apt-get install chromium")
     with tempfile.TemporaryDirectory() as folder:
         root = options.artifacts or Path(folder)
-        for config in DEMONSTRATION if options.artifacts is None else ():
+        for config in MODELS if options.artifacts is None else ():
             brief = {"epochs": 2, "hidden": config.hidden if config.hidden == () else (48,)} if options.smoke else {}
             train(config.model_copy(update=brief), read_table("digits"), root, PlainReporter())
         moves, rows = (5, 2_000) if options.smoke else (200, ROWS)

@@ -133,7 +133,7 @@ class LatentView {
     this.updateMarks();
     this.interpolation.update(this.ends);
     if (state.get("seed")) this.sampling.draw();
-    if (state.get("grid")) this.mapCard.showGrid(true);
+    if (this.mapCard.isGridOn()) this.mapCard.showGrid(true);
   }
 
   /** A note about the row with index `i` on the map; a blank if `i` is null. */

@@ -2,7 +2,7 @@
 
 import { decode, encodeInBatches } from "../../lib/api.js";
 import { range } from "../../lib/linear-algebra.js";
-import { labelName } from "../../lib/model.js";
+import { isImage, labelName } from "../../lib/model.js";
 import { readRowFile } from "../../lib/parse-rows.js";
 import { state } from "../../lib/state.js";
 import { LatestTask } from "../../lib/tasks.js";
@@ -49,7 +49,7 @@ export class MapCard {
   }
 
   controls() {
-    const isGridOn = Boolean(state.get("grid"));
+    const isGridOn = this.isGridOn();
     return h(
       "div",
       { class: "controls" },
@@ -110,8 +110,14 @@ export class MapCard {
     if (this.map.decodedGrid) this.showGrid(true);
   }
 
+  /** Whether the address asks for the grid. By default, it is shown if the map is the whole latent space of images. */
+  isGridOn() {
+    const isWholeSpace = this.model.latents === 2 && isImage(this.model);
+    return state.get("grid", isWholeSpace ? "1" : "0") === "1";
+  }
+
   async showGrid(isOn) {
-    state.set({ grid: isOn ? "1" : null });
+    state.set({ grid: isOn ? "1" : "0" });
     if (!isOn) {
       this.gridTask.stop();
       this.setLayer("decodedGrid", null);
