@@ -26,7 +26,7 @@ from service.endpoints.pixel_warning import pixel_warning
 from service.endpoints.query_options import read_options
 from service.endpoints.scoring import is_live_traffic, run_when_free, score_rows
 from service.endpoints.validation import merge, validate
-from service.errors import BodyTooSlow, InvalidField
+from service.errors import BodyTooSlow, ClientGone, InvalidField
 from service.http.middleware import as_service_error
 from service.http.request import HttpResponse, RequestContext
 from service.inference.served_model import ServedModel
@@ -110,7 +110,7 @@ class AnomalyStream:
             yield ndjson.dumps(
                 {"model": self._served.name, "version": self._served.version, **self._counts, **self._warning}
             )
-        except ClientDisconnect:
+        except (ClientDisconnect, ClientGone):
             raise  # nobody reads another line
         except Exception as error:  # noqa: BLE001 - a client must not take a broken stream for a complete one
             problem = as_service_error(self._request, error)
@@ -140,9 +140,8 @@ class AnomalyStream:
             minimum=0,
         )
         input_rows = await run_in_thread_if_long(parse, offload.RECORD_VALUE * served.row_schema.width * len(records))
-        verdicts = await score_rows(
-            self._service, served, input_rows, body, partial(run_when_free, self._service, served), self._is_live
-        )
+        run = partial(run_when_free, self._service, served)
+        verdicts = await score_rows(self._service, served, input_rows, body, run, self._is_live, request=self._request)
         self._count(input_rows, verdicts)
         write = partial(_response_lines, served, body, input_rows, verdicts, first_row)
         onsets = offload.ONSET * verdicts.explained_rows if verdicts else 0

@@ -33,8 +33,7 @@ class DisconnectWatch:
             raise ClientGone("the client disconnected before its response was ready")
 
     async def _cancel_on_disconnect(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
-            pass
+        await self._request.wait_for_disconnect()
         self._is_disconnected = True
         if self._watched:
             self._watched.cancel()

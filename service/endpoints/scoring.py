@@ -47,8 +47,8 @@ async def score_rows(
         run: runs an operation on rows [B, D] with `served`.
         is_live: whether the rows are live traffic.
         deadline: when the request times out, on the `perf_counter` clock; by default ELBO_REQUEST_TIMEOUT from now.
-        request: the request whose client may disconnect while its rows wait for their groups; None if its body is still
-            being read, or if there is none.
+        request: the request whose client may disconnect while its rows wait for their groups; None if nobody waits for
+            the verdicts.
     """
     verdicts = None
     if input_rows.parsed.rows:

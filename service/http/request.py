@@ -3,7 +3,7 @@
 import asyncio
 import io
 import os
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -25,6 +25,7 @@ MAX_REQUEST_ID = 128  # characters
 ROW_LIMIT_SECONDS = 0.05  # pause before a stream checks again whether its key may send more rows
 LIST_HEADERS = (b"accept", b"content-encoding")  # a request may split the list over several lines (RFC 9110, 5.3)
 MAX_HEADER = 1024  # bytes that are read of one header; caches hold the parsed forms of hundreds of values
+MAX_KEPT_BYTES = 256 * 1024  # bytes of a streamed body that arrive while its rows wait; see `wait_for_disconnect`
 MAX_CACHED_QUERY = 512  # bytes; the parsed forms of shorter queries are cached
 _REQUEST_KEY = "elbo.request"  # key of the RequestContext in an ASGI scope
 _SERVER_TIMING = b"parse;dur=%.3f, queue;dur=%.3f, compute;dur=%.3f, write;dur=%.3f, total;dur=%.3f"  # milliseconds
@@ -87,6 +88,8 @@ class RequestContext:
         response_started: whether the head of the response has been sent.
         key: the API key of the request; None if the server has no keys, or if the route needs none.
     """
+
+    _kept: Sequence[Message] = ()  # parts of the body that `wait_for_disconnect` has received, oldest first
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, limits: BodyLimits, ticket: Ticket) -> None:
         self.scope = scope
@@ -198,7 +201,7 @@ class RequestContext:
         while more_body:
             try:
                 async with asyncio.timeout(self._limits.seconds):
-                    message = await self._receive()
+                    message = await self._receive_next()
             except TimeoutError:
                 raise BodyTooSlow(
                     f"no more of the request body arrived within {self._limits.seconds:g} s",
@@ -210,6 +213,23 @@ class RequestContext:
             yield message["body"]
             self.ticket.release_bytes()
             more_body = message.get("more_body", False)
+
+    async def wait_for_disconnect(self) -> None:
+        """Return when the client has disconnected. `stream` yields the parts of the body that arrive meanwhile.
+
+        If more than MAX_KEPT_BYTES arrive, nothing more is received: the method then waits for ever.
+        """
+        while (message := await self._receive())["type"] == "http.request":
+            self._kept = [*self._kept, message]
+            if sum(len(kept["body"]) for kept in self._kept) > MAX_KEPT_BYTES:
+                await asyncio.Event().wait()
+
+    async def _receive_next(self) -> Message:
+        """Return the next part of the body, or the message that the client has disconnected."""
+        if not self._kept:
+            return await self._receive()
+        message, *self._kept = self._kept
+        return message
 
     async def receive(self) -> Message:
         """Receive an ASGI message, and count the bytes of the body as held in memory.

@@ -1,13 +1,15 @@
 """Streamed anomaly scoring over real sockets: order, errors, memory, backpressure and misbehaving clients."""
 
+import asyncio
 import gzip
 import json
+import re
 import socket
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,17 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from service.anomaly.group_state import Transaction
 from service.app import create_app
 from service.codec.budget import MAX_ROW_BYTES, NoLimit
 from service.codec.ndjson import LineSplitter
 from service.codec.row_errors import MalformedRow
+from service.endpoints.context import ServiceContext
 from service.settings import Settings
+from tests.service.groups import settings_of
 from tests.service.hosts import HOST_FEATURES, as_ndjson, host_records, host_rows
 from tests.service.running import running
+from tests.service.serving import serving, until
 
 NDJSON = "application/x-ndjson"
 HEADERS = {"content-type": NDJSON, "accept": NDJSON}
@@ -233,3 +239,84 @@ def test_time_to_split_a_long_line_is_proportional_to_the_number_of_its_pieces()
     assert time.thread_time() - started < 2  # s; about 0.01 s, and about 9 s if every piece copies the line
     assert len(list(splitter.feed(b"\n"))) == 1
     assert not splitter.has_incomplete_line
+
+
+def group_lines(first: int, last: int) -> bytes:
+    """Return the lines of the rows `first` to `last` - 1 of a group."""
+    rows = [
+        {"ts": 1_750_000_000 + 600 * row, "host": "web-0", "cpu": row % 7, "mem": 0, "disk": 0, "note": 400 * "x"}
+        for row in range(first, last)
+    ]
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+GROUP_HEAD = (
+    f"POST /anomaly?model=windows&explain=0&impute=true HTTP/1.1\r\nHost: x\r\nContent-Type: {NDJSON}\r\n"
+    f"Accept: {NDJSON}\r\nTransfer-Encoding: chunked\r\n\r\n"
+).encode()
+
+
+@asynccontextmanager
+async def stream_that_waits(
+    settings: Settings,
+) -> AsyncIterator[tuple[ServiceContext, Transaction, asyncio.StreamReader, asyncio.StreamWriter]]:
+    """Yield a stream of which five rows have arrived and wait for their group, which the yielded transaction locks."""
+    async with serving(settings) as (service, port):
+        memory = await service.groups.of(service.find("windows"))
+        transaction = await memory.file.begin(["web-0"], time.perf_counter() + 60)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GROUP_HEAD + chunk(group_lines(0, 5)))
+        await until(lambda: service.admission.body_bytes.amount > 0)
+        await asyncio.sleep(0.05)
+        assert service.admission.body_bytes.amount > 0  # the rows wait
+        yield service, transaction, reader, writer
+        writer.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more_rows", [0, 20])
+def test_stream_whose_rows_wait_for_a_group_ends_and_changes_nothing_if_the_client_disconnects(
+    group_models: Path, tmp_path: Path, more_rows: int
+) -> None:
+    async def check() -> None:
+        async with stream_that_waits(settings_of(group_models, tmp_path)) as (service, transaction, _, writer):
+            if more_rows:  # a part of the body that arrives meanwhile does not hide the disconnect
+                writer.write(chunk(group_lines(5, 5 + more_rows)))
+                await writer.drain()
+                await asyncio.sleep(0.05)
+            writer.close()
+            await until(lambda: service.admission.body_bytes.amount == 0)
+            transaction.end()
+            memory = await service.groups.of(service.find("windows"))
+            assert memory.file.is_idle
+            assert not memory.file.has_slot("web-0")
+            exposition = service.metrics.exposition(service.registry.catalogue)
+            text = exposition if isinstance(exposition, str) else exposition.decode()
+            assert re.search(r'elbo_requests_total{[^}]*endpoint="/anomaly:stream"[^}]*status="499"[^}]*} 1.0', text)
+
+    asyncio.run(check())
+
+
+@pytest.mark.slow
+def test_rows_that_arrive_while_earlier_rows_wait_for_their_group_are_all_scored_in_order(
+    group_models: Path, tmp_path: Path
+) -> None:
+    rows = 2000  # far more bytes than are received while rows wait
+
+    async def check() -> None:
+        async with stream_that_waits(settings_of(group_models, tmp_path)) as (_, transaction, reader, writer):
+            for first in range(5, rows, 105):
+                writer.write(chunk(group_lines(first, first + 105)))
+            writer.write(b"0\r\n\r\n")
+            await asyncio.sleep(0.2)
+            transaction.end()
+            lines = []
+            while not lines or "rows" not in lines[-1]:
+                line = await asyncio.wait_for(reader.readline(), 20)
+                assert line
+                if line.startswith(b"{"):
+                    lines.append(json.loads(line))
+            assert [line["row"] for line in lines[:-1]] == list(range(rows))
+            assert [line["window_rows"] for line in lines[:8]] == [1, 2, 3, 4, 5, 6, 6, 6]
+
+    asyncio.run(check())

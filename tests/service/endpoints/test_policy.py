@@ -14,6 +14,7 @@ from service.app import create_app
 from service.settings import Settings
 from tests.service.hosts import HOST_FEATURES, host_rows, host_table
 from tests.service.running import post, running
+from tests.service.scrape import scrape
 from tests.training.reporters import RecordingReporter
 from training.config import TrainConfig
 from training.data.timeline import Timeline
@@ -108,6 +109,20 @@ def test_alarm_needs_as_many_anomalous_rows_in_a_row_as_the_policy_says(client: 
 def test_silenced_rows_raise_no_alarm(client: httpx.Client) -> None:
     post(client, "/anomaly?model=hosts", records(BROKEN, [f"2024-01-15T01:{i:02}:00Z" for i in range(9)], "db-2"))
     assert alarms(client, "db-2") == 0
+
+
+def test_silenced_live_rows_are_counted_and_are_no_evidence_of_drift(client: httpx.Client) -> None:
+    labels = frozenset({"model": "hosts", "version": "1"}.items())
+    names = ("elbo_silenced_rows_total", "elbo_scored_rows_total", "elbo_p_value_count")
+    before = [scrape(client)[name, labels] for name in names]  # 0 or more from the start
+    silenced = [f"2024-01-15T01:{i:02}:00Z" for i in range(7)]
+    later = [f"2024-01-15T09:{i:02}:00Z" for i in range(4)]
+    body = records(BROKEN, [*silenced, *later], "db-3")
+    body["records"][0]["cpu"] = "high"  # cannot be scored, so it does not count as silenced
+    post(client, "/anomaly?model=hosts", body)
+    post(client, "/anomaly?model=hosts", {**body, "observe": False})
+    after = [scrape(client)[name, labels] for name in names]
+    assert [last - first for last, first in zip(after, before, strict=True)] == [6, 10, 4]
 
 
 def test_model_is_described_with_its_policy(client: httpx.Client) -> None:
