@@ -129,6 +129,7 @@ bench-anomaly: $(READY) $(PEERS)/.ready ## Measure anomaly scores, calibration a
 	@$(VENV)/bin/python benchmarks/anomaly/score_ranking.py $(OPTIONS)
 	@$(VENV)/bin/python benchmarks/anomaly/score_ranking.py --robust $(OPTIONS)
 	@$(VENV)/bin/python benchmarks/anomaly/calibration.py
+	@$(VENV)/bin/python benchmarks/anomaly/cross_calibration.py
 	@$(VENV)/bin/python benchmarks/anomaly/server_metrics.py
 	@$(VENV)/bin/python benchmarks/anomaly/false_alarm_rate.py
 	@$(VENV)/bin/python benchmarks/anomaly/simulated_hosts.py

@@ -188,6 +188,8 @@ def _metavar(field: "FieldInfo") -> str:
 
 
 def _default(field: "FieldInfo") -> Any:
+    if isinstance(field.json_schema_extra, dict) and "command_default" in field.json_schema_extra:
+        return field.json_schema_extra["command_default"]
     if field.is_required() or field.default is False or field.default == ():
         return None
     return ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
@@ -345,6 +347,8 @@ def _train_config(arguments: dict[str, Any]) -> "TrainConfig":
     from training.config import TrainConfig
 
     options = {key: value for key, value in arguments.items() if value is not None}
+    if options.get("calibration") is None:
+        options["calibration"] = _default(TrainConfig.model_fields["calibration"])
     for key in {"hidden", "dense", "drop", "keep", "label", "season", "condition"} & options.keys():
         text = options[key]
         options[key] = [] if text == "none" else next(csv.reader([text], skipinitialspace=True), [])

@@ -139,6 +139,14 @@ class CalibrationSize(_Frozen):
 
     rows: Count
     floor: float
+    # cross: each calibration row was scored by a model that was fitted without it. None: no calibration row trained a
+    # model. Earlier releases do not know the two fields, so they are left out if they are None.
+    method: Literal["cross"] | None = None
+    folds: Annotated[int, Field(ge=2, le=2**31 - 1)] | None = None  # number of these models
+
+    @model_serializer(mode="wrap")
+    def _leave_out_absent_fields(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in serialise(self).items() if value is not None}
 
     def reaches(self, alpha: float) -> bool:
         """Return whether a p-value can be as small as `alpha`. If not, any threshold at `alpha` is an extrapolation."""

@@ -571,8 +571,14 @@ class RowProblem(BaseModel):
 class Calibration(BaseModel):
     """The calibration set. P-values are computed from the scores of its rows."""
 
-    rows: int = Field(description="rows in the calibration set; none of them trained the model")
+    rows: int = Field(description="rows in the calibration set")
     floor: float = Field(description="smallest possible p-value: 1 / (rows + 1)")
+    method: Literal["cross"] | None = Field(
+        None,
+        description="`cross`: the calibration rows trained the served model too, but each was scored by another model, "
+        "which was fitted without it. Absent if no calibration row trained the model. Only in `GET /models`",
+    )
+    folds: int | None = Field(None, description="number of models that scored calibration rows; only with `method`")
 
 
 class AnomalyAnswer(ModelAnswer):

@@ -52,7 +52,9 @@ def test_help_of_train_lists_every_field_with_its_default(
     for name, field in TrainConfig.model_fields.items():
         assert f"--{name.replace('_', '-')} " in words
         assert " ".join(str(field.description).split()) in words
-        if not field.is_required() and field.default is not None and field.default not in (False, ()):
+        if name == "calibration":
+            assert f"{field.description} [default: auto]" in words
+        elif not field.is_required() and field.default is not None and field.default not in (False, ()):
             value = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
             assert f"{field.description} [default: {value}]" in words
 

@@ -28,7 +28,9 @@ AUTO_KINDS: tuple[Kind, ...] = ("pca", "ae", "vae")  # the kinds that auto compa
 CONDITIONAL_KINDS = ("ae", "vae")  # the kinds that can know the condition of a row
 NEW_OPTIONS = (  # options that earlier releases do not know
     "time", "group", "split", "window", "season", "time_zone", "scale_by_group", "incident_rows", "condition",
+    "calibration",
 )  # fmt: skip
+AUTO_CROSS_ROWS = 500  # --calibration auto is cross for tables of at most this many distinct rows
 WIDTHS = {"mlp": (256, 128), "conv": (32, 64)}  # default hidden widths; for tables, see fitting/defaults.py
 
 
@@ -192,6 +194,13 @@ class TrainConfig(BaseModel):
         "vae): rows can then be drawn, decoded and judged for a level. In a source without columns, `label` means the "
         "labels of the rows, such as the names of the folders of images; default: no condition",
     )
+    calibration: Literal["auto", "split", "cross"] = Field(
+        "split",
+        json_schema_extra={"command_default": "auto"},  # of elbo train; programs that want several fits ask for them
+        description="which rows calibrate: split (a fifth of the rows, which then fit nothing); cross (all rows, each "
+        "scored by a model that was fitted without it: takes several fits; not with --time or --condition); or auto "
+        f"(cross for tables of at most {AUTO_CROSS_ROWS} distinct rows without these options, otherwise split)",
+    )
     size: tuple[int, int] | None = Field(
         None,
         description="<height>x<width>: crop each image of a folder around its centre, and resize it to this size",
@@ -251,6 +260,21 @@ class TrainConfig(BaseModel):
         if rows is not None and info.data.get("time") is None:
             raise ValueError("expected --time too, because only rows with a time have incidents")
         return rows
+
+    @field_validator("calibration")
+    @classmethod
+    def _check_calibration(cls, calibration: str, info: ValidationInfo) -> str:
+        if calibration == "cross" and info.data.get("condition"):
+            raise ValueError(
+                "expected split or auto with --condition, because rows that have trained no model determine by how much "
+                "the score of a row without a level is corrected"
+            )
+        if calibration == "cross" and info.data.get("time") is not None:
+            raise ValueError(
+                "expected split or auto with --time, because a model must be calibrated on rows that are newer than "
+                "those that it was fitted to"
+            )
+        return calibration
 
     @field_validator("season")
     @classmethod

@@ -21,8 +21,8 @@ from training.evaluation.worth import find_warnings
 from training.fitting.baseline import refuse_short_history
 from training.fitting.budget import allowed_alarms, step_of
 from training.fitting.checkpoint import CheckpointStore, claim
+from training.fitting.cross_calibration import fit_and_calibrate, with_calibration
 from training.fitting.distributed import ProcessGroup
-from training.fitting.pipeline import fit_pipeline
 from training.fitting.prepared_data import PreparedData
 from training.fitting.windows import prepare, with_window
 from training.progress import Reporter, SilentReporter
@@ -84,6 +84,7 @@ def train(
     _refuse_other_columns(config, table)
     if config.condition and policy is not None:
         raise FitError("--policy is not for a model with --condition: leave one of them out")
+    config = with_calibration(config, table)
     for note in [*table.notes, *table.warnings]:
         report.note(note)
     configs = _configs_per_kind(config)
@@ -127,6 +128,7 @@ def _refuse_other_columns(config: TrainConfig, table: Table) -> None:
 
 def can_resume(config: TrainConfig, table: Table, runs: Path) -> bool:
     """Return whether `runs` has a checkpoint from which a run with these arguments can continue."""
+    config = with_calibration(config, table)
     stores = _checkpoint_stores(_configs_per_kind(config), table, runs, interval_seconds=0.0, resume=True)
     return any(store is not None and store.belongs_to_run() for store in stores)
 
@@ -196,7 +198,7 @@ def _fit_candidate(
         recorder = HistoryRecorder(report, checkpoints.folder, resume=checkpoints.resume, tensorboard=tensorboard)
     else:
         recorder = HistoryRecorder(report, None)
-    pipeline = fit_pipeline(config, data, recorder, checkpoints=checkpoints, processes=processes)
+    pipeline = fit_and_calibrate(config, data, recorder, checkpoints=checkpoints, processes=processes)
     recorder.stage("evaluating on the held-out rows")
     baseline_pca = None
     others = {}

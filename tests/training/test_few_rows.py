@@ -11,6 +11,7 @@ from tests.commands import in_process, two_factor_rows, write
 
 pytestmark = [pytest.mark.slow, pytest.mark.plots]
 
+SPLIT = ["--calibration", "split"]
 ROWS = 30  # 6 calibration rows: the smallest possible p-value is 1 / 7
 
 
@@ -20,7 +21,9 @@ def test_training_on_too_few_rows_for_alpha_warns_and_names_the_number_of_rows(
 ) -> None:
     data = write(tmp_path / "a.csv", two_factor_rows(rows, seed=0))
     options = ["--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs")]
-    code, _, err = in_process(capsys, "train", data, "--model", "pca", "--name", "m", "--latents", "2", *options)
+    code, _, err = in_process(
+        capsys, "train", data, "--model", "pca", "--name", "m", "--latents", "2", *options, *SPLIT
+    )
     assert code == 0
     assert "WARNING: no row is called anomalous at alpha 0.05: the smallest possible p-value is" in err
     assert "Train on at least 95 distinct rows" in err
@@ -45,7 +48,9 @@ def test_training_on_too_few_rows_for_alpha_warns_and_names_the_number_of_rows(
 def test_training_on_enough_rows_for_alpha_does_not_warn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write(tmp_path / "a.csv", two_factor_rows(95, seed=0))
     options = ["--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs")]
-    code, _, err = in_process(capsys, "train", data, "--model", "pca", "--name", "m", "--latents", "2", *options)
+    code, _, err = in_process(
+        capsys, "train", data, "--model", "pca", "--name", "m", "--latents", "2", *options, *SPLIT
+    )
     assert code == 0
     assert "WARNING" not in err
 

@@ -81,7 +81,8 @@ def test_run_uses_a_folder_of_its_own_while_another_run_of_the_same_name_trains(
 def test_two_commands_that_train_one_name_at_once_publish_two_versions(tmp_path: Path) -> None:
     source = write(tmp_path / "rows.csv", two_factor_rows(300, seed=0))
     options = (
-        f"--name web --model ae --epochs 60 --checkpoint-seconds 0 --force --artifacts {tmp_path / 'artifacts'}".split()
+        f"--name web --model ae --epochs 60 --checkpoint-seconds 0 --calibration split --force "
+        f"--artifacts {tmp_path / 'artifacts'}".split()
     )
     commands = [
         [sys.executable, "-m", "elbo", "train", source, *options, "--runs", str(tmp_path / "runs"), "--seed", str(seed)]

@@ -13,6 +13,7 @@ import torch
 
 from models.artifact import Artifact
 from training.data.conditions import draw_conditions
+from training.data.cross_split import CrossSplit, cross_split
 from training.data.row_store import Floats
 from training.data.table import Split, Table
 from training.data.time_split import split_table
@@ -73,15 +74,17 @@ class SampleQuality:
 def measure_samples(artifact: Artifact, table: Table) -> SampleQuality:
     """Measure samples of `artifact` against rows of `table`.
 
-    If the model was trained on the table, the rows are its held-out and calibration rows, and the samples are compared
-    with its fit rows too.
+    If the model was trained on the table, the rows are its held-out and calibration rows (with cross-conformal
+    calibration, only its held-out rows), and the samples are compared with its fit rows too.
 
     Raises:
         DataError: there are too few rows.
     """
     manifest, random = artifact.manifest, np.random.RandomState(0)
     split = _split_of_training(artifact, table)
-    unseen = np.arange(len(table.x)) if split is None else np.concatenate((split.held_out, split.calibration))
+    unseen = np.arange(len(table.x)) if split is None else split.held_out
+    if split is not None and not isinstance(split, CrossSplit):
+        unseen = np.concatenate((unseen, split.calibration))
     if len(unseen) < MIN_ROWS:
         raise DataError(f"--samples compares samples with at least {MIN_ROWS} rows, got {len(unseen)}: give more rows")
     medians = np.array([feature.median for feature in manifest.features])
@@ -145,8 +148,12 @@ def _split_of_training(artifact: Artifact, table: Table) -> Split | None:
     manifest = artifact.manifest
     if table.fingerprint != manifest.data.fingerprint or manifest.window is not None:
         return None
-    in_blocks = manifest.training.get("split") == "blocks"
-    split = split_table(table, int(manifest.training.get("seed", 0)), split="blocks" if in_blocks else "newest")
+    seed = int(manifest.training.get("seed", 0))
+    if manifest.training.get("calibration") == "cross":
+        split: Split = cross_split(len(table.x), seed, table.x.width, table.copies)
+    else:
+        in_blocks = manifest.training.get("split") == "blocks"
+        split = split_table(table, seed, split="blocks" if in_blocks else "newest")
     sizes = len(split.fit), len(split.held_out)
     return split if sizes == (manifest.data.fit, manifest.data.held_out) else None
 

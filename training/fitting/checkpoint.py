@@ -5,7 +5,7 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from models.staging import PREFIX, staging_folder
 from training.errors import FitError
 
 FILE_NAME = "checkpoint.pt"
+FOLD = "fold-"  # start of the name of the folder with the checkpoint of a fold
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ class CheckpointStore:
     def path(self) -> Path:
         """The checkpoint file."""
         return self.folder / FILE_NAME
+
+    def of_fold(self, fold: int) -> "CheckpointStore":
+        """Return the store of the model that scores the rows of fold number `fold`. It resumes if it can."""
+        identity = f"{self.identity} fold {fold}"
+        store = replace(self, folder=self.folder / f"{FOLD}{fold}", identity=identity, resume=False)
+        return replace(store, resume=self.resume and store.belongs_to_run())
 
     def exists(self) -> bool:
         """Return whether there is a checkpoint to resume from."""
@@ -102,8 +109,11 @@ class CheckpointStore:
     def remove(self) -> None:
         """Delete the checkpoint, and its folder if empty. Errors are ignored: the published model needs neither.
 
-        Parts of checkpoints that killed processes of earlier releases left in the folder are deleted, too.
+        Parts of checkpoints that killed processes of earlier releases left in the folder are deleted, too, and so are
+        the checkpoints of folds.
         """
+        for folder in self.folder.glob(f"{FOLD}*/"):
+            replace(self, folder=folder).remove()
         for path in (self.path, *self.folder.glob(f"{FILE_NAME}.*")):
             with suppress(OSError):
                 path.unlink()
@@ -142,7 +152,7 @@ def claim(folder: Path) -> Iterator[bool]:
 
 def _remove_parts(run_folder: Path) -> None:
     """Delete the parts of checkpoints that killed runs left in `run_folder` and in the folders in it."""
-    for folder in (run_folder, *run_folder.glob("*/")):
+    for folder in (run_folder, *run_folder.glob("*/"), *run_folder.glob(f"*/{FOLD}*/")):
         if not any(folder.glob(f"{PREFIX}*")):
             continue
         with suppress(OSError), staging_folder(folder):

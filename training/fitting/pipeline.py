@@ -13,6 +13,7 @@ from models.ensemble import Ensemble
 from models.heavy_tailed import HeavyTailedAutoencoder
 from models.pca import PCA
 from models.pipeline import Pipeline
+from models.prior import gaussian_prior
 from models.scaling import Scaling
 from models.vae import VAE
 from training.config import TrainConfig
@@ -43,14 +44,16 @@ def fit_pipeline(
     *,
     checkpoints: CheckpointStore | None = None,
     processes: ProcessGroup = ProcessGroup(),  # noqa: B008  # frozen
+    for_scores: bool = False,
 ) -> Pipeline:
     """Return the fitted pipeline, on the CPU. If `data` has windows, it is the model of their summaries.
 
     Networks and PCA are fitted to the fit rows. Score statistics of networks are fitted to the held-out rows, and those
-    of PCA to the fit rows. The calibration is fitted to the calibration rows.
+    of PCA to the fit rows; with `config.calibration` cross, to both. The calibration is fitted to the calibration rows.
 
     Args:
         config: the options. `config.model` must be one kind, not auto.
+        for_scores: leave out what scores do not need: the prior is N(0, I), and there is no observation noise.
 
     Raises:
         FitError: the data or the options do not allow a fit, or the fit failed.
@@ -97,27 +100,28 @@ def fit_pipeline(
                 raise NotImplementedError(f"no fit is defined for the kind {kind!r}")
     reporter.stage("computing the score statistics")
     if data.windows is None:
-        core = core.cpu().float().eval()
-        if config.model == "ensemble":
-            assert isinstance(core, Autoencoder)
-            core = Ensemble(core, fit_neighbours(sample), torch.ones(len(Ensemble.parts)))
-        fit_score_statistics(core, held_out_inputs, sample, config.robust, data.images)
+        core = _with_score(core.cpu().float().eval(), config, held_out_inputs, sample, data.images)
     else:
         core = _with_window_score(core.cpu().eval(), config, data, scaling)
 
-    with_spread = isinstance(core, VAE) and not data.images  # only a VAE of tables: see `fit_prior`
-    prior = (
-        fit_prior(core, sample, held_out, config.seed, with_spread=with_spread)
-        if known is None
-        else fit_conditional_prior(core, sample_inputs, held_out_inputs, config.seed, known, with_spread=with_spread)
-    )
+    prior = gaussian_prior(torch.ones(latents))
+    observation = None
+    if not for_scores:
+        with_spread = isinstance(core, VAE) and not data.images  # only a VAE of tables: see `fit_prior`
+        prior = (
+            fit_prior(core, sample, held_out, config.seed, with_spread=with_spread)
+            if known is None
+            else fit_conditional_prior(
+                core, sample_inputs, held_out_inputs, config.seed, known, with_spread=with_spread
+            )
+        )
+        # Samples of a model with a window are rows, not summaries: see `fit_windowed`.
+        observation = None if data.windows else fit_observation(core, prior, scaling, data)
     reporter.stage("calibrating")
     calibration_inputs = to_core(data.calibration_inputs)
     correction = None if known is None else fit_level_correction(core, calibration_inputs, levels)
     calibration = fit_calibration(core, calibration_inputs, correction)
     explanation = fit_explanation(data.moments, scaling, data.images)
-    # Samples of a model with a window are rows, not summaries: see `fit_windowed`.
-    observation = None if data.windows else fit_observation(core, prior, scaling, data)
     if isinstance(prior, ConditionalPrior) and correction is not None:
         return ConditionalPipeline(scaling, core, prior, calibration, correction, explanation, observation).eval()
     policy = None
@@ -158,6 +162,22 @@ def _default_latents(kind: str, data: PreparedData, scaling: Scaling) -> int:
     total = data.scaled_moments(scaling).variance.sum()
     variance_shares = (data.spectrum(scaling) / total).tolist()
     return default_table_latents(kind, variance_shares, len(data.split.fit), width)
+
+
+def _with_score(core: Core, config: TrainConfig, held_out: Tensor, sample: Tensor, images: bool) -> Core:
+    """Return the model with the networks of `core`, with its score statistics.
+
+    With cross-conformal calibration, the statistics come from all rows of the model, because the covariance of a tenth
+    of a small table is poor. The models of the folds have such statistics, too, so their scores of rows that they have
+    not seen are comparable with the scores of new rows.
+    """
+    if config.calibration == "cross":
+        held_out = sample = torch.cat((sample, held_out))
+    if config.model == "ensemble":
+        assert isinstance(core, Autoencoder)
+        core = Ensemble(core, fit_neighbours(sample), torch.ones(len(Ensemble.parts)))
+    fit_score_statistics(core, held_out, sample, config.robust, images)
+    return core
 
 
 def _with_window_score(core: Core, config: TrainConfig, data: PreparedData, scaling: Scaling) -> Core:

@@ -34,8 +34,9 @@ def fit_score_statistics(
 
     Args:
         held_out: inputs of `core` in model units, not used to train the networks: rows [N, D], with their conditions if
-            `core` is conditional.
-        sample: rows [S, D] in model units, used to train the networks; without conditions.
+            `core` is conditional; or `sample` itself.
+        sample: rows [S, D] in model units, used to train the networks, and the reference rows of an ensemble; without
+            conditions.
         robust: whether there may be anomalies among the rows.
         images: whether the rows are images. The score of PCA treats the noise of images as isotropic.
     """
@@ -49,7 +50,9 @@ def fit_score_statistics(
         _fit_autoencoder(core, _without_outliers(core, held_out), usual_variance, robust)
     elif isinstance(core, Ensemble):
         usual_variance = _mean_variance(sample)
-        _fit_ensemble(core, _without_outliers(core.network, held_out), usual_variance, robust)
+        kept = _without_outliers(core.network, held_out)
+        distances = _distances_to_others(core.neighbours, kept) if held_out is sample else None
+        _fit_ensemble(core, kept, usual_variance, robust, distances)
 
 
 def fit_calibration(core: Core, u: Tensor, correction: LevelCorrection | None = None) -> Calibration:
@@ -113,13 +116,29 @@ def _fit_autoencoder(core: Autoencoder, u: Tensor, usual_variance: Tensor, robus
     core.whitening = fit_whitening(torch.cat((latents, residuals), dim=1), expected, robust, noise)
 
 
-def _fit_ensemble(core: Ensemble, u: Tensor, usual_variance: Tensor, robust: bool) -> None:
+def _fit_ensemble(
+    core: Ensemble, u: Tensor, usual_variance: Tensor, robust: bool, by_neighbours: Tensor | None
+) -> None:
     _fit_autoencoder(core.network, u, usual_variance, robust)
     with torch.no_grad():
         by_network = torch.cat([core.network.score(rows)[0] for rows in u.split(BATCH)])  # [N]
-        by_neighbours = torch.cat([core.neighbours(rows) for rows in u.split(BATCH)])  # [N]
+        if by_neighbours is None:
+            by_neighbours = torch.cat([core.neighbours(rows) for rows in u.split(BATCH)])  # [N]
         means = [_mean_distance(distances, robust) for distances in (by_network, by_neighbours)]
         core.weights = 1.0 / torch.stack([mean.clamp(min=MIN_MEAN_DISTANCE) for mean in means])
+
+
+def _distances_to_others(neighbours: Neighbours, u: Tensor) -> Tensor:
+    """Return what `neighbours` gives for rows u [N, D], without the reference row that is the row itself, [N]."""
+    distances = []
+    for rows in u.split(BATCH):
+        white = neighbours.whitening(rows)  # [B, D]
+        joined = torch.cat((white, white.square().sum(dim=1, keepdim=True)), dim=1)  # [B, D + 1]
+        to_references = torch.addmm(neighbours.offsets, joined, neighbours.slopes)  # [B, R]
+        nearest = to_references.topk(min(2, to_references.shape[1]), largest=False).values  # [B, 2]
+        is_itself = nearest[:, 0] <= MIN_SCALE * u.shape[1]  # up to rounding
+        distances.append(torch.where(is_itself, nearest[:, -1], nearest[:, 0]))
+    return torch.cat(distances).clamp(min=0.0)
 
 
 def _latents_and_residuals(core: Autoencoder, u: Tensor) -> tuple[Tensor, Tensor]:

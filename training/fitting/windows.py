@@ -15,6 +15,7 @@ from models.windowed import Summaries, Windowed, WindowSummaries
 from models.windows import default_scales, summary_names, summary_width
 from training.config import TrainConfig
 from training.data.conditions import learn_conditions
+from training.data.cross_split import cross_split
 from training.data.ingest import full_disk_as_data_error
 from training.data.row_store import Floats
 from training.data.table import MEMORY_BYTES, Split, Table
@@ -103,7 +104,11 @@ def prepare(config: TrainConfig, table: Table, policy: Policy | None = None) -> 
     if policy is not None and policy.changes_scores and config.scale_by_group:
         raise FitError(SCALING_REFUSAL)
     gap_rows = GAP_ROWS if window is None else window.rows
-    split, applied, left_out = apply_to_split(policy, table, split_table(table, config.seed, gap_rows, config.split))
+    if config.calibration == "cross":
+        split: Split = cross_split(len(table.x), config.seed, table.x.width, table.copies)
+    else:
+        split = split_table(table, config.seed, gap_rows, config.split)
+    split, applied, left_out = apply_to_split(policy, table, split)
     scaled, converted = table, None
     if config.scale_by_group:
         scaled, converted = scale_by_group(config, table, split)

@@ -32,11 +32,13 @@ from models.policy_rules import AppliedPolicy
 from models.versions import next_version
 from models.windowed import Windowed
 from training.config import TrainConfig
+from training.data.cross_split import CrossSplit
 from training.data.time_split import TimeSplit, summarise
 from training.evaluation.metrics import density_scale
 from training.evaluation.model_selection import Candidate
 from training.fitting.baseline import describe_groups, fit_baseline
 from training.fitting.budget import alpha_of_budget
+from training.fitting.cross_calibration import count_folds
 from training.fitting.latents import describe_latents
 from training.fitting.policy import score_rows
 from training.fitting.prepared_data import PreparedData
@@ -172,6 +174,12 @@ def _data(data: PreparedData) -> Data:
     )
 
 
+def _calibration(config: TrainConfig, data: PreparedData) -> CalibrationSize:
+    rows, split = len(data.split.calibration), data.split
+    folds = count_folds(config.model, len(split.order)) if isinstance(split, CrossSplit) else None
+    return CalibrationSize(rows=rows, floor=1.0 / (rows + 1), method="cross" if folds else None, folds=folds)
+
+
 def _timeline(data: PreparedData) -> Timeline | None:
     if data.table.timeline is None or not isinstance(data.split, TimeSplit):
         return None
@@ -224,7 +232,7 @@ def _manifest(
     weights_sha256: str,
     baseline: Baseline | None,
 ) -> Manifest:
-    table, pipeline, calibration = data.rows.table, chosen.pipeline, len(data.split.calibration)
+    table, pipeline = data.rows.table, chosen.pipeline
     scaled = data.moments.scaled(pipeline.scaling.shift, pipeline.scaling.scale)
     return Manifest(
         format_version=FORMAT_VERSION,
@@ -240,7 +248,7 @@ def _manifest(
         data=_data(data.source_rows),
         metrics=_finite(chosen.metrics),
         comparison={kind: _finite(metrics) for kind, metrics in comparison.items()},
-        calibration=CalibrationSize(rows=calibration, floor=1.0 / (calibration + 1)),
+        calibration=_calibration(chosen.config, data),
         golden=golden,
         versions=software_versions(),
         weights_sha256=weights_sha256,

@@ -67,7 +67,8 @@ def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
         yield "ELBO", f"-(distortion {distortion:.4g} + rate {rate:.4g}) nats per row"
     if verdict := against_pca(manifest.metrics):
         yield "beats PCA", f"with as many latents: {verdict}"
-    yield "score", f"{' + '.join(manifest.parts)}, calibrated on {calibration.rows:,} rows"
+    cross = "" if calibration.folds is None else f", each scored by one of {calibration.folds} models fitted without it"
+    yield "score", f"{' + '.join(manifest.parts)}, calibrated on {calibration.rows:,} rows{cross}"
     if origin := manifest.recalibration:
         rows = f"{calibration.rows:,} of {origin.rows:,} rows of {origin.source}, SHA-256 {origin.fingerprint[:12]}"
         yield "calibration", f"{rows}; the networks are those of {origin.parent}"
@@ -182,9 +183,12 @@ def few_calibration_rows(calibration: CalibrationSize, alpha: float = DEFAULT_AL
     if not alpha:
         return f"{warning}; use an alpha above 0"
     needed = calibration_rows_needed(alpha)
+    if calibration.method == "cross":
+        return f"{warning}, and this alpha needs at least {needed}: train on at least {needed} distinct rows"
     return (
         f"{warning}, and this alpha needs at least {needed}. Train on at least {5 * needed} distinct rows, of which a "
-        f"fifth calibrates, or run elbo calibrate with at least {needed} new rows"
+        f"fifth calibrates, or with --calibration cross on at least {needed}, or run elbo calibrate with at least "
+        f"{needed} new rows"
     )
 
 
