@@ -266,8 +266,8 @@ class TrainConfig(BaseModel):
     def _check_calibration(cls, calibration: str, info: ValidationInfo) -> str:
         if calibration == "cross" and info.data.get("condition"):
             raise ValueError(
-                "expected split or auto with --condition, because rows that have trained no model determine by how much "
-                "the score of a row without a level is corrected"
+                "expected split or auto with --condition, because the correction of scores of rows without a level "
+                "comes from rows that have trained no model"
             )
         if calibration == "cross" and info.data.get("time") is not None:
             raise ValueError(
