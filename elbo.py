@@ -759,6 +759,8 @@ def score(
 
     artifact = load_after_trial(_artifact_path(name, artifacts), keys=_trusted_keys(trusted_keys))
     stream = stream_for_model(data, artifact.manifest, time=time, group=group, escape=escape)
+    for note in stream.notes:
+        typer.echo(note, err=True)
     lines, tally = csv_lines if format_ is Format.csv else ndjson_lines, Tally()
     if alpha is None:
         alpha = (artifact.manifest.policy and artifact.manifest.policy.alpha) or DEFAULT_ALPHA
@@ -862,6 +864,8 @@ def backtest(
         raise OptionError(f"--html: there is no folder {html.parent}")
     path = _artifact_path(name, artifacts)
     artifact = load_after_trial(path, keys=_trusted_keys(trusted_keys))
+    if artifact.manifest.conditions is not None:
+        raise OptionError(f"{name} was trained with --condition, and a backtest does not know the condition of a row")
     stream = stream_for_model(data, artifact.manifest, time=time, group=group, escape=escape)
     incidents = None if labels is None else read_incidents(labels, stream.group)
     with progress(f"reading {Path(data).name}", stream.total) as bar:

@@ -24,7 +24,12 @@ def require(condition: object, reason: str) -> None:
     pytest.skip(reason)
 
 
-SLOW_FIXTURES = {"artifacts", "browser", "demonstration"}  # fixtures that train models or start a browser
+SLOW_FIXTURES = {
+    "artifacts",
+    "browser",
+    "conditional_models",
+    "demonstration",
+}  # fixtures that train models or start a browser
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -88,3 +93,15 @@ def demonstration(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 train(config, read_table(source), root, RecordingReporter())
 
     return made_once("demonstration", make, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def conditional_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the artifacts of three models, and with table.csv.
+
+    digits and kinds know conditions: digits, a VAE, the label of a digit, and kinds, an autoencoder, the columns kind
+    and shift of table.csv. plain is a PCA of the digits, without conditions.
+    """
+    from tests.training.conditions import train_conditional_models
+
+    return made_once("conditional-models", train_conditional_models, tmp_path_factory)

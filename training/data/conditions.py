@@ -170,7 +170,7 @@ def code_conditions(known: Conditions, columns: Sequence[ConditionValues], rows:
     for index, column in enumerate(known.columns):
         found = by_name.get(column.name)
         if found is None:
-            notes.append(f"the data have no column {column.name!r}: the model judges the rows without this condition")
+            notes.append(missing_column(column.name))
             continue
         places = {level: place for place, level in enumerate(column.levels)}
         place = np.array([*(places.get(level, NO_LEVEL) for level in found.levels), NO_LEVEL])
@@ -199,6 +199,11 @@ def code_cells(levels: Sequence[str], cells: Sequence[Any]) -> tuple[Codes, list
         if level not in places:
             unknown.append(position)
     return codes, unknown
+
+
+def missing_column(name: str) -> str:
+    """Return the note that the data lack a column of conditions."""
+    return f"the data have no column {name!r}: the model judges the rows without this condition"
 
 
 class RowsWithConditions(RowStore):

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from models.errors import join_names
 from models.manifest import MAX_LEVEL_NAME, ConditionColumn, Conditions, Manifest
 from models.timestamps import to_unix_seconds
-from training.data.conditions import LISTED_LEVELS, NO_LEVEL, code_cells, one_hot
+from training.data.conditions import LISTED_LEVELS, NO_LEVEL, code_cells, missing_column, one_hot
 from training.data.ingest import full_disk_as_data_error
 from training.data.readers import RawTable
 from training.data.row_store import Floats
@@ -52,6 +52,13 @@ class RowStream:
     medians: Floats = field(repr=False)  # [D]
     may_be_missing: npt.NDArray[np.bool_] = field(repr=False)  # [D] whether values were missing in training
     known: Conditions | None = None  # the conditions that the model knows
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know before the first row: columns of conditions that the source does not have."""
+        if self.known is None or not self.raw.has_header:
+            return []
+        return [missing_column(column.name) for column in self.known.columns if column.name not in self.raw.extra]
 
     @property
     def max_missing(self) -> int:
