@@ -181,7 +181,7 @@ class ConditionSchema:
         """Return the index of the level `value` of the column `name`; None if there is no such level."""
         places = self._places[name]
         if type(value) is str:
-            return places.get(value, places.get(value.strip()))
+            return places[value] if value in places else places.get(_normalise(value))
         if type(value) is bool:
             return places.get(str(value).lower())
         if type(value) is float and value.is_integer() and abs(value) < 2**53:
@@ -196,6 +196,18 @@ class ConditionSchema:
         return InvalidField(
             f"{pointer.removeprefix('/')} should be {expected}, got {got}", pointer=pointer, expected=expected, got=got
         )
+
+
+def _normalise(text: str) -> str:
+    """Return `text` without spaces around it, and a whole number in one form, as training does: `1` for ` 1.0`."""
+    text = text.strip()
+    if len(text) > MAX_QUOTED:
+        return text  # no level is so long
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return str(int(number)) if number.is_integer() else text
 
 
 def no_conditions(model: str) -> InvalidField:
