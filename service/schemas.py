@@ -687,6 +687,7 @@ class ModelSummary(BaseModel):
         None, description="the rows that the model judges together; absent if it judges each row alone"
     )
     pictures: bool = Field(description="whether outputs are available as image/png")
+    completes_rows: bool = Field(description="whether the model supports /impute, and `given` in /sample")
     exhibits: list[str] = Field(
         description="which of GET /models/{reference}/held-out, .../calibration and .../card are available"
     )

@@ -169,7 +169,7 @@ class ModelLoader:
         while True:
             started = perf_counter()
             try:
-                _run_operations(served, rows)
+                _run_operations(served, rows, completes=True)
             except (RuntimeError, MemoryError) as error:
                 if not fitting or not is_out_of_memory(error):
                     raise
@@ -193,12 +193,12 @@ class ModelLoader:
         torch.set_num_threads(self._threads)
         end = perf_counter() + MAX_WARM_UP_SECONDS
         for rows in OPTIMISED_ROWS * WARM_UP_ROUNDS:
-            _run_operations(served, rows)
+            _run_operations(served, rows, completes=rows == 1)
         max_rows = self._max_rows(served)
         rows = 1
         while perf_counter() < end:
             try:
-                _run_operations(served, min(rows, max_rows))
+                _run_operations(served, min(rows, max_rows), completes=False)
             except Exception as error:
                 if rows == 1 or not is_out_of_memory(error):
                     raise
@@ -228,8 +228,11 @@ def _verified_digest(path: Path, keys: TrustedKeys | None) -> str | None:
     return content[-DIGEST_LENGTH:].decode()
 
 
-def _run_operations(served: ServedModel, rows: int) -> None:
-    """Run all operations on a batch of `rows` rows, and record their latencies."""
+def _run_operations(served: ServedModel, rows: int, completes: bool) -> None:
+    """Run all operations on a batch of `rows` rows, and record their latencies.
+
+    `completes`: whether to run those that complete rows too. They take about a millisecond per row.
+    """
     manifest, backend = served.manifest, served.backend
     medians = np.array([[feature.median for feature in manifest.features]], np.float32)
     x = medians.repeat(rows, axis=0)
@@ -248,7 +251,7 @@ def _run_operations(served: ServedModel, rows: int) -> None:
     if served.has_observation_noise:
         row_noise = NoiseSource().draw_rows(0, rows, manifest.width)
         inputs_by_operation = {operations.SAMPLE_ROWS: (noise, choice, row_noise), **inputs_by_operation}
-    if served.completes_rows and rows <= operations.MAX_IMPUTED_ROWS:  # no batch has more
+    if completes and served.completes_rows and rows <= operations.MAX_IMPUTED_ROWS:  # no batch has more
         gaps = np.where(np.arange(manifest.width) % 2, x, np.float32(np.nan))
         twice = NoiseSource().draw_rows(0, rows, 2 * manifest.width)
         inputs_by_operation |= {operations.IMPUTE: (gaps,), operations.COMPLETE: (noise, choice, twice, gaps)}

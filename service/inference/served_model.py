@@ -172,7 +172,8 @@ class ServedModel:
     @cached_property
     def completes_rows(self) -> bool:
         """Whether the model can estimate and draw the missing values of a row."""
-        return hasattr(self.backend.module, "impute") and not self.scales_by_group
+        is_plain = self.conditions is None and not self.scales_by_group
+        return is_plain and hasattr(self.backend.module, "impute")
 
     @cached_property
     def has_png_output(self) -> bool:
@@ -196,6 +197,7 @@ def describe(served: ServedModel) -> dict[str, Any]:
         "pixel_range": manifest.pixel_range,
         **window,
         "pictures": served.has_png_output,
+        "completes_rows": served.completes_rows,
         "exhibits": [name.partition(".")[0] for name in served.exhibits if name != DIRECTIONS],
         "metrics": manifest.metrics,
         "warnings": manifest.warnings,

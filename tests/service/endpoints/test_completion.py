@@ -153,6 +153,15 @@ def test_given_value_that_is_not_finite_is_refused(hosts: httpx.Client, value: s
     assert response.status_code == 422, response.text
 
 
+def test_models_say_whether_they_complete_rows(hosts: httpx.Client, others: httpx.Client) -> None:
+    listed = {
+        model["name"]: model["completes_rows"]
+        for client in (hosts, others)
+        for model in client.get("/models").json()["models"]
+    }
+    assert listed == {"hosts": True, "pca": True, "ae": True, "vae": True, "earlier": False, "window": False}
+
+
 def test_more_rows_than_allowed_are_refused(hosts: httpx.Client) -> None:
     rows = b'{"inputs":[' + b",".join([b"[1,2,3,null]"] * 100_001) + b"]}"
     response = hosts.post("/impute", content=rows, headers={"content-type": "application/json"})
