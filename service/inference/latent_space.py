@@ -1,5 +1,6 @@
 """What an artifact knows about its latent space: the latents of held-out rows, and the mean latents of labels."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -126,13 +127,18 @@ def read_label_means(exhibits: Mapping[str, bytes], latents: int, held_out: Held
         raise BadExhibitError(f"{DIRECTIONS} is damaged ({error})") from error
     if held_out is not None and held_out.labels is not None:
         labels = np.array(held_out.labels)
-        for name in dict.fromkeys(held_out.labels):
+        for name in sorted(set(held_out.labels), key=_in_counting_order):
             has_label = labels == name
             rows = int(has_label.sum())
             if name not in found and MIN_LABEL_ROWS <= rows < len(labels):
                 mean, others = (held_out.latents[some].mean(axis=0) for some in (has_label, ~has_label))
                 found[name] = LabelMean(name, rows, mean, others)
     return found
+
+
+def _in_counting_order(label: str) -> tuple[int, str]:
+    """Return a key that sorts 10 after 9, and words after numbers, by the alphabet."""
+    return (len(label), label) if label.isdecimal() else (sys.maxsize, label)
 
 
 def _matrix(numbers: Any, width: int) -> Array:
