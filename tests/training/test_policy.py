@@ -21,7 +21,9 @@ from training.data.row_store import RowStore
 from training.data.table import Table
 from training.data.timeline import Timeline
 from training.errors import DataError, FitError
-from training.fitting.windows import prepare
+from training.fitting.pipeline import fit_pipeline
+from training.fitting.windows import prepare, with_window
+from training.progress import SilentReporter
 from training.publishing.recalibrate import recalibrate
 from training.train import train
 
@@ -274,16 +276,41 @@ def usual_window(newest_rows: int = WINDOW, **changes: float) -> np.ndarray:
     return window
 
 
+def new_windows(policy: Policy) -> np.ndarray:
+    """Return new windows [B, N, 5] that share no row, and whose newest rows are inside of the ranges of `policy`."""
+    new = windows_of(values(30_000, 1))
+    return new[is_inside(policy, new[:, -1])]
+
+
+def assert_rate_of_windows_holds(severity: np.ndarray, calibration_rows: int) -> None:
+    """Assert the same as `assert_rate_holds` for the severities [B] of windows that share no row.
+
+    Windows of calibration rows overlap, so only the number of windows that share no row counts.
+    """
+    count = calibration_rows // WINDOW
+    allowed = int(ALPHA * (count + 1))
+    low, high = betabinom(len(severity), allowed, count + 1 - allowed).interval(0.999)
+    assert low <= int((severity > 1).sum()) <= high
+
+
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.slow
 def test_false_alarm_rate_of_windows_holds_under_each_rule(tmp_path: Path, name: str) -> None:
-    """Windows of calibration rows overlap, so only the number of windows that share no row counts."""
-    artifact, new = trained_on_windows(tmp_path, RULES[name], rows=30_000), windows_of(values(30_000, 1))
-    new = new[is_inside(RULES[name], new[:, -1])]
-    count = artifact.manifest.calibration.rows // WINDOW
-    allowed = int(ALPHA * (count + 1))
-    low, high = betabinom(len(new), allowed, count + 1 - allowed).interval(0.999)
-    assert low <= int((severities(artifact, new) > 1).sum()) <= high
+    artifact = trained_on_windows(tmp_path, RULES[name], rows=30_000)
+    assert_rate_of_windows_holds(severities(artifact, new_windows(RULES[name])), artifact.manifest.calibration.rows)
+
+
+@pytest.mark.parametrize("kind", ["ae", "vae", "ensemble"])
+@pytest.mark.slow
+def test_false_alarm_rate_of_windows_holds_under_all_rules_for_every_kind(kind: str) -> None:
+    rows = 6_000
+    config = TrainConfig(model=kind, name="m", epochs=3, time="time", window=WINDOW)
+    data, _ = prepare(config, table(values(rows, 0), timeline_of(rows)), EVERYTHING)
+    model = with_window(fit_pipeline(config, data, SilentReporter()), data)
+    with torch.no_grad():
+        score = model.score(torch.from_numpy(new_windows(EVERYTHING)))[0]
+        severity = model.severity(score, ALPHA).numpy()
+    assert_rate_of_windows_holds(severity, len(data.split.calibration))
 
 
 @pytest.mark.slow

@@ -51,6 +51,8 @@ RULES = (
     "with given values come from",  # which has no other prior
     "samples near a point have no given values",
     "spread says how far",
+    "should be Unix time in s",  # any text may be a time
+    "before it starts",
     "no row has a time",  # which column has the times is an option
 )
 WIDTHS = {"inputs": len(HOST_FEATURES), "input": len(HOST_FEATURES), "latents": 2, "latent": 2}
