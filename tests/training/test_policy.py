@@ -279,7 +279,7 @@ def usual_window(newest_rows: int = WINDOW, **changes: float) -> np.ndarray:
 def new_windows(policy: Policy) -> np.ndarray:
     """Return new windows [B, N, 5] that share no row, and whose newest rows are inside of the ranges of `policy`."""
     new = windows_of(values(30_000, 1))
-    return new[is_inside(policy, new[:, -1])]
+    return np.asarray(new[is_inside(policy, new[:, -1])])
 
 
 def assert_rate_of_windows_holds(severity: np.ndarray, calibration_rows: int) -> None:
