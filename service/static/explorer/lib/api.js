@@ -40,9 +40,15 @@ async function errorOf(response) {
 
 const reference = (model) => encodeURIComponent(`${model.name}@${model.version}`);
 
+/** The query that selects `model`, with the condition for which its view shows rows, if one is chosen. */
+function selection(model) {
+  const query = `model=${reference(model)}`;
+  return model.condition ? `${query}&condition=${encodeURIComponent(JSON.stringify(model.condition))}` : query;
+}
+
 /** POST JSON to an endpoint of `model` and return the JSON response. */
 export async function postJson(endpoint, model, body, signal) {
-  const response = await request(`${endpoint}?model=${reference(model)}`, {
+  const response = await request(`${endpoint}?${selection(model)}`, {
     method: "POST",
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify(body),
@@ -84,7 +90,7 @@ export function toInputs(model, rows) {
  * rows of a window, in which each row is the only one.
  */
 async function postNpy(endpoint, model, rows, signal, windowRows = 1) {
-  const response = await request(`${endpoint}?model=${reference(model)}`, {
+  const response = await request(`${endpoint}?${selection(model)}`, {
     method: "POST",
     headers: { "Content-Type": NPY, Accept: NPY },
     body: toNpy(rows, windowRows),

@@ -46,6 +46,7 @@ class LatentView {
 
   async start() {
     const { model, container } = this;
+    model.condition = conditionFromState(model);
     container.append(introduction(model));
     try {
       this.codes = await loadCodes(model);
@@ -94,6 +95,7 @@ class LatentView {
       model,
       onsamples: (latents) => this.showSamples(latents),
       onselect: (z) => this.moveTo(z),
+      oncondition: () => this.showCondition(),
     });
     const sameRows = this.models.filter((other) => sameShape(other, model));
     this.sideBySide = sameRows.length > 1 ? new SideBySide(sameRows) : null;
@@ -176,6 +178,13 @@ class LatentView {
     this.updateMarks();
   }
 
+  /** Decode everything that is shown again, because the user has chosen another condition. */
+  showCondition() {
+    this.moveTo(this.current);
+    this.interpolation.update(this.ends);
+    if (state.get("grid")) this.mapCard.showGrid(true);
+  }
+
   showPath(latents) {
     this.map.path = latents;
     this.map.drawOverlay();
@@ -216,9 +225,21 @@ class LatentView {
   }
 
   destroy() {
+    this.model.condition = undefined; // other views show rows whose condition they do not know
     for (const card of this.cards) card.stop();
     this.map?.destroy();
     this.sideBySide?.destroy();
+  }
+}
+
+/** The condition in the address, or undefined if it is none that the model knows. */
+function conditionFromState(model) {
+  try {
+    const found = Object.entries(JSON.parse(state.get("condition")) ?? {});
+    const known = found.filter(([name, level]) => model.conditions?.[name]?.includes(level));
+    return known.length ? Object.fromEntries(known) : undefined;
+  } catch {
+    return undefined;
   }
 }
 
