@@ -210,9 +210,13 @@ class _Features:
             contribution = np.stack([row.contribution for row in rows]).astype(np.float64)
             compared = np.where(np.isnan(self._values), np.nan, np.sqrt(np.maximum(contribution, 0.0)))
         self._deviations = np.empty_like(compared)  # [G, D]
+        self._medians = np.full(compared.shape[1], np.nan)  # of the values, [D]; NaN if no group has the feature
         for feature in range(compared.shape[1]):
             pause_if_due()
             self._deviations[:, feature] = _deviations(compared[:, feature])
+            known = self._values[~np.isnan(self._values[:, feature]), feature]
+            if len(known):
+                self._medians[feature] = np.median(known)
 
     def deviations_of_groups(self) -> Doubles | None:
         """Return the deviations of the distances of the groups, [G]; None if rows are not scaled by group.
@@ -236,8 +240,7 @@ class _Features:
         order = order[sizes[order] > 0.0]  # False for NaN
         if not len(order):
             return []
-        values, peers = self._values[place], np.full(len(deviations), np.nan)
-        peers[order] = np.nanmedian(self._values[:, order], axis=0)
+        values, peers = self._values[place], self._medians
         if self._rules.features is not None:
             values, peers = self._in_raw_units(place, np.stack((values, peers)))
         values, peers = np.clip((values, peers), -MAX_NUMBER, MAX_NUMBER)

@@ -262,8 +262,8 @@ class NewestRow(NamedTuple):
     def dump(self) -> bytes:
         """Return the row as bytes."""
         head = _NEWEST.pack(self.time, self.step, self.score, self.p_value)
-        values, contribution = (array.astype("<f4", copy=False).tobytes() for array in (self.values, self.contribution))
-        return b"".join((head, values, contribution))
+        values, contribution = self.values.astype("<f4", copy=False), self.contribution.astype("<f4", copy=False)
+        return b"".join((head, values.tobytes(), contribution.tobytes()))
 
 
 def read_newest(rules: Rules, payload: bytes) -> NewestRow | None:
@@ -623,7 +623,7 @@ def remember_newest(
         values = joined.pool[row]
         if missing is not None:
             values = np.where(missing[row], np.float32(np.nan), values)
-        score = float(np.clip(judgements.score[row], -MAX_FLOAT32, MAX_FLOAT32))
+        score = min(max(float(judgements.score[row]), -MAX_FLOAT32), MAX_FLOAT32)
         p_value = float(judgements.p_value[row])
         group.newest = NewestRow(at, at - before, score, p_value, values, contribution[row]).dump()
 

@@ -290,8 +290,7 @@ def test_stream_whose_rows_wait_for_a_group_ends_and_changes_nothing_if_the_clie
             memory = await service.groups.of(service.find("windows"))
             assert memory.file.is_idle
             assert not memory.file.has_slot("web-0")
-            exposition = service.metrics.exposition(service.registry.catalogue)
-            text = exposition if isinstance(exposition, str) else exposition.decode()
+            text = service.metrics.exposition(service.registry.catalogue).decode()
             assert re.search(r'elbo_requests_total{[^}]*endpoint="/anomaly:stream"[^}]*status="499"[^}]*} 1.0', text)
 
     asyncio.run(check())
@@ -310,7 +309,7 @@ def test_rows_that_arrive_while_earlier_rows_wait_for_their_group_are_all_scored
             writer.write(b"0\r\n\r\n")
             await asyncio.sleep(0.2)
             transaction.end()
-            lines = []
+            lines: list[dict[str, Any]] = []
             while not lines or "rows" not in lines[-1]:
                 line = await asyncio.wait_for(reader.readline(), 20)
                 assert line
