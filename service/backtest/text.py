@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
+from service.anomaly.alert_rule import MAX_ALERT_GROUPS
 from service.backtest.replay import Cause
 from service.backtest.report import Alert, AlertRules, AlphaSummary, GroupSummary, IncidentSummary, Report
 
@@ -44,6 +45,8 @@ def _lines(report: Report) -> Iterator[str]:
     if report.warming_up_rows:
         yield f"{report.warming_up_rows:,} rows have too short a window to be anomalous"
     yield describe_rules(report.rules)
+    if note := note_on_shared_alerts(report):
+        yield note
     yield ""
     yield from _alphas(report)
     if len(report.groups) > 1:
@@ -147,6 +150,16 @@ def describe_rules(rules: AlertRules) -> str:
     return (
         f"an alert opens when the mean severity{half_life} is above 1{rows}{seconds}, and ends after "
         f"{format_duration(rules.calm_seconds)} without such a row{budget}"
+    )
+
+
+def note_on_shared_alerts(report: Report) -> str | None:
+    """Return the note that the alerts of the server differ from those of the report; None if they do not."""
+    if len(report.groups) <= MAX_ALERT_GROUPS:
+        return None
+    return (
+        f"note: the server sends alerts for the first {MAX_ALERT_GROUPS} groups that it sees. The other groups share "
+        "the alert of the group 'other', so their alerts differ from those counted here"
     )
 
 

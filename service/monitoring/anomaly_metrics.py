@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.errors import printable, shortened
+from service.anomaly.alert_rule import MAX_ALERT_GROUPS
 from service.anomaly.inputs import InputRows
 from service.anomaly.online_calibration import State
 from service.anomaly.smoothing import LastingAlarm, RunningMean
@@ -33,7 +34,7 @@ STEP_ROWS = 1000
 STEP_GROUPS = 16
 MAX_LOOP_ROWS = 4  # for at most this many rows, a Python loop is faster than NumPy
 # Limit of the group labels, and of the feature labels, per model version. All further values are counted under OTHER.
-MAX_LABELS = 100
+MAX_LABELS = MAX_ALERT_GROUPS
 MAX_LABEL = 128  # characters of a label value
 OTHER = "other"
 HISTORY_P_VALUES = "history_p_values"  # key in shared memory; no metric may have this name

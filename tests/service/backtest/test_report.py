@@ -14,6 +14,7 @@ from service.backtest.page import DRAWN_GROUPS, make_page
 from service.backtest.replay import Cause, Options, Replay
 from service.backtest.report import Report, find_alert_rows, make_report
 from service.backtest.text import format_duration, format_report
+from service.monitoring.anomaly_metrics import MAX_LABELS
 
 DAY = 86_400.0
 
@@ -116,6 +117,12 @@ def test_report_as_text_and_as_json_has_the_same_figures() -> None:
     assert found["worst_false_alerts"][0]["causes"][0] == {
         "name": "disk", "value": 5.0, "expected": 1.0, "contribution": 3.0, "since": 3600.0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("groups", [MAX_LABELS, MAX_LABELS + 1])
+def test_report_says_that_alerts_are_shared_if_the_server_has_fewer_alert_labels_than_groups(groups: int) -> None:
+    text = format_report(report_of(replayed({f"host-{index}": [0, 2, 0] for index in range(groups)})))
+    assert ("the first 100 groups" in text) == (groups > MAX_LABELS)
 
 
 @pytest.mark.parametrize(

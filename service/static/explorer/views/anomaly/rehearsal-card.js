@@ -11,6 +11,7 @@ import { AsyncPanel, errorMessage } from "../../ui/messages.js";
 
 const TYPES = { csv: "text/csv", ndjson: "application/x-ndjson", jsonl: "application/x-ndjson" };
 const HEADER_BYTES = 10_000; // of a CSV file, read to tell a list of incidents from a history
+const MAX_ALERT_GROUPS = 100; // as in service/anomaly/alert_rule.py
 const TOO_LARGE = ["too_many_rows", "body_too_large"];
 
 export class RehearsalCard {
@@ -137,7 +138,7 @@ function show({ report, drawings, errors }, name) {
   const count = h("strong", {}, `${first.alerts} ${plural(first.alerts, "alert")} at α ${number(first.alpha)}`);
   return [
     h("p", { role: "status" }, count, ` in ${report.rows} rows${groups}, ${period}.${faulty}`),
-    h("p", { class: "muted" }, rulesText(report.rules)),
+    h("p", { class: "muted" }, rulesText(report.rules) + sharedAlertsText(report.groups.length)),
     alphaTable(report.alphas),
     isMany ? groupTable(report) : null,
     isKnown ? incidentTable(report) : null,
@@ -233,6 +234,13 @@ function rulesText({ half_life_rows: halfLife, rows, seconds, calm_seconds: calm
   const end = `ends after ${number(calm)} s without such a row`;
   return `An alert opens when ${mean} is above 1${lasting}, and ${end}.${budget}`;
 }
+
+/** Why the alerts of the server differ from those of the report, if there are many groups. */
+const sharedAlertsText = (groups) =>
+  groups > MAX_ALERT_GROUPS
+    ? ` The server sends alerts for the first ${MAX_ALERT_GROUPS} groups that it sees. The other groups share the ` +
+      "alert of the group “other”, so their alerts differ from those counted here."
+    : "";
 
 function causesText({ group, start, rows, severity, causes, state }) {
   const names = causes.map(
