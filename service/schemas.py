@@ -842,7 +842,8 @@ class PeerReport(BaseModel):
     )
     feature_deviation: float | None = Field(
         description="how far the features are from the median features of all groups, beyond the usual distance of a "
-        "group, in standard deviations of these distances; null unless `scaled_by_group`"
+        "group, in standard deviations of these distances; null unless `scaled_by_group`, or if the row has no feature "
+        "that can be compared"
     )
     score: float = Field(
         description="adjusted score of the newest row: the logarithm of its score, in usual deviations from what is "

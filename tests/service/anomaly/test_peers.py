@@ -9,7 +9,16 @@ import pytest
 
 from models.baseline import START_ROWS, Baseline
 from service.anomaly.peers import CHANCE, MIN_GROUPS, Comparison, compare, limit_by_chance
-from service.anomaly.streams import NewestRow, Rules, read_newest
+from service.anomaly.streams import (
+    Group,
+    NewestRow,
+    Rules,
+    StartSet,
+    join_rows,
+    judge,
+    read_newest,
+    remember_newest,
+)
 from service.errors import TooFewPeers
 
 Doubles = npt.NDArray[np.float64]
@@ -207,6 +216,38 @@ def test_extreme_numbers_give_finite_deviations(extreme: float) -> None:
 def test_too_few_groups_are_refused_with_their_number(count: int) -> None:
     with pytest.raises(TooFewPeers, match=f"^{count} of {count} remembered groups"):
         compare(RULES, {f"host-{index}": newest() for index in range(count)}, 10, 3)
+
+
+def test_group_remembers_its_newest_judged_row_with_a_time_and_no_silenced_one() -> None:
+    group = Group(RULES, b"", StartSet(np.arange(100.0).tolist(), True))
+    x = np.arange(5 * WIDTH, dtype=np.float32).reshape(5, WIDTH)
+    time = np.array([60.0, 240.0, 180.0, 300.0, 360.0])  # rows are judged in order of time
+    silenced, usable = np.array([0, 0, 0, 1, 0], bool), np.array([1, 1, 1, 1, 0], bool)
+    missing = np.zeros((5, WIDTH), bool)
+    missing[1, 2] = True
+    score, fixed = np.array([10, 20, 30, 40, 50], np.float32), (np.ones(5, np.float32), np.zeros(5, np.float32))
+
+    def send(part: slice) -> NewestRow:
+        rows = x[part]
+        joined = join_rows(RULES, rows, time[part], None, {"": group})
+        judged = judge(
+            joined, RULES, score[part], usable[part], time[part], (fixed[0][part], fixed[1][part]), 0.05, False,
+            silenced=silenced[part],
+        )  # fmt: skip
+        remember_newest(joined, judged, rows + 100, time[part], missing[part])
+        found = read_newest(RULES, group.dump(joined.pool))
+        assert found is not None
+        return found
+
+    assert (first := send(slice(0, 1))).time == 60.0
+    assert math.isnan(first.step)
+    found = send(slice(1, 5))
+    assert (found.time, found.step, found.score) == (240.0, 60.0, 20.0)
+    assert found.p_value == pytest.approx(
+        82 / 102, abs=0.02
+    )  # of 20 among 0, 1, ..., 99, and two rows that were learnt
+    np.testing.assert_array_equal(found.values, [4, 5, np.nan, 7])
+    np.testing.assert_array_equal(found.contribution, [104, 105, 106, 107])
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 7, b"\xff" * 40])
