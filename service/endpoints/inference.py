@@ -207,7 +207,7 @@ class InferenceEndpoints:
     async def impute(self, request: RequestContext) -> HttpResponse:
         """Estimate the missing values of rows from the known ones, each with its uncertainty."""
         parsed = await parse_request(self._service, request, IMPUTE)
-        x, most = parsed.inputs, operations.MAX_IMPUTED_ROWS
+        x, most = parsed.inputs, operations.imputed_rows(parsed.served.manifest.width)
         if len(x) > self._service.admission.max_small_rows:
             await take_turn(parsed, len(x))
         parts = [

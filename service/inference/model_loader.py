@@ -251,7 +251,7 @@ def _run_operations(served: ServedModel, rows: int, completes: bool) -> None:
     if served.has_observation_noise:
         row_noise = NoiseSource().draw_rows(0, rows, manifest.width)
         inputs_by_operation = {operations.SAMPLE_ROWS: (noise, choice, row_noise), **inputs_by_operation}
-    if completes and served.completes_rows and rows <= operations.MAX_IMPUTED_ROWS:  # no batch has more
+    if completes and served.completes_rows and rows <= operations.imputed_rows(manifest.width):
         gaps = np.where(np.arange(manifest.width) % 2, x, np.float32(np.nan))
         twice = NoiseSource().draw_rows(0, rows, 2 * manifest.width)
         inputs_by_operation |= {operations.IMPUTE: (gaps,), operations.COMPLETE: (noise, choice, twice, gaps)}

@@ -19,6 +19,8 @@ from models import artifact
 from models.manifest import reaches
 from service.inference.calibration import Calibration
 
+MAX_IMPUTED_ROWS = 64  # for which one run of IMPUTE takes a tenth of a second at most, except for large networks
+MAX_IMPUTED_VALUES = 1 << 18  # for which one run of IMPUTE may allocate memory: 64 numbers for each, 64 MB
 MAX_DRAW_VALUES = 1 << 20  # numbers for which one call of `draw` may allocate memory: 4 MB
 Tensors = tuple[Tensor, ...]  # each [B, ...]
 Arrays = tuple[npt.NDArray[np.float32], ...]  # each [B, ...]
@@ -154,9 +156,13 @@ DRAW = Operation("draw", _draw_latents, batched=False)
 COMPLETE = Operation("complete", _complete, batched=False)
 
 # x [B, D] with NaN -> the rows without NaN, and standard deviation, lower and upper end of each value, each [B, D]. Not
-# batched, because requests with many rows run in parts of MAX_IMPUTED_ROWS, each of which lets other requests pass.
+# batched, because requests with many rows run in parts of `imputed_rows`, each of which lets other requests pass.
 IMPUTE = Operation("impute", _impute, batched=False)
-MAX_IMPUTED_ROWS = 64
+
+
+def imputed_rows(width: int) -> int:
+    """Return how many rows of `width` features one run of IMPUTE may have."""
+    return max(1, min(MAX_IMPUTED_ROWS, MAX_IMPUTED_VALUES // width))
 
 
 # For rows that the online calibration of their group judges.

@@ -22,7 +22,7 @@ INTERVAL = 0.9  # share of the missing values that are within their intervals
 MISSING_SHARES = (0.1, 0.2, 0.3, 0.5)  # which share of the values is taken out of calibration rows
 CALIBRATED_ROWS = 400  # at most; each takes about a millisecond
 LEAST_VALUES = 60  # of a feature, for an interval of its own: three are then outside on each side
-BATCH = 50  # rows that are completed at once
+MAX_BATCH_VALUES = 1 << 18  # rows times features that are completed at once; each needs 64 numbers
 
 
 def with_completion_of_rows(pipeline: Pipeline, data: PreparedData, seed: int) -> Pipeline:
@@ -91,7 +91,7 @@ def _calibrate(pipeline: CompletingNetwork, rows: Tensor, seed: int) -> None:
     taken[taken.all(dim=1), 0] = False  # a row without any value says nothing
     gaps = torch.where(taken, torch.nan, rows)
     with torch.no_grad():
-        estimates = [pipeline.estimate(part) for part in gaps.split(BATCH)]
+        estimates = [pipeline.estimate(part) for part in gaps.split(max(1, MAX_BATCH_VALUES // width))]
         mean, deviation = (torch.cat(parts) for parts in zip(*estimates, strict=True))  # [M, D], [M, D]
         error = ((pipeline.scaling(rows) - mean) / deviation).double().numpy()  # [M, D]
     counted = (taken & ~rows.isnan()).numpy()  # [M, D]
