@@ -204,12 +204,6 @@ class Timeline(_Frozen):
     # The blocks of `--split blocks`, oldest first; empty if the oldest rows fit and the newest calibrate.
     blocks: Annotated[list[Block], Field(max_length=MAX_BLOCKS)] = []
 
-    @model_serializer(mode="wrap")
-    def _leave_out_absent_blocks(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Return the fields, but leave out `blocks` if there are none: earlier releases refuse the field."""
-        fields: dict[str, Any] = serialise(self)
-        return fields if self.blocks else {name: value for name, value in fields.items() if name != "blocks"}
-
 
 class Window(_Frozen):
     """The rows that a model judges together: a row and those before it, of the same group and without a gap."""
@@ -359,10 +353,14 @@ class Manifest(_Frozen):
 
     @model_serializer(mode="wrap")
     def _leave_out_absent_fields(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Return the fields, but leave out those in NEW_FIELDS that are absent: earlier releases refuse them."""
+        """Return the fields, but leave out those in NEW_FIELDS, and blocks, if absent: earlier releases refuse them."""
         fields: dict[str, Any] = serialise(self)
         absent = {name for name in NEW_FIELDS if not getattr(self, name)}
-        return {name: value for name, value in fields.items() if name not in absent}
+        fields = {name: value for name, value in fields.items() if name not in absent}
+        timeline = fields.get("timeline")
+        if timeline is not None and not timeline.get("blocks"):
+            timeline.pop("blocks", None)
+        return fields
 
     @property
     def width(self) -> int:

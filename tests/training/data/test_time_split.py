@@ -196,7 +196,6 @@ def test_summary_holds_the_first_and_last_moment_of_each_part() -> None:
     assert summary.calibration.last == "1970-01-01T01:39:00+00:00"
     assert (summary.usual_step_seconds, summary.gap_rows, summary.groups) == (60.0, 1, 1)
     assert summary.blocks == []
-    assert "blocks" not in summary.model_dump()
 
 
 def test_summary_of_blocks_holds_the_periods_of_each_block() -> None:
