@@ -21,6 +21,7 @@ MAX_COMPONENTS = 64
 ROWS_PER_COMPONENT = 30  # the mixture has at most one component per this many rows, so that none is a copy of a row
 MIXTURE_ROWS = 10_000  # the mixture is fitted to the latents of at most this many rows
 SHRINKAGE = 0.5  # each component borrows this many rows per latent from all components together
+CONDITION_ROWS = 4_000  # the mixture of a condition is fitted to the latents of at most this many rows
 MIN_CONDITION_ROWS = 2  # a condition with fewer fit rows has no mixture of its own
 MIN_HELD_OUT_ROWS = 5  # with fewer held-out rows, the mixture of a condition is one Gaussian
 MAX_ITERATIONS = 100
@@ -89,15 +90,14 @@ def fit_conditional_prior(
         known: the conditions that the model knows.
         with_spread: as for `fit_prior`.
     """
-    rows, others = u[:MIXTURE_ROWS], held_out[:MIXTURE_ROWS]
-    z, validation = (_encode(core, each, seed, index, with_spread) for index, each in enumerate((rows, others)))
-    every = fit_mixture(z, validation, seed)
+    z, validation = (_encode(core, each, seed, index, with_spread) for index, each in enumerate((u, held_out)))
+    every = fit_mixture(z[:MIXTURE_ROWS], validation[:MIXTURE_ROWS], seed)
     mixtures, conditions = [every], [torch.zeros(known.width)]
-    pooled = _covariance_within(z, rows[:, -known.width :].numpy())
+    pooled = _covariance_within(z, u[:, -known.width :].numpy())
     for condition in torch.from_numpy(one_hot(known, np.array(known.combinations))):
         of_fit, of_held_out = (
-            codes[(each[:, -known.width :] == condition).all(dim=1).numpy()]
-            for codes, each in ((z, rows), (validation, others))
+            codes[(each[:, -known.width :] == condition).all(dim=1).numpy()][:CONDITION_ROWS]
+            for codes, each in ((z, u), (validation, held_out))
         )
         if len(of_fit) < MIN_CONDITION_ROWS:
             continue
@@ -123,7 +123,7 @@ def _fit_condition(z: Array, held_out: Array, pooled: Array, seed: int) -> Mixtu
     """
     rows, latents = z.shape
     if rows >= 2 * ROWS_PER_COMPONENT and rows >= 2 * latents and len(held_out) >= MIN_HELD_OUT_ROWS:
-        return fit_mixture(z, held_out, seed)
+        return fit_mixture(z, held_out, seed, errors=0.0)
     borrowed = SHRINKAGE * latents
     centred = z - z.mean(axis=0)
     covariance = (centred.T @ centred + borrowed * pooled) / (rows + borrowed)
@@ -131,11 +131,11 @@ def _fit_condition(z: Array, held_out: Array, pooled: Array, seed: int) -> Mixtu
     return Mixture(np.ones(1), z.mean(axis=0)[None], np.linalg.cholesky(covariance)[None])
 
 
-def fit_mixture(z: Array, held_out: Array, seed: int) -> Mixture:
+def fit_mixture(z: Array, held_out: Array, seed: int, errors: float = 1.0) -> Mixture:
     """Return a mixture that is fitted to latents z [N, K], and under which `held_out` [M, K] are likely.
 
     The number of components doubles until two doublings in a row give no higher likelihood. The result is the simplest
-    mixture that is worse than the best one by at most one standard error.
+    mixture that is worse than the best one by at most `errors` standard errors.
     """
     from threadpoolctl import threadpool_limits
 
@@ -149,8 +149,8 @@ def fit_mixture(z: Array, held_out: Array, seed: int) -> Mixture:
                 break
     best = max(densities, key=lambda density: float(density.mean()))  # [M]
     losses = [best - density for density in densities]  # each [M]
-    errors = [float(loss.std()) / math.sqrt(len(loss)) for loss in losses]
-    return next(m for m, loss, error in zip(mixtures, losses, errors, strict=True) if not loss.mean() > error)
+    limits = [errors * float(loss.std()) / math.sqrt(len(loss)) for loss in losses]
+    return next(m for m, loss, limit in zip(mixtures, losses, limits, strict=True) if not loss.mean() > limit)
 
 
 def covariance_of(prior: Prior) -> Tensor:
