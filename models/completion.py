@@ -17,7 +17,7 @@ from models.scaling import Scaling
 
 CHAINS = 16
 FIRST_STEPS = 4  # of each chain, whose states are not used
-KEPT_STEPS = 4  # of each chain, whose states are used; more steps change the error of estimates by less than 2 %
+KEPT_STEPS = 4  # of each chain, whose states are used; more steps lower the error of estimates by less than 2 %
 CANDIDATES = 256
 
 
