@@ -7,7 +7,7 @@ import torch
 from scipy.stats import norm
 
 from models import artifact
-from models.conditional import ConditionalVAE, LevelCorrection
+from models.conditional import ConditionalAutoencoder, ConditionalVAE, LevelCorrection
 from models.manifest import Conditions
 from tests.models.conditional import KINDS, LEVELS, B, C, D, L, batch, condition, conditional
 from training.publishing.onnx_export import export
@@ -98,12 +98,12 @@ def test_score_of_a_conditional_autoencoder_is_the_distance_of_latents_and_resid
     x = torch.cat((x[:, :D], torch.stack([condition(2, 0)] * B)), dim=1)
     latents = model.encode(x)[0][:, :L].double()
     residual = ((x[:, :D] - model(x)) / model.scaling.scale).double()  # in model units
+    assert isinstance(model.core, ConditionalAutoencoder)
     whitening = model.core.whitening
     factor = whitening.factor.double().numpy()
-    inverse = np.linalg.inv(factor.T @ factor)
     joint = torch.cat((latents, residual), dim=1).numpy()
     centred = joint - whitening.mean.double().numpy()
-    expected = np.einsum("bi,ij,bj->b", centred, np.linalg.inv(inverse), centred)
+    expected = np.einsum("bi,ij,bj->b", centred, factor.T @ factor, centred)
     np.testing.assert_allclose(model.score(x)[0].numpy(), expected, rtol=1e-3)
 
 
@@ -136,7 +136,8 @@ def test_correction_of_scores_is_linear_between_knots_and_zero_for_rows_with_all
     assert not correction(score, condition(2, 1).repeat(5, 1)).any()
 
 
-GOOD = {"columns": [{"name": "kind", "levels": ["a", "b"]}], "combinations": [[0], [1]], "shares": [0.25, 0.75]}
+KIND = {"name": "kind", "levels": ["a", "b"]}
+GOOD: dict[str, object] = {"columns": [KIND], "combinations": [[0], [1]], "shares": [0.25, 0.75]}
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ GOOD = {"columns": [{"name": "kind", "levels": ["a", "b"]}], "combinations": [[0
         {"columns": [{"name": "kind", "levels": ["a", "a"]}]},
         {"columns": [{"name": "kind", "levels": ["a", "\n"]}]},
         {"columns": [{"name": "kind", "levels": [str(i) for i in range(101)]}]},
-        {"columns": GOOD["columns"] * 2, "combinations": [[0, 0], [1, 1]]},
+        {"columns": [KIND, KIND], "combinations": [[0, 0], [1, 1]]},
         {"combinations": [[0], [2]]},
         {"combinations": [[0, 1], [1, 1]]},
         {"combinations": [[0], [-1]]},

@@ -137,7 +137,7 @@ def test_labels_of_an_array_and_folders_of_images_are_conditions(tmp_path: Path)
     np.savez(tmp_path / "named.npz", x=x, side=labels)
     for name in ("side", "label"):
         source = tmp_path / f"{name}.npz"
-        np.savez(source, **{"x": x, name: labels})
+        np.savez(source, **{"x": x, name: labels})  # type: ignore[arg-type]  # the names are those of the arrays
         (column,) = read_table(str(source), condition=(name,)).conditions
         assert (column.name, column.levels) == (name, ["left", "right"])
         assert column.codes.tolist() == [0] * 20 + [1] * 20
@@ -178,16 +178,17 @@ def test_column_that_is_no_condition_is_refused(tmp_path: Path, cells: list[str]
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"condition": ("knid",)}, "has no column 'knid' for --condition: did you mean 'kind'"),
-        ({"condition": ("kind",), "drop": ("kind",)}, "--condition and --drop both name 'kind'"),
-        ({"condition": ("kind",), "keep": ("kind",)}, "--condition and --keep both name 'kind'"),
+        (("knid", (), ()), "has no column 'knid' for --condition: did you mean 'kind'"),
+        (("kind", ("kind",), ()), "--condition and --drop both name 'kind'"),
+        (("kind", (), ("kind",)), "--condition and --keep both name 'kind'"),
     ],
 )
 def test_options_that_contradict_the_condition_are_refused(
-    tmp_path: Path, options: dict[str, tuple[str, ...]], message: str
+    tmp_path: Path, options: tuple[str, tuple[str, ...], tuple[str, ...]], message: str
 ) -> None:
+    condition, drop, keep = options
     with pytest.raises(DataError, match=message):
-        read_table(csv_of(tmp_path, ["a", "b"] * 20), **options)
+        read_table(csv_of(tmp_path, ["a", "b"] * 20), drop=drop, keep=keep, condition=(condition,))
 
 
 @pytest.mark.parametrize(
