@@ -13,7 +13,6 @@ from service.settings import Settings
 from tests.service.explorer.browser import OUTPUT, ExplorerPage, canvas_hash, click_button
 from tests.service.running import running
 
-
 LEVELS = "label.field:has(> .name:text-is('label')) select"
 
 
