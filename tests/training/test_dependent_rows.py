@@ -28,8 +28,8 @@ def save(path: Path, rows: npt.NDArray[np.float64]) -> str:
 def train(capsys: pytest.CaptureFixture[str], folder: Path, source: str, kind: str) -> tuple[str, Path]:
     """Train a model with the command. Return standard error and the path of the artifact."""
     options = ["--artifacts", str(folder / "a"), "--runs", str(folder / "runs")]
-    epochs = [] if kind == "pca" else ["--epochs", "10", "--force"]
-    code, _, err = in_process(capsys, "train", source, "--model", kind, "--name", "m", *epochs, *options)
+    fit = ["--calibration", "split", *([] if kind == "pca" else ["--epochs", "10", "--force"])]
+    code, _, err = in_process(capsys, "train", source, "--model", kind, "--name", "m", *fit, *options)
     assert code == 0, err
     return err, folder / "a" / "m" / "1" / "model.pt"
 
