@@ -12,7 +12,7 @@ import { thumbnail } from "../../ui/row-figure.js";
 const COUNT = 8;
 
 export class NeighboursCard {
-  /** `heldOut`: the model's held-out rows; `point()` returns the current latents; `onselect(z)` gets a row's latents. */
+  /** `heldOut`: the held-out rows; `point()` returns the current latents; `onselect(z)` gets a row's latents. */
   constructor({ model, heldOut, point, onselect }) {
     this.model = model;
     this.heldOut = heldOut;
