@@ -4,10 +4,10 @@
     python benchmarks/anomaly/cross_calibration.py --kinds ae --draws 20 --seeds 3
     python benchmarks/anomaly/cross_calibration.py --smoke                 # few draws, few epochs
 
-The first table is about simulated tables. Each draw is a new table of training rows, with a new seed of the split, and
-2,000 new rows of the same distribution: WIDTH features that depend on three causes, plus noise. The rate of false
-alarms is the share of the new rows whose p-value is at most alpha. With n calibration rows, a calibration that has seen
-none of them has the expected rate floor(alpha (n + 1)) / (n + 1), which is the column "exact".
+The first table is about simulated tables. Each draw has new training rows, a new seed of the split, and 2,000 new rows
+of the same distribution. A row has WIDTH features that depend on three causes, plus noise. The rate of false alarms is
+the share of the new rows whose p-value is at most alpha. The columns "exact" show the rate to expect of a model that
+has seen none of its n calibration rows: floor(alpha (n + 1)) / (n + 1).
 
 The second table is about the data sets of ADBench with fewer than MAX_ROWS rows: AUROC and average precision of the
 published model, and the rate of false alarms on the normal test rows. `datasets.py` describes the splits. Without
@@ -52,9 +52,9 @@ class Trial:
 
     Args:
         rates: rate of false alarms at each of ALPHAS, [2].
-        exact: the expected rates of a calibration with as many rows, none of which the model has seen, [2].
-        auroc: in percent; NaN if the new rows have no anomalies.
-        precision: average precision in percent; likewise.
+        exact: the rates to expect if the model has seen none of its calibration rows, [2].
+        auroc: AUROC in percent; NaN if the new rows have no anomalies.
+        precision: average precision in percent; NaN if the new rows have no anomalies.
     """
 
     rates: Doubles
@@ -97,7 +97,7 @@ def simulate(rows: int, draw: int) -> tuple[Floats, Floats]:
 
 
 def simulated_row(kind: str, method: str, rows: int, draws: int, smoke: bool) -> str:
-    """Return the table row of `draws` simulated tables of `rows` rows."""
+    """Return a line of the first table: the means over `draws` simulated tables with `rows` training rows each."""
     trials = []
     for draw in range(draws):
         x, new = simulate(rows, draw)
@@ -113,7 +113,7 @@ def simulated_row(kind: str, method: str, rows: int, draws: int, smoke: bool) ->
 
 
 def data_set_rows(kind: str, seeds: int, smoke: bool) -> Iterator[str]:
-    """Yield a table row for each data set, and their means."""
+    """Yield a line of the second table for each data set, and then a line with the means over all data sets."""
     trials: dict[str, dict[str, list[Trial]]] = {}
     for split in labelled_splits(range(seeds), bundled=smoke):
         if len(split.train) + len(split.test) >= MAX_ROWS:
