@@ -99,8 +99,9 @@ def demonstration(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def conditional_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the artifacts of three models, and with table.csv.
 
-    digits and kinds know conditions: digits, a VAE, the label of a digit, and kinds, an autoencoder, the columns kind
-    and shift of table.csv. plain is a PCA of the digits, without conditions.
+    - digits: a VAE of the digits. Its condition is the label of a digit.
+    - kinds: an autoencoder of table.csv. Its conditions are the columns kind and shift.
+    - plain: a PCA of the digits, without conditions.
     """
     from tests.training.conditions import train_conditional_models
 

@@ -386,7 +386,7 @@ def test_endpoint_reports_known_incidents_as_the_command_does(
         ([{"start": 1, "end": 2}] * 1001, "at most 1000 items", "/incidents"),
     ],
 )
-def test_incidents_that_are_not_valid_are_refused_with_their_place(
+def test_invalid_incidents_are_refused_with_a_pointer_to_the_fault(
     root: Path, incidents: list[dict[str, Any]], message: str, pointer: str
 ) -> None:
     with running(create_app(settings_of(root))) as client:

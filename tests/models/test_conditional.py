@@ -72,7 +72,7 @@ def test_score_and_weight_of_a_conditional_vae_are_the_densities_of_its_definiti
     model, (x, noise, _) = conditional("vae"), batch()
     core = model.core
     assert isinstance(core, ConditionalVAE)
-    x = torch.cat((x[:, :D], torch.stack([condition(1, 1)] * B)), dim=1)  # all levels: there is no correction
+    x = torch.cat((x[:, :D], torch.stack([condition(1, 1)] * B)), dim=1)  # with all levels, the correction is 0
     u = torch.cat((model.scaling(x[:, :D]), x[:, D:]), dim=1)
     mean, log_variance = (part.double().numpy() for part in core.encoder(u).split(L, dim=1))
     std = np.exp(log_variance / 2)
@@ -107,7 +107,7 @@ def test_score_of_a_conditional_autoencoder_is_the_distance_of_latents_and_resid
     np.testing.assert_allclose(model.score(x)[0].numpy(), expected, rtol=1e-3)
 
 
-def test_draw_uses_the_mixture_of_the_condition_and_else_that_of_all_conditions() -> None:
+def test_draw_uses_the_mixture_of_all_conditions_if_a_condition_has_no_mixture_of_its_own() -> None:
     model = conditional("vae")
     asked = [condition(0, 0), condition(1, 0), condition(0, None), condition(None, None), condition(2, 1)]
     noise = torch.cat((torch.randn(5, L), torch.stack(asked)), dim=1)
@@ -117,7 +117,7 @@ def test_draw_uses_the_mixture_of_the_condition_and_else_that_of_all_conditions(
     torch.testing.assert_close(drawn[:, :L], centres + 0.1 * noise[:, :L])
 
 
-def test_weights_of_the_mixtures_give_the_shares_of_their_gaussians() -> None:
+def test_gaussians_of_a_mixture_are_drawn_as_often_as_their_weights_say() -> None:
     model = conditional("vae")
     choice = torch.linspace(0, 0.9999, 1000)
     noise = torch.zeros(1000, L + C)

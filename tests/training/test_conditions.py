@@ -43,11 +43,11 @@ def draw(artifact: Artifact, codes: np.ndarray, seed: int = 0) -> np.ndarray:
         return np.asarray(artifact.module.decode(z).numpy())
 
 
-def test_samples_of_a_class_are_of_this_class_as_an_independent_classifier_sees_it(digits: Artifact) -> None:
+def test_independent_classifier_finds_the_requested_class_in_samples(digits: Artifact) -> None:
     table = read_table("digits", condition=("label",))
     x, labels = table.x.take(np.arange(len(table.x))), table.conditions[0].codes
     split = split_rows(len(x), 0, 64, table.copies)
-    judge = SVC(gamma=0.25, C=10).fit(x[split.calibration], labels[split.calibration])  # rows that trained nothing
+    judge = SVC(gamma=0.25, C=10).fit(x[split.calibration], labels[split.calibration])  # not training rows
     assert judge.score(x[split.fit], labels[split.fit]) > 0.96
     codes = np.arange(10).repeat(100)[:, None]
     accuracy = (judge.predict(draw(digits, codes)) == codes[:, 0]).mean()
@@ -92,7 +92,7 @@ def test_twin_of_a_conditional_model_is_verified_and_is_part_of_the_artifact(dig
     assert select_backend(digits, requested="onnx").backend.name == "onnx"
 
 
-def test_manifest_lists_levels_and_shares_and_other_manifests_have_no_such_field(conditional_models: Path) -> None:
+def test_manifest_lists_levels_and_shares_only_if_the_model_has_conditions(conditional_models: Path) -> None:
     root = conditional_models / "artifacts"
     conditions = read_manifest(root / "kinds" / "1" / "model.pt").conditions
     assert conditions is not None
@@ -166,7 +166,7 @@ def csv_of(tmp_path: Path, cells: list[str]) -> str:
         ([""] * 60, "has 0 levels with at least 10 rows to fit"),
     ],
 )
-def test_column_that_is_no_condition_is_refused(tmp_path: Path, cells: list[str], message: str) -> None:
+def test_column_whose_values_cannot_be_levels_is_refused(tmp_path: Path, cells: list[str], message: str) -> None:
     def learn() -> None:
         table = read_table(csv_of(tmp_path, cells), condition=("kind",))
         learn_conditions(table.conditions, np.arange(len(table.x)), table.source)
@@ -202,7 +202,7 @@ def test_options_that_contradict_the_condition_are_refused(
         ({"model": "ae", "condition": tuple("abcde")}, "at most 4 columns"),
     ],
 )
-def test_option_condition_is_refused_where_it_means_nothing(options: dict[str, object], message: str) -> None:
+def test_condition_is_refused_with_options_that_do_not_allow_it(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig.model_validate({"name": "m", "condition": ("kind",), **options})
 
@@ -214,7 +214,7 @@ def test_table_and_options_must_name_the_same_conditions(tmp_path: Path) -> None
         train(config, table, tmp_path, RecordingReporter())
 
 
-def test_rare_levels_and_levels_of_held_out_rows_only_count_as_rows_without_a_level(tmp_path: Path) -> None:
+def test_level_that_is_rare_or_only_in_held_out_rows_is_not_learnt(tmp_path: Path) -> None:
     cells = ["a", "b"] * 30 + ["rare"] + ["late"] * 12 + [""]
     table = read_table(csv_of(tmp_path, cells), condition=("kind",))
     learnt = learn_conditions(table.conditions, np.arange(61), table.source)  # the rows of `late` are held out
@@ -225,7 +225,7 @@ def test_rare_levels_and_levels_of_held_out_rows_only_count_as_rows_without_a_le
     assert learnt.notes[1] == "rows without a level of 'kind': 1"
 
 
-def test_numbers_are_levels_in_numerical_order_whatever_their_notation(tmp_path: Path) -> None:
+def test_levels_that_are_numbers_are_in_numerical_order_whatever_their_notation(tmp_path: Path) -> None:
     table = read_table(csv_of(tmp_path, ["10", "9", " 9.0 ", "10.0", "-1"] * 8), condition=("kind",))
     assert table.conditions[0].levels == ["-1", "9", "10"]
     assert table.conditions[0].codes[:5].tolist() == [2, 1, 1, 2, 0]
@@ -250,7 +250,7 @@ def test_score_reads_the_condition_and_reports_rows_of_unknown_levels(
     assert any(line["parts"]["condition"] != 0 for line in found["none"])
 
 
-def test_evaluate_measures_how_many_samples_have_the_condition_asked_for(
+def test_evaluate_measures_how_many_samples_have_the_requested_condition(
     conditional_models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = str(conditional_models / "artifacts")

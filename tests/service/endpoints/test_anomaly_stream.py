@@ -260,7 +260,7 @@ GROUP_HEAD = (
 async def stream_that_waits(
     settings: Settings,
 ) -> AsyncIterator[tuple[ServiceContext, Transaction, asyncio.StreamReader, asyncio.StreamWriter]]:
-    """Yield a stream of which five rows have arrived and wait for their group, which the yielded transaction locks."""
+    """Yield a stream whose first five rows wait for their group. The yielded transaction locks the group."""
     async with serving(settings) as (service, port):
         memory = await service.groups.of(service.find("windows"))
         transaction = await memory.file.begin(["web-0"], time.perf_counter() + 60)
@@ -300,7 +300,7 @@ def test_stream_whose_rows_wait_for_a_group_ends_and_changes_nothing_if_the_clie
 def test_rows_that_arrive_while_earlier_rows_wait_for_their_group_are_all_scored_in_order(
     group_models: Path, tmp_path: Path
 ) -> None:
-    rows = 2000  # far more bytes than are received while rows wait
+    rows = 2000  # far more bytes than the server receives while rows wait
 
     async def check() -> None:
         async with stream_that_waits(settings_of(group_models, tmp_path)) as (_, transaction, reader, writer):

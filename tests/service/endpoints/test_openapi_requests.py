@@ -43,15 +43,15 @@ RULES = (
     "have their own times and groups",
     "the field verdict is missing",  # it may stand in the body or in the query
     "knows no labels",  # the model was trained on rows without labels
-    "a response may have at most",  # the rows times n
+    "a response may have at most",  # n neighbours of each row
     "knows no condition of a row",
     "is not a feature of the model",
     "every value of the row is missing",
     "nothing is left to draw",
-    "with given values come from",  # which has no other prior
+    "with given values come from",  # samples with given values have no other prior
     "samples near a point have no given values",
     "spread says how far",
-    "should be Unix time in s",  # any text may be a time
+    "should be Unix time in s",  # the schema allows any text as a time
     "before it starts",
     "no row has a time",  # which column has the times is an option
 )

@@ -1,4 +1,4 @@
-"""GET /models/NAME/peers: hosts that differ from their peers at one moment, although their own past knows such rows."""
+"""GET /models/NAME/peers: hosts that differ from their peers at one moment, although they had such rows before."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -65,7 +65,7 @@ def metrics(model: str, first_day: int, rows: int, busy: str | None = None) -> p
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with two models of the hosts, which do not know the season."""
+    """Return a folder with two models of the hosts, both trained without --season."""
 
     def make(root: Path) -> None:
         more: dict[str, dict[str, Any]] = {"scaled": {"scale_by_group": True}, "windows": {"window": 4}}
@@ -89,7 +89,7 @@ def night(model: str, busy: str | None = BUSY) -> list[Record]:
 
 
 def peers(client: httpx.Client, model: str, **query: Any) -> Record:
-    """Return the answer of the endpoint, whose fields are those of its schema."""
+    """Return the answer of the endpoint, and check that its fields are those of its schema."""
     response = client.get(f"/models/{model}/peers", params=query)
     assert response.status_code == 200, response.text
     answer: Record = response.json()
@@ -179,7 +179,7 @@ def test_features_that_differ_have_the_value_of_the_host_and_the_value_that_is_u
         if model == "windows":
             usual = np.median([row[name] for row in newest.values()])
             assert feature["peers"] == pytest.approx(usual, rel=1e-5)
-        else:  # in the units of this host: its load is 0.8 or more, and theirs is 0.15 or little more
+        else:  # in raw units of this host: its own load is 0.8 or more, the load of its peers is 0.15 to 0.2
             assert feature["peers"] == pytest.approx(feature["value"] * 0.18 / 0.8, rel=0.6)
     assert peers(client, model, n=2, explain=0)["groups"][0] == {**busy, "features": []}
 
@@ -234,7 +234,7 @@ def test_only_live_new_rows_with_a_time_change_the_comparison(client: httpx.Clie
     assert (after["groups"][0]["group"], after["groups"][0]["is_different"]) == (extreme["host"], True)
 
 
-def test_missing_value_is_no_feature_that_differs(client: httpx.Client) -> None:
+def test_feature_whose_value_is_missing_is_not_among_those_that_differ(client: httpx.Client) -> None:
     rows = night("scaled")
     incomplete = [{name: value for name, value in row.items() if name != "cpu"} for row in rows[-HOSTS:]]
     send(client, rows[:-HOSTS] + incomplete[:4] + rows[-HOSTS + 4 :], "scaled", impute="true")
@@ -253,7 +253,7 @@ def test_host_that_has_stopped_is_not_compared(client: httpx.Client) -> None:
     assert BUSY not in {group["group"] for group in answer["groups"]}
 
 
-def test_too_few_hosts_are_refused_with_their_number(client: httpx.Client) -> None:
+def test_comparison_of_too_few_hosts_is_refused_with_the_number_of_hosts(client: httpx.Client) -> None:
     send(client, [row for row in night("windows") if row["host"] in ("web-0", "web-1", "web-2")], "windows")
     answer = client.get("/models/windows/peers")
     assert (answer.status_code, answer.json()["code"]) == (409, "too_few_peers")

@@ -87,7 +87,7 @@ def test_dropped_history_shows_the_alerts_of_each_group_and_errors_say_what_to_d
         expect(incidents.nth(1)).to_contain_text(re.compile(r"2026-01-01 00:10:00.*a.*not found"))
         head = card.get_by_role("region", name="alerts by α").locator("thead")
         expect(head).to_contain_text("incidents found")
-        expect(card.get_by_role("heading", name="Worst")).to_have_count(0)  # its only alert is not false
+        expect(card.get_by_role("heading", name="Worst")).to_have_count(0)  # there is no false alert to list
         assert card.get_by_role("img", name="severity over time").first.locator("rect.known").count() == 1
         page.screenshot(path=tmp_path / "rehearsal.png", full_page=True)
         assert explorer.errors == []
