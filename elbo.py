@@ -959,12 +959,13 @@ def directions(
     sign: SignOption = None,
     trusted_keys: TrustedKeysOption = None,
 ) -> None:
-    """Find the directions of labels in the latent space, towards which POST /edit can move rows.
+    """Find the directions in the latent space along which POST /edit moves rows towards a label.
 
     The direction of a label leads from the mean latents of the rows with other labels to the mean latents of the rows
     with this label. A model that was trained on labelled rows knows the directions of these labels already: use this
-    command for other labels, or for means of more rows. It publishes a new version, with the same networks and the same
-    scores. The signature of the old version is not valid for the new one: use --sign, or sign it later with elbo sign.
+    command for other labels, or to average over more rows. It publishes a new version, with the same networks and the
+    same scores. The signature of the old version is not valid for the new one: use --sign, or sign it later with elbo
+    sign.
     """
     key = _private_key(sign)
     from training.publishing.directions import publish_directions

@@ -144,7 +144,7 @@ class SampleBody(Body):
     given: PartialRow = Field(
         None,
         description="values of some features, by name or as a row with null for the others: the other values are drawn "
-        "given these. With `noise` false, they are what the latents decode to",
+        "given these. With `noise` false, the other values are what the latents decode to",
     )
     near: End | None = Field(
         None,
@@ -154,8 +154,8 @@ class SampleBody(Body):
         0.3,
         ge=0.0,
         le=100.0,
-        description="with `near`: the standard deviation of each latent of the samples, in units of its standard "
-        "deviation over samples without `near`",
+        description="with `near`: how far the latents of the samples scatter, relative to samples without `near`; 1 "
+        "gives the same standard deviations",
     )
 
 
@@ -193,12 +193,14 @@ class EditBody(Body):
     latent: Vector = Field(None, description="a latent vector of K numbers, where the path starts")
     direction: str = Field(
         min_length=1,
-        description="the label towards which the row moves: from the mean latents of `away_from` to those of the "
-        "rows with this label. GET /models/{reference} lists the labels in `directions`",
+        description="the label towards which the row moves. The direction leads from the mean latents of the rows with "
+        "the label `away_from` to the mean latents of the rows with this label. GET /models/{reference} lists the "
+        "labels in `directions`",
     )
     away_from: str | None = Field(
         None,
-        description="the label where the direction begins; by default all rows with another label than `direction`",
+        description="the label where the direction begins; by default, it begins at the mean of all rows with other "
+        "labels",
     )
     amount: float = Field(
         1.0,
@@ -317,7 +319,7 @@ class AnomalyBody(Body):
     condition: RowConditions = Field(
         None,
         description='models trained with `--condition` only: the condition of all rows, such as `{"label": "7"}`, or '
-        "for `inputs` a list with one condition per row; a record or a line that has a column of conditions uses that",
+        "for `inputs` a list with one condition per row. A level in a record or a line overrides it",
     )
 
 
@@ -359,7 +361,7 @@ class PeersQuery(Body):
 
 
 class KnownIncident(Body):
-    """A period in which alarms are wanted."""
+    """A known incident: a period in which alarms are correct."""
 
     start: float | str = Field(description="its first moment: Unix time in s, ms, us or ns, or ISO 8601")
     end: float | str = Field(description="its last moment, in the same forms")
@@ -771,10 +773,10 @@ class ModelDetail(ModelSummary):
     timeline: Timeline | None = Field(
         None,
         description="the columns of times and groups, the usual time between two rows of a group, and the periods of "
-        "the training rows; absent if the model was trained without times, as are the next two fields",
+        "the training rows; absent if the model was trained without times, like `incident_rows` and `scaled_by_group`",
     )
     incident_rows: int | None = Field(
-        None, description="number of rows after which an incident of a group counts as a change"
+        None, description="number of consecutive rows of a group after which an incident counts as a change"
     )
     scaled_by_group: bool | None = Field(
         None, description="whether rows are converted into common units before the model sees them"
@@ -819,12 +821,13 @@ class PeerFeatureReport(BaseModel):
 
     name: str
     deviation: float = Field(
-        description="how far the group is above the median of all groups, in their standard deviations: the value of "
-        "the feature if `scaled_by_group`, otherwise the distance of the value from what the model expects"
+        description="how far the group is above the median of all groups, in standard deviations between groups. If "
+        "`scaled_by_group`, the values of the feature are compared, otherwise their distances from what the model "
+        "expects"
     )
     value: float = Field(description="value of the feature, in raw units")
     peers: float = Field(
-        description="the value that the group would have if it were like its peers, if `scaled_by_group`; otherwise "
+        description="if `scaled_by_group`, the value that the group would have if it were like its peers; otherwise "
         "the median of the values of all groups"
     )
 
@@ -838,16 +841,16 @@ class PeerReport(BaseModel):
     deviation: float = Field(description="the larger one of `score_deviation` and `feature_deviation`")
     is_different: bool = Field(description="whether `deviation` is above `limit`")
     score_deviation: float = Field(
-        description="how far `score` is above the median of all groups, in their standard deviations"
+        description="how far `score` is above the median of all groups, in standard deviations between groups"
     )
     feature_deviation: float | None = Field(
-        description="how far the features are from the median features of all groups, beyond the usual distance of a "
-        "group, in standard deviations of these distances; null unless `scaled_by_group`, or if the row has no feature "
-        "that can be compared"
+        description="each group has a distance of its features from the median features of all groups. This is how far "
+        "that distance is above the median distance, in standard deviations between groups; null unless "
+        "`scaled_by_group`, or if the row has no feature that can be compared"
     )
     score: float = Field(
-        description="adjusted score of the newest row: the logarithm of its score, in usual deviations from what is "
-        "usual for the group and the time"
+        description="adjusted score of the newest row: how far the logarithm of its score is above what is usual for "
+        "the group and the time, divided by the usual deviation"
     )
     p_value: float = Field(description="p-value of the newest row when it was judged, by the calibration of its group")
     has_baseline: bool = Field(
@@ -864,8 +867,9 @@ class PeersAnswer(ModelAnswer):
     compared: int = Field(description="number of groups whose newest rows are compared")
     others: int = Field(description="number of remembered groups whose newest row is of another time")
     limit: float = Field(
-        description="if no group differs, the largest deviation is above this number at no more than about 5 % of the "
-        "moments, provided that scores and distances of features are about normally distributed"
+        description="a group differs if its deviation is above this number. If no group really differs, the largest "
+        "deviation is above it at no more than about 5 % of the moments, provided that scores and distances of "
+        "features are about normally distributed"
     )
     scaled_by_group: bool = Field(description="whether the model was trained with `--scale-by-group`")
     groups: list[PeerReport] = Field(description="at most `n` groups, those that deviate most first")

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-MAX_ALERT_GROUPS = 100  # groups of a model that have alerts of their own; further groups share one alert
+MAX_ALERT_GROUPS = 100  # number of groups of a model that have alerts of their own; further groups share one alert
 CALM_STEPS = 1.5  # wait for the next row before an alert ends, and half a step more because it may be late
 
 

@@ -1,7 +1,8 @@
 """The conditions of rows in requests: what a level is, and the one-hot numbers that a conditional model takes.
 
-A condition is an object such as `{"label": "7"}`: the level of each column of conditions. A column may be absent. In
-codes, a level is its index among the levels of its column, and NO_LEVEL stands for an absent one.
+A condition is an object such as `{"label": "7"}`, with the level of each column of conditions. A column may be absent.
+The code of a condition has a number for each column: the index of the level among the levels of the column, or NO_LEVEL
+if the column is absent.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ class ConditionSchema:
     Args:
         levels: the levels of each column, by the name of the column.
         combinations: the codes of the conditions in the training data.
-        shares: how often each of them occurs; the sum is 1.
+        shares: how often each combination occurs in the training data; the sum is 1.
     """
 
     def __init__(
@@ -50,10 +51,10 @@ class ConditionSchema:
         self._shares = np.array(shares)
 
     def read(self, condition: Any, pointer: str = "/condition") -> Code:
-        """Return the code of a condition in a request; `unknown` for None.
+        """Return the code of a condition in a request; for None, it is `unknown`.
 
         Raises:
-            InvalidField: it is no object, or a column or a level is not known.
+            InvalidField: `condition` is not an object, or the model does not know a column or a level.
         """
         if condition is None:
             return self.unknown
@@ -105,7 +106,7 @@ class ConditionSchema:
         return np.array(codes, np.int64).reshape(rows, len(self.names))
 
     def read_record(self, record: dict[str, Any], default: Code) -> Code:
-        """Return the code of the condition in a record, whose keys are names of columns; `default` where it has none.
+        """Return the code of the condition in `record`, an object by column name. Absent levels are those of `default`.
 
         Raises:
             InvalidRows: a level is not known.
@@ -128,8 +129,8 @@ class ConditionSchema:
     def draw_missing(self, codes: Codes, choice: Array) -> Codes:
         """Return `codes` [B, J] with levels in place of NO_LEVEL, drawn by their shares in the training data.
 
-        The levels of a row are drawn among the combinations that have the levels that are given. If the training data
-        have no such combination, NO_LEVEL stays.
+        A row keeps its given levels, and gets the others from a combination that has the given levels. If the training
+        data have no such combination, NO_LEVEL stays.
 
         Args:
             choice: uniform numbers in [0, 1), [B].
@@ -148,14 +149,14 @@ class ConditionSchema:
         return drawn
 
     def one_hot(self, codes: Codes) -> Array:
-        """Return the numbers [B, C] of the conditions with these codes [B, J]."""
+        """Return one-hot conditions [B, C] for `codes` [B, J]. A column without a level has only zeros."""
         numbers = np.zeros((len(codes), self.width), np.float32)
         rows, columns = np.nonzero(codes != NO_LEVEL)
         numbers[rows, self._first[columns] + codes[rows, columns]] = 1.0
         return numbers
 
     def codes_of(self, numbers: Array) -> Codes:
-        """Return the codes [B, J] of one-hot conditions [B, C]. See `one_hot`."""
+        """Return the codes [B, J] of one-hot conditions [B, C]: the inverse of `one_hot`."""
         codes = np.full((len(numbers), len(self.names)), NO_LEVEL)
         rows, places = np.nonzero(numbers)
         columns = np.searchsorted(self._first, places, side="right") - 1
@@ -163,7 +164,10 @@ class ConditionSchema:
         return codes
 
     def join(self, rows: Array, codes: Codes | None = None) -> Array:
-        """Return rows or latents [B, D] followed by their conditions, [B, D + C]. None: no row has a level."""
+        """Return rows or latents [B, D] followed by their conditions, [B, D + C].
+
+        If `codes` is None, no row has a level.
+        """
         if codes is None:
             return np.concatenate((rows, np.zeros((len(rows), self.width), np.float32)), axis=1)
         return np.concatenate((rows, self.one_hot(codes)), axis=1)
@@ -199,10 +203,10 @@ class ConditionSchema:
 
 
 def _normalise(text: str) -> str:
-    """Return `text` without spaces around it, and a whole number in one form, as training does: `1` for ` 1.0`."""
+    """Return `text` as training writes levels: without spaces around it, and `1` for the whole number ` 1.0`."""
     text = text.strip()
     if len(text) > MAX_QUOTED:
-        return text  # no level is so long
+        return text  # it is longer than any level
     try:
         number = float(text)
     except ValueError:

@@ -69,7 +69,7 @@ from service.schemas import (
 )
 
 Array = npt.NDArray[np.float32]
-LATENT_DRAWS = 1024  # from which the standard deviations of the latents are estimated
+LATENT_DRAWS = 1024  # number of draws from the prior that the standard deviations of the latents are estimated from
 MAX_STRIP_STEPS = 32  # for up to this many interpolation steps, the image is a single row of tiles
 
 
@@ -80,7 +80,7 @@ class InferenceEndpoints:
         self._service = service
         self._noise = NoiseSource()
         self._long_draw = asyncio.Lock()  # held while a thread draws noise
-        # The standard deviations [K] of the latents that the prior of a model draws.
+        # For each model, the standard deviations [K] of latents that are drawn from its prior.
         self._deviations: WeakKeyDictionary[ServedModel, Array] = WeakKeyDictionary()
 
     async def encode(self, request: RequestContext) -> HttpResponse:
@@ -146,8 +146,10 @@ class InferenceEndpoints:
     async def _draw(
         self, parsed: "ParsedRequest[SampleBody, Start]", seed: int, row_width: int, codes: Codes | None = None
     ) -> tuple[Array, ...]:
-        """Return noise [B, K] of the latents, choices [B], and unless `row_width` is 0, noise [B, row_width] of rows.
+        """Return the random numbers of B samples.
 
+        They are the noise of the latents [B, K], or with `codes` [B, K + C], the choices of components [B], and, unless
+        `row_width` is 0, the noise of the rows [B, row_width].
 
         Long draws run one at a time, and each begins only if the queue has room for its rows. If many large requests
         arrive at once, most are refused before they cost time and memory.
@@ -299,7 +301,7 @@ def read_inputs(
 
 
 def _read_latents(served: ServedModel, body: DecodeBody, may_contain_non_floats: bool, budget: Budget) -> Array:
-    """Return the latents as float32 [B, K], or with their conditions, [B, K + C], if the model knows conditions."""
+    """Return the latents as float32 [B, K]. If the model knows conditions, they follow the latents, [B, K + C]."""
     return with_conditions(served, body.condition, read_latents(served, body, may_contain_non_floats, budget), budget)
 
 
@@ -360,7 +362,7 @@ def _read_start(served: ServedModel, body: SampleBody, may_contain_non_floats: b
     if body.near is None:
         if "spread" in body.model_fields_set:
             raise InvalidField(
-                "spread says how far samples are from the point near, which is missing",
+                "spread says how far samples are from the point in near, but near is missing",
                 pointer="/spread",
                 expected="near",
                 got="spread alone",

@@ -9,8 +9,8 @@ const MAX_INCIDENTS = 200; // they are sent in the query, beside the rows in the
 export const listsIncidents = (text) => NAMES.every((name) => header(text).includes(name));
 
 /**
- * The incidents in `text`, CSV with the columns start and end, and perhaps a column of groups: `group`, the one that
- * `groupColumn` names, or the only other column. Throws UserError.
+ * The incidents in `text`, CSV with the columns start and end, and perhaps a column of groups. The column of groups is
+ * called `group` or as `groupColumn` says, or it is the only other column. Throws UserError.
  */
 export function parseIncidents(text, groupColumn = "") {
   const names = header(text);

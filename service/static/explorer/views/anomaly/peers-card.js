@@ -8,8 +8,8 @@ import { h, scrollable, tableHead } from "../../ui/dom.js";
 import { AsyncPanel } from "../../ui/messages.js";
 
 const DEVIATION =
-  "How far the newest row of a group is above the median of all groups, in robust standard deviations: its score, or " +
-  "the distance of its features.";
+  "How far the newest row of a group is above the median of all groups, in robust standard deviations: in its " +
+  "score or in the distance of its features, whichever is larger.";
 
 export class PeersCard {
   constructor({ model }) {
