@@ -64,7 +64,7 @@ def conv_decoder(
 
 
 class AddLevels(nn.Module):
-    """Add a learnt image of each level to images that have these levels, so that convolutions see the condition.
+    """Add to each image the learnt images of its levels, so that convolutions see the condition.
 
     Args:
         width: number of values of an image, D.
@@ -77,7 +77,7 @@ class AddLevels(nn.Module):
         self.levels = nn.Linear(levels, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return images as rows [B, D] for images with a condition x [B, D + C]."""
+        """Return the sums [B, D], for images that are followed by their conditions, x [B, D + C]."""
         images: Tensor = x[:, : self.width] + self.levels(x[:, self.width :])  # [B, D]
         return images
 

@@ -4,8 +4,8 @@ There are two splits by time. "newest": the oldest 70 % of the rows fit, the nex
 calibrate. "blocks": the shares are the same, but the history is cut into several blocks, and each of them has fit rows,
 held-out rows and calibration rows.
 
-A model that is split in blocks has seen the whole of a history that changes. The price: rows of the same days fit, so
-held-out rows and calibration rows are more like the fit rows than later rows will be.
+A model that is split in blocks has seen the whole of a history that changes. The price: there are fit
+rows of the same days, so held-out rows and calibration rows are more like the fit rows than later rows will be.
 """
 
 from dataclasses import dataclass
@@ -29,10 +29,12 @@ HELD_OUT_SHARE, CALIBRATION_SHARE = Fraction(1, 10), Fraction(2, 10)
 FIT_SHARE = 1 - HELD_OUT_SHARE - CALIBRATION_SHARE
 PARTS = 3  # of a block: fit rows, held-out rows, calibration rows
 SplitName = Literal["newest", "blocks"]
-# Where the held-out rows and then the calibration rows of each block lie: after this many of as many equal parts of its
-# fit rows as there are blocks. If a block lasts a day or a week, the calibration rows would otherwise all be from the
-# same hours or weekdays. Of all orders that end with the newest rows, this one leaves out the fewest hours and weekdays
-# for the worst length of the history. More blocks would need more rows, because a gap follows each part.
+# Where the held-out rows of each block lie, directly followed by its calibration rows. Cut the fit rows of a block into
+# as many equal pieces as there are blocks: the number is how many of these pieces come before the held-out rows. The
+# numbers differ, because the calibration rows would otherwise all be from the same hours or weekdays if a block lasts a
+# day or a week. Whether hours and weekdays remain without calibration rows depends on the length of the history. Of all
+# orders that end with the newest rows, this one leaves the fewest at the worst length. More blocks would need more
+# rows, because a gap follows each part.
 PLACES: dict[SplitName, tuple[int, ...]] = {"newest": (1,), "blocks": (4, 2, 1, 3, 5)}
 
 
@@ -40,8 +42,8 @@ PLACES: dict[SplitName, tuple[int, ...]] = {"newest": (1,), "blocks": (4, 2, 1, 
 class TimeSplit(Split):
     """A split by time. Fit rows, held-out rows and calibration rows follow each other, once or in each block.
 
-    Rows of the gaps are in none of the three sets. If held-out rows or calibration rows are too many to be kept in
-    memory, the set is a random sample of its periods.
+    Rows of the gaps are in none of the three sets. If there are too many held-out rows or calibration rows to keep
+    in memory, the set is a random sample of the rows of its periods.
     """
 
     gap_rows: int  # rows of each group that are left out between two parts
@@ -76,10 +78,10 @@ def split_table(table: Table, seed: int, gap_rows: int = GAP_ROWS, split: SplitN
 def split_by_time(
     timeline: Timeline, seed: int, width: int = 1, gap_rows: int = GAP_ROWS, split: SplitName = "newest"
 ) -> TimeSplit:
-    """Split rows by time: about 70 % fit, 10 % are held out, and 20 % calibrate, of which the newest are the last.
+    """Split rows by time: about 70 % fit, 10 % are held out, and 20 % calibrate. The newest rows calibrate.
 
-    The moments that divide the parts are the same for all groups. Each copy of a row counts at its own time, because a
-    value that normally returns every day must count as often as it returns.
+    The moments that divide the parts are the same for all groups. Copies of a row are separate rows, each with its own
+    time, because a value that normally returns every day must count as often as it returns.
 
     Args:
         seed: determines the order of the rows within each part.
@@ -112,7 +114,7 @@ def split_by_time(
 
 
 def _shares(places: tuple[int, ...]) -> list[float]:
-    """Return which share of the rows is older than each part but the first, ascending. `places`: see PLACES."""
+    """Return the share of the rows before each part except the first, ascending. `places`: see PLACES."""
     shares = []
     for block, place in enumerate(places):
         fit = block + FIT_SHARE * place / len(places)
@@ -169,7 +171,7 @@ def summarise(timeline: Timeline, split: TimeSplit) -> manifest.Timeline:
 
 
 def _blocks(timeline: Timeline, split: TimeSplit) -> list[manifest.Block]:
-    """Return which periods the rows of each block cover."""
+    """Return the periods of the fit rows, held-out rows and calibration rows of each block."""
 
     def periods(rows: npt.NDArray[np.int64]) -> list[manifest.Period | None]:
         block = np.searchsorted(split.cuts, timeline.time[rows], side="right") // PARTS

@@ -65,8 +65,8 @@ class SampleQuality:
     distance_to_training: float | None  # median from a sample to the nearest training row; None without training rows
     distance_of_rows: float | None  # from a real row, or from its reconstruction if samples have no noise
     copy_p_value: float | None  # small if samples are nearer to training rows than real rows are
-    # Conditional models: the share of the samples that a classifier takes for the condition that was asked for, and the
-    # same share of rows on which the classifier was not trained.
+    # Conditional models: the share of samples in which a classifier finds the condition that was asked for, and the
+    # share of rows in which it finds their own condition. It was not trained on these rows.
     condition_accuracy: float | None = None
     condition_accuracy_of_rows: float | None = None
 
@@ -159,7 +159,7 @@ def _split_of_training(artifact: Artifact, table: Table) -> Split | None:
 
 
 def _reconstruct(artifact: Artifact, rows: Rows, condition: Floats | None = None) -> Rows:
-    """Return the reconstructions of rows [N, D], which have these conditions [N, C], one-hot, if the model has any."""
+    """Return the reconstructions of rows [N, D]. A conditional model needs the `condition` [N, C] of each, one-hot."""
     inputs = rows if condition is None else np.concatenate((rows, condition), axis=1)
     with torch.inference_mode():
         x = torch.from_numpy(inputs.astype(np.float32)).to(artifact.device)
@@ -274,13 +274,16 @@ def classify(
 def condition_accuracy(
     rows: Rows, conditions: Floats, drawn: Rows, asked: Floats, random: np.random.RandomState
 ) -> tuple[float, float] | None:
-    """Return the share of samples drawn [M, D] that a classifier takes for the condition asked for, and that of rows.
+    """Return how accurate a classifier of conditions is: its accuracy on samples, and its accuracy on rows.
 
-    The classifier votes like that of `classify`. It is fitted to one half of the rows [N, D], and the share of rows is
-    that of the other half. Return None if a condition has fewer than 2 x VOTES rows, or if there is only one.
+    On a sample, it is right if it finds the condition that was asked for. The classifier votes like that of `classify`.
+    It is fitted to one half of the rows, and its accuracy on rows is measured on the other half. Return None if a
+    condition has fewer than 2 x VOTES rows, or if there is only one condition.
 
     Args:
+        rows: rows, [N, D].
         conditions: the conditions of the rows, one-hot, [N, C].
+        drawn: samples, [M, D].
         asked: the condition for which each sample was drawn, one-hot, [M, C].
     """
     from sklearn.neighbors import KNeighborsClassifier

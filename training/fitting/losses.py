@@ -49,14 +49,14 @@ class VAEGivenConditions:
         return self._vae.posterior(torch.cat((x, self._condition), dim=1))
 
     def decoder(self, z: Tensor) -> Tensor:
-        """Return the parameter of the likelihood [S * B, D] for latents z [S * B, L]: S samples, each of all B rows."""
+        """Return the parameter of the likelihood [S * B, D] for z [S * B, L]: S times one latent sample of each row."""
         condition = self._condition.repeat(len(z) // len(self._condition), 1)  # [S * B, C]
         output: Tensor = self._vae.decoder(torch.cat((z, condition), dim=1))
         return output
 
 
 def for_losses(vae: VAE, x: Tensor) -> tuple[LossVAE, Tensor]:
-    """Return `vae` and the rows x [B, D] as the losses take them; if it is conditional, x is [B, D + C]."""
+    """Return a VAE and rows [B, D] as the losses take them. If `vae` is conditional, x is [B, D + C], else [B, D]."""
     if isinstance(vae, ConditionalVAE):
         return VAEGivenConditions(vae, x[:, vae.width :]), x[:, : vae.width]
     return vae, x

@@ -95,7 +95,7 @@ class ElboObjective:
 
 
 def drop_levels(rows: Tensor, levels: Sequence[int], random: torch.Generator) -> Tensor:
-    """Return rows [B, D + C], in which some lack their level of a column of conditions: zeros replace it.
+    """Return `rows` [B, D + C], with zeros in place of a random tenth of the levels in each column of conditions.
 
     The networks thus learn to encode and to decode rows whose condition is unknown.
 

@@ -79,8 +79,8 @@ def fit_conditional_prior(
 ) -> ConditionalPrior:
     """Return a prior with a mixture for each condition that enough fit rows have, and one for all other conditions.
 
-    The mixtures are those of `fit_prior`. The latents of an autoencoder depend on the condition, and so do those of a
-    VAE in practice: its networks use the condition less than they could.
+    The mixtures are those of `fit_prior`. The latents of an autoencoder depend on the condition. Those of a VAE
+    would not if its networks made full use of the condition, but in practice they do.
 
     Args:
         core: the fitted model.
@@ -108,7 +108,10 @@ def fit_conditional_prior(
 
 
 def _covariance_within(z: Array, condition: npt.NDArray[np.float32]) -> Array:
-    """Return the covariance [K, K] of latents z [N, K] about the means of the rows with the same condition [N, C]."""
+    """Return the covariance [K, K] of latents z [N, K] within conditions [N, C].
+
+    From the latents of each row, the mean latents of the rows with the same condition are subtracted.
+    """
     _, number, counts = np.unique(condition, axis=0, return_inverse=True, return_counts=True)
     means = np.zeros((len(counts), z.shape[1]))
     np.add.at(means, number, z)
@@ -119,7 +122,8 @@ def _covariance_within(z: Array, condition: npt.NDArray[np.float32]) -> Array:
 def _fit_condition(z: Array, held_out: Array, pooled: Array, seed: int) -> Mixture:
     """Return the mixture of the latents z [N, K] of the rows of one condition.
 
-    With few rows, it is one Gaussian, whose covariance borrows SHRINKAGE rows per latent from `pooled` [K, K].
+    With few rows, it is one Gaussian. Its covariance is shrunk towards `pooled` [K, K], which has the weight of
+    SHRINKAGE rows per latent.
     """
     rows, latents = z.shape
     if rows >= 2 * ROWS_PER_COMPONENT and rows >= 2 * latents and len(held_out) >= MIN_HELD_OUT_ROWS:

@@ -58,7 +58,7 @@ def fit_score_statistics(
 def fit_calibration(core: Core, u: Tensor, correction: LevelCorrection | None = None) -> Calibration:
     """Return the calibration from the scores of calibration rows u [N, D], in model units.
 
-    If `core` is conditional, u is [N, D + C], and `correction` is for the rows without a level.
+    If `core` is conditional, u is [N, D + C], and `correction` corrects the scores of rows without a level.
     """
     with torch.no_grad():
         scores = torch.cat([core.score(rows)[0] for rows in u.split(BATCH)])
@@ -129,14 +129,14 @@ def _fit_ensemble(
 
 
 def _distances_to_others(neighbours: Neighbours, u: Tensor) -> Tensor:
-    """Return what `neighbours` gives for rows u [N, D], without the reference row that is the row itself, [N]."""
+    """Return what `neighbours` returns for rows u [N, D], [N], except that no row is its own neighbour."""
     distances = []
     for rows in u.split(BATCH):
         white = neighbours.whitening(rows)  # [B, D]
         joined = torch.cat((white, white.square().sum(dim=1, keepdim=True)), dim=1)  # [B, D + 1]
         to_references = torch.addmm(neighbours.offsets, joined, neighbours.slopes)  # [B, R]
         nearest = to_references.topk(min(2, to_references.shape[1]), largest=False).values  # [B, 2]
-        is_itself = nearest[:, 0] <= MIN_SCALE * u.shape[1]  # up to rounding
+        is_itself = nearest[:, 0] <= MIN_SCALE * u.shape[1]  # the distance is 0 up to rounding
         distances.append(torch.where(is_itself, nearest[:, -1], nearest[:, 0]))
     return torch.cat(distances).clamp(min=0.0)
 

@@ -83,7 +83,7 @@ def _summary(manifest: Manifest) -> Iterator[str]:
     if manifest.window is not None:
         yield from _window(manifest.window)
     if manifest.conditions is not None:
-        yield "It knows the condition of a row, which is no feature:"
+        yield "It knows the condition of a row, which is not a feature:"
         yield from (f"{line}." for line in condition_lines(manifest.conditions))
     if changed := list(_changed_options(manifest)):
         yield "Options that differ from the defaults: " + ", ".join(f"{name} {text}" for name, text in changed) + "."
@@ -320,7 +320,7 @@ def command_of(manifest: Manifest) -> str:
 
 
 def _would_be_cross(manifest: Manifest) -> bool:
-    """Return whether elbo train, by default, would use cross-conformal calibration, although this model has not."""
+    """Return whether `elbo train` would use cross-conformal calibration by default, but this model was split."""
     distinct = manifest.data.rows if manifest.data.distinct is None else manifest.data.distinct
     is_small = manifest.timeline is None and not manifest.is_image and distinct <= AUTO_CROSS_ROWS
     return is_small and manifest.training.get("calibration", "split") == "split"

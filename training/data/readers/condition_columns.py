@@ -25,15 +25,15 @@ class ConditionReader:
         path: the file.
         name: the name of the column.
         index: its position in the file.
-        limited: whether a column of more than MAX_LEVELS different values is refused. If not, further values count as
-            empty cells.
+        limited: whether a column of more than MAX_LEVELS different values is refused. If not, the values after the
+            first MAX_LEVELS count as empty cells.
     """
 
     path: Path
     name: str
     index: int
     limited: bool = True
-    levels: dict[str, int] = field(default_factory=dict)  # number of each level, in the order in which they appear
+    levels: dict[str, int] = field(default_factory=dict)  # index of each level, in order of appearance
     blocks: list[npt.NDArray[np.int64]] = field(default_factory=list)
 
     def read(self, cells: "pl.Series") -> None:
