@@ -10,7 +10,7 @@ from service.codec.conditions import no_conditions
 from service.codec.partial_rows import parse_partial_records, parse_partial_row
 from service.codec.row_arrays import parse_array
 from service.codec.row_lists import parse_rows
-from service.errors import InvalidField, InvalidRows, NotSupported
+from service.errors import InvalidField, InvalidRows, NotSupported, escape
 from service.inference.served_model import ServedModel
 from service.schemas import ImputeBody, SampleBody
 
@@ -127,7 +127,7 @@ def _require_valid_ranges(served: ServedModel, given: Array, sent: object) -> No
         high = np.inf if rule.maximum is None else rule.maximum
         if value < low or value > high:  # false for NaN
             expected = f"a number from {low:g} to {high:g}"
-            place = f"/{name}" if isinstance(sent, dict) else f"/{index}"
+            place = f"/{escape(name)}" if isinstance(sent, dict) else f"/{index}"
             raise InvalidRows(
                 f"{name} is {value:g}, which is outside of its valid range in the policy of the model",
                 pointer=f"/given{place}",

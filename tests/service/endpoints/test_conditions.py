@@ -314,6 +314,20 @@ def test_model_without_conditions_refuses_a_condition_and_answers_without_one(cl
     assert "conditions" not in post(client, "/sample", {"n": 2}, params=params)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/impute", {"inputs": [[None, *[0.5] * 63]]}),
+        ("/sample", {"given": [None, *[0.5] * 63]}),
+        ("/sample", {"near": {"input": [0.5] * 64}}),
+    ],
+)
+def test_conditional_model_does_not_complete_rows(client: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    response = client.post(path, json=body)
+    assert (response.status_code, response.json()["code"]) == (409, "not_supported"), response.text
+    assert "without --condition" in response.json()["hint"]
+
+
 def test_models_list_the_levels(client: httpx.Client) -> None:
     found = {entry["name"]: entry.get("conditions") for entry in client.get("/models").json()["models"]}
     assert found == {

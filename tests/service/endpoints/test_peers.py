@@ -302,3 +302,21 @@ def test_comparison_needs_a_key_with_the_scope_metrics(models: Path, tmp_path: P
             for name in ("infer", "write", "metrics", "admin")
         }
     assert codes == {"infer": 403, "write": 403, "metrics": 409, "admin": 409}  # 409: no row is remembered yet
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/impute", {"records": [{"cpu": 1.0}]}),
+        ("/sample", {"given": {"cpu": 1.0}}),
+        ("/neighbours", {"latents": [[0.0, 0.0]]}),
+        ("/edit", {"latent": [0.0, 0.0], "direction": "a"}),
+    ],
+)
+def test_model_scaled_by_group_refuses_requests_about_rows_without_a_group(
+    client: httpx.Client, path: str, body: Record
+) -> None:
+    response = client.post(path, json=body, params={"model": "scaled"})
+    assert (response.status_code, response.json()["code"]) == (409, "not_supported"), response.text
+    assert "without" in response.json()["hint"]
+    assert "--scale-by-group" in response.json()["hint"]

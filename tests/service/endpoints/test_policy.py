@@ -140,3 +140,11 @@ def test_budget_of_the_policy_gives_the_default_alpha(client: httpx.Client) -> N
     assert post(client, "/anomaly?model=budget", {**rows, "alpha": 0.01})["alpha"] == 0.01
     assert post(client, "/anomaly?model=budget&alpha=0.02", rows)["alpha"] == 0.02
     assert post(client, "/anomaly?model=plain", rows)["alpha"] == 0.05
+
+
+def test_given_value_outside_of_its_valid_range_is_refused(client: httpx.Client) -> None:
+    response = client.post("/sample", json={"given": {"cpu": -60.0}, "n": 2}, params={"model": "hosts"})
+    problem = response.json()
+    assert (response.status_code, problem["code"], problem["pointer"]) == (422, "invalid_rows", "/given/cpu"), problem
+    assert (problem["expected"], problem["got"]) == ("a number from -50 to inf", "-60")
+    assert len(post(client, "/sample?model=hosts", {"given": {"cpu": -40.0}, "n": 2})["outputs"]) == 2
