@@ -234,7 +234,7 @@ class NeighboursBody(Body):
         description="whether the response contains the values of the neighbours, which are rows of the training data; "
         "if the server has API keys, this needs the scope admin",
     )
-    condition: RowConditions = Field(None, description=f"for `inputs` and {_ROW_CONDITIONS}")
+    condition: RowConditions = Field(None, description=f"only with `inputs`; {_ROW_CONDITIONS}")
 
 
 class AnomalyBody(Body):

@@ -87,7 +87,7 @@ class ConditionSchema:
         """Return the codes [rows, J] of the conditions in a request: one for all rows, or a list with one per row.
 
         Raises:
-            InvalidField: see `read`; or the list has another length.
+            InvalidField: as for `read`; or the list does not have `rows` entries.
         """
         if not isinstance(condition, list | JsonRows):
             return np.array([self.read(condition)], np.int64).repeat(rows, axis=0)
@@ -215,7 +215,7 @@ def _normalise(text: str) -> str:
 
 
 def no_conditions(model: str) -> InvalidField:
-    """Return the error that a request has a condition, but the model knows none."""
+    """Return the error for a request that has a condition although the model knows none."""
     return InvalidField(
         f"{model} knows no condition of a row",
         pointer="/condition",

@@ -26,7 +26,7 @@ def parse_partial_row(schema: RowSchema, row: Any, pointer: str, may_contain_non
         may_contain_non_floats: whether values may be true, false, NaN or infinite.
 
     Raises:
-        InvalidRows: a name is not a feature, a value is not a finite number, or there is no value.
+        InvalidRows: a name is not a feature, a value is not a finite number, or all values are missing.
     """
     if type(row) is not dict:
         return parse_row(schema.all_optional, row, pointer, may_contain_non_floats)

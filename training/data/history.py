@@ -1,4 +1,4 @@
-"""Read the rows of a table that has times, for `elbo backtest`. A faulty row costs only itself."""
+"""Read the rows of a table that has times, for `elbo backtest`. Faulty rows are left out and counted."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

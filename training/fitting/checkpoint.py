@@ -15,7 +15,7 @@ from models.staging import PREFIX, staging_folder
 from training.errors import FitError
 
 FILE_NAME = "checkpoint.pt"
-FOLD = "fold-"  # start of the name of the folder with the checkpoint of a fold
+FOLD = "fold-"  # a folder with the checkpoint of a fold has a name that starts with this
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,10 @@ class CheckpointStore:
         return self.folder / FILE_NAME
 
     def of_fold(self, fold: int) -> "CheckpointStore":
-        """Return the store of the model that scores the rows of fold number `fold`. It resumes if it can."""
+        """Return the store of the model that scores the rows of fold number `fold`.
+
+        It resumes if this store resumes and the fold has a checkpoint of this run.
+        """
         identity = f"{self.identity} fold {fold}"
         store = replace(self, folder=self.folder / f"{FOLD}{fold}", identity=identity, resume=False)
         return replace(store, resume=self.resume and store.belongs_to_run())

@@ -20,7 +20,7 @@ LossTerms = dict[str, Tensor]  # scalars by name: "loss" and the terms that it c
 
 
 class LossVAE(Protocol):
-    """What a loss needs of a VAE."""
+    """The part of a VAE that the losses use."""
 
     @property
     def likelihood(self) -> Likelihood:
@@ -34,7 +34,7 @@ class LossVAE(Protocol):
 
 
 class VAEGivenConditions:
-    """A conditional VAE, given the conditions of the rows of a batch: it takes rows and latents without conditions.
+    """A conditional VAE with the conditions of one batch of rows. Its methods take rows and latents without conditions.
 
     Args:
         vae: the VAE.

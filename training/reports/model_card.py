@@ -181,8 +181,8 @@ def _alarms(manifest: Manifest) -> Iterator[str]:
         yield f"**{few_calibration_rows(manifest.calibration)}**"
     if manifest.calibration.folds:
         yield "At alpha 0.05, about 5 % of the normal rows that are exchangeable with the calibration rows raise a"
-        yield "false alarm, on average over tables. This is measured, and not guaranteed: the published model is none"
-        yield "of the models that scored the calibration rows."
+        yield "false alarm, on average over tables. This is measured, and not guaranteed: the published model is not"
+        yield "one of the models that scored the calibration rows."
     else:
         yield "At alpha 0.05, at most 5 % of the normal rows that are exchangeable with the calibration rows raise a"
         yield "false alarm, on average over calibration sets."
@@ -320,7 +320,7 @@ def command_of(manifest: Manifest) -> str:
 
 
 def _would_be_cross(manifest: Manifest) -> bool:
-    """Return whether `elbo train` would use cross-conformal calibration by default, but this model was split."""
+    """Return whether `elbo train` would use cross-conformal calibration by default, but did not for this model."""
     distinct = manifest.data.rows if manifest.data.distinct is None else manifest.data.distinct
     is_small = manifest.timeline is None and not manifest.is_image and distinct <= AUTO_CROSS_ROWS
     return is_small and manifest.training.get("calibration", "split") == "split"

@@ -364,7 +364,7 @@ def test_connection_is_closed_after_the_request_timeout_if_the_request_head_is_i
 def test_connection_is_closed_if_the_request_head_does_not_end(server: ServerProcess) -> None:
     with server.connect() as connection:
         connection.sendall(b"POST /encode HTTP/1.1\r\n")
-        lines = (b"x-name: " + b"v" * 4096 + b"\r\n") * 20_000  # the buffers of the system take some megabytes
+        lines = (b"x-name: " + b"v" * 4096 + b"\r\n") * 20_000  # more than the socket buffers of the system hold
         with pytest.raises(ConnectionError):
             connection.sendall(lines)
     with server.client() as client:
