@@ -16,8 +16,8 @@ from models.prior import Prior
 from models.scaling import Scaling
 
 CHAINS = 16
-FIRST_STEPS = 4  # of each chain, whose states are not used
-KEPT_STEPS = 4  # of each chain, whose states are used; more steps lower the error of estimates by less than 2 %
+FIRST_STEPS = 4  # steps of each chain before its states are used
+KEPT_STEPS = 4  # later steps of each chain, whose states are used; more of them lower the error by less than 2 %
 CANDIDATES = 256
 
 
@@ -29,9 +29,10 @@ class CompletingPipeline(Pipeline):
 
         Returns:
             mean: the rows with the expected values of what is missing, [B, D].
-            deviation: the standard deviation of each missing value given the known ones, and 0 if it is known, [B, D].
-            low: lower end of the interval that contains a missing value with probability 0.9, or the known value.
-            high: upper end of this interval.
+            deviation: the standard deviation of each missing value given the known values; 0 for a known value, [B, D].
+            low: lower end of the interval that contains a missing value with probability 0.9; for a known value, the
+                value itself, [B, D].
+            high: upper end of this interval, [B, D].
         """
         raise NotImplementedError
 
@@ -79,7 +80,7 @@ class CompletingPCA(CompletingPipeline):
         variance = self.core.noise_variance.double() * (1.0 + spread.square().sum(dim=1))  # [B, D]
         filled = torch.where(missing, self.scaling.inverse(mean), x.double())  # [B, D]
         deviation = torch.where(missing, variance.sqrt() * self.scaling.scale, torch.zeros_like(filled))  # [B, D]
-        # A normal variable is further than this above its mean with probability 0.05, and below it likewise.
+        # A normal variable is above the upper end with probability 0.05, and below the lower end with probability 0.05.
         margin = 1.6448536269514722 * deviation
         return filled.float(), deviation.float(), (filled - margin).float(), (filled + margin).float()
 
@@ -138,10 +139,10 @@ class Chains(nn.Module):
         candidate_choice: uniform numbers in [0, 1) of the candidates, [M].
         noise: standard normal noise of the latents, [C, K].
         row_noise: standard normal noise of the rows, [C, D].
-        spread: by what the standard deviation of the chains is multiplied to be right on calibration rows, [D].
-        low: lower end of an interval that contains 90 % of the missing values of calibration rows, in standard
-            deviations of the chains from their mean, [D].
-        high: upper end of this interval, [D].
+        spread: factor that makes the standard deviation of the chains right on calibration rows, [D].
+        low: lower end of the interval of a missing value, measured from the mean of the chains in their standard
+            deviations, [D]. The interval contains 90 % of the values that were taken out of calibration rows.
+        high: upper end of this interval, in the same unit, [D].
     """
 
     deviation: Tensor
@@ -177,7 +178,8 @@ class Chains(nn.Module):
         self.register_buffer("high", high)
         chains = len(noise)
         states = chains * KEPT_STEPS
-        # The middles of C equal parts of [0, 1], and the ends of equal parts, one for each state.
+        # `chain_places` are the middles of C equal parts of [0, 1]. `state_places` are the borders between equal parts
+        # of [0, 1], one part for each state.
         self.register_buffer("chain_places", (torch.arange(chains) + 0.5) / chains)  # [C]
         self.register_buffer("state_places", torch.arange(1, states) / states)  # [C KEPT_STEPS - 1]
 
@@ -185,11 +187,11 @@ class Chains(nn.Module):
 class CompletingNetwork(CompletingPipeline):
     """A pipeline of a VAE, an autoencoder or an ensemble that completes rows by Markov chains.
 
-    Each chain alternates between latents given the whole row and missing values given the latents (Rezende, Mohamed &
-    Wierstra 2014, "Stochastic backpropagation", appendix F; for an autoencoder the walkback of Bengio et al. 2013,
-    "Generalized denoising auto-encoders as generative models"). The chains begin with candidates from the prior, chosen
-    with probabilities in proportion to the density of the known values (sampling importance resampling). A chain that
-    begins with medians needs many more steps if most values are missing.
+    Each chain alternates between two draws: latents given the whole row, and missing values given the latents. For a
+    VAE, see Rezende, Mohamed & Wierstra 2014, "Stochastic backpropagation", appendix F. For an autoencoder, see the
+    walkback of Bengio et al. 2013, "Generalized denoising auto-encoders as generative models". The chains begin with
+    candidates from the prior, chosen with probabilities in proportion to the density of the known values (sampling
+    importance resampling). A chain that begins with medians needs many more steps if most values are missing.
 
     The encoder only approximates the posterior, so the distribution of the chains is not exact. The deviations and the
     intervals of `impute` are therefore calibrated: on rows that did not train the networks, 90 % of the values that
@@ -229,7 +231,7 @@ class CompletingNetwork(CompletingPipeline):
     def estimate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and the standard deviation of the chains for rows x [B, D], in model units, each [B, D].
 
-        They are those of all values, including the known ones.
+        Both are computed for all values, including the known ones.
         """
         decoded = self._run_chains(x)  # [B, S, D]
         mean = decoded.mean(dim=1)  # [B, D]
@@ -268,7 +270,8 @@ class CompletingNetwork(CompletingPipeline):
         missing, values = x.isnan().unsqueeze(1), u.unsqueeze(1)  # [B, 1, D], [B, 1, D]
         candidates = self.core.decode(self.prior(self.chains.candidate_noise, self.chains.candidate_choice))  # [M, D]
         weight = known / self.chains.deviation.square()  # [B, D]
-        # The log-density of the known values given each candidate, up to a constant of the row, [B, M].
+        # The log-density of the known values given each candidate, without terms that are equal for all candidates of a
+        # row, [B, M].
         log_density = (weight * u) @ candidates.T - 0.5 * weight @ candidates.square().T
         cumulative = torch.softmax(log_density, dim=1).cumsum(dim=1)[:, :-1].contiguous()  # [B, M - 1]
         places = self.chains.chain_places.unsqueeze(0) + torch.zeros_like(u[:, :1])  # [B, C]

@@ -92,12 +92,12 @@ def calibration_rows_needed(alpha: float) -> int:
 
 
 def is_level_name(name: str) -> bool:
-    """Return whether a manifest may name a level `name`: 1 to MAX_LEVEL_NAME characters, which all print."""
+    """Return whether a manifest may name a level `name`: it needs 1 to MAX_LEVEL_NAME printable characters."""
     return 0 < len(name) <= MAX_LEVEL_NAME and name.isprintable()
 
 
 def is_group_name(name: str) -> bool:
-    """Return whether a manifest may name a group `name`: 1 to MAX_GROUP_NAME characters, which all print."""
+    """Return whether a manifest may name a group `name`: it needs 1 to MAX_GROUP_NAME printable characters."""
     return 0 < len(name) <= MAX_GROUP_NAME and name.isprintable()
 
 
@@ -139,10 +139,11 @@ class CalibrationSize(_Frozen):
 
     rows: Count
     floor: float
-    # cross: each calibration row was scored by a model that was fitted without it. None: no calibration row trained a
-    # model. Earlier releases do not know the two fields, so they are left out if they are None.
+    # cross: each calibration row was scored by a model that was fitted without this row. None: the published model
+    # scored the calibration rows, which did not train it. Earlier releases do not know the two fields, so they are left
+    # out if they are None.
     method: Literal["cross"] | None = None
-    folds: Annotated[int, Field(ge=2, le=2**31 - 1)] | None = None  # number of these models
+    folds: Annotated[int, Field(ge=2, le=2**31 - 1)] | None = None  # number of models that scored calibration rows
 
     @model_serializer(mode="wrap")
     def _leave_out_absent_fields(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -180,7 +181,7 @@ class Period(_Frozen):
 
 
 class Block(_Frozen):
-    """The periods of the rows of a part of the history that has rows for each use; None if no row is left."""
+    """The periods of the fit, held-out and calibration rows in a block of the history; None if it has no such rows."""
 
     fit: Period | None
     held_out: Period | None
@@ -241,7 +242,7 @@ class Season(_Frozen):
 
 
 class ConditionColumn(_Frozen):
-    """A column that is no feature, but a condition that the model knows of a row, such as its class."""
+    """A column that tells the model a condition of each row, such as its class. It is not a feature."""
 
     name: Annotated[str, Field(min_length=1, max_length=MAX_GROUP_NAME)]
     levels: Annotated[list[str], Field(min_length=2, max_length=MAX_LEVELS)]
@@ -353,7 +354,7 @@ class Manifest(_Frozen):
 
     @model_serializer(mode="wrap")
     def _leave_out_absent_fields(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Return the fields, but leave out those in NEW_FIELDS, and blocks, if absent: earlier releases refuse them."""
+        """Return the fields, without the empty ones that earlier releases do not know and would refuse."""
         fields: dict[str, Any] = serialise(self)
         absent = {name for name in NEW_FIELDS if not getattr(self, name)}
         fields = {name: value for name, value in fields.items() if name not in absent}

@@ -146,7 +146,7 @@ class NotSupported(ServiceError):
 
 
 class NoOnlineCalibration(ServiceError):
-    """The groups of the model have no calibrations of their own, by which the service answers."""
+    """The groups of the model have no online calibrations, but the request needs them."""
 
     status, code, title = 409, "no_online_calibration", "No online calibration"
 

@@ -156,9 +156,9 @@ class TrainConfig(BaseModel):
     split: Literal["newest", "blocks"] = Field(
         "newest",
         description="how rows are split by time: newest (the oldest 70 % fit, the newest 20 % calibrate), or blocks "
-        "(each of 5 blocks of the history has fit rows, held-out rows and calibration rows: the model knows the whole "
-        "of a history that changes, but the figures on held-out rows are better than those on later rows will be, "
-        "because rows of the same days fit); blocks needs --time",
+        "(each of 5 blocks of the history has fit rows, held-out rows and calibration rows). With blocks, the model "
+        "knows the whole of a history that changes. But the figures on held-out rows are better than they will be on "
+        "later rows, because the model was fitted to rows of the same days; blocks needs --time",
     )
     window: Literal["auto"] | int | None = Field(
         None,
@@ -196,7 +196,7 @@ class TrainConfig(BaseModel):
     )
     calibration: Literal["auto", "split", "cross"] = Field(
         "split",
-        json_schema_extra={"command_default": "auto"},  # of elbo train; programs that want several fits ask for them
+        json_schema_extra={"command_default": "auto"},  # of elbo train; programs fit only once by default
         description="which rows calibrate: split (a fifth of the rows, which then fit nothing); cross (all rows, each "
         "scored by a model that was fitted without it: takes several fits; not with --time or --condition); or auto "
         f"(cross for tables of at most {AUTO_CROSS_ROWS} distinct rows without these options, otherwise split)",
@@ -266,8 +266,8 @@ class TrainConfig(BaseModel):
     def _check_calibration(cls, calibration: str, info: ValidationInfo) -> str:
         if calibration == "cross" and info.data.get("condition"):
             raise ValueError(
-                "expected split or auto with --condition, because the correction of scores of rows without a level "
-                "comes from rows that have trained no model"
+                "expected split or auto with --condition, because scores of rows without a level are corrected with "
+                "calibration rows that trained no model"
             )
         if calibration == "cross" and info.data.get("time") is not None:
             raise ValueError(

@@ -1,8 +1,8 @@
-"""Compare groups with their peers at one moment: which host differs from its like.
+"""Compare groups with their peers at one moment, to find the host that differs from all others.
 
-`service.anomaly.online_calibration` compares a group with its own past. What its past allows can still be strange at
-this moment: every host is idle at night, and one is as busy as by day. Here, the newest row of each group is compared
-with the newest rows of all groups.
+`service.anomaly.online_calibration` compares a group with its own past. A row that is usual for this past can still be
+strange at this moment: for example, one host is as busy at night as by day, while all others are idle. Here, the
+newest row of each group is compared with the newest rows of all groups.
 
 A deviation is (number - median) / spread, over the compared groups. The spread is 1.4826 times the median absolute
 deviation, which estimates the standard deviation of normal numbers (Rousseeuw & Croux, "Alternatives to the median
@@ -14,8 +14,8 @@ Two numbers of a group are compared:
 - If rows are scaled by group, the distance of its features from the median features of all groups. It is the logarithm
   of the root of the mean squared deviation of the features.
 
-What to expect if no group differs, so that the rows are exchangeable between groups: each group has each rank with the
-same probability 1 / G, so the first rank alone says nothing. If the two numbers are also about normally distributed,
+If no group differs, the rows are exchangeable between groups. Each of the G groups then has each rank with the same
+probability 1 / G, so the first rank alone says nothing. If the two numbers are also about normally distributed,
 the largest deviation is above `limit_by_chance` at no more than about 5 % of the moments.
 """
 
@@ -31,10 +31,10 @@ from service.anomaly.streams import NewestRow, Rules
 from service.codec.long_work import pause_if_due
 from service.errors import TooFewPeers
 
-MIN_GROUPS = 5  # groups that are compared at least
-FRESH_STEPS = 3  # a newest row is compared if it is at most this many usual steps from the moment
+MIN_GROUPS = 5  # fewer groups are not compared
+FRESH_STEPS = 3  # usual steps; a newest row that is further from the compared moment is left out
 TO_DEVIATION = 1.4826  # standard deviation of normal numbers, divided by their median absolute deviation
-MIN_SPREAD = 0.25  # in usual standard deviations: much smaller differences between groups do not matter
+MIN_SPREAD = 0.25  # in usual standard deviations, so that groups that are nearly alike do not get large deviations
 CHANCE = 0.05  # probability that some group is above the limit although no group differs
 SMALL_SAMPLE = 5.5  # see `limit_by_chance`
 MAX_DEVIATION = 1e6  # larger ones are clipped, so that squares stay finite
@@ -91,7 +91,7 @@ class Comparison:
         time: the time of the newest compared row, in seconds.
         compared: G.
         others: the number of groups whose newest row is of another time.
-        limit: the deviation that the largest of all exceeds with a probability of about CHANCE if no group differs.
+        limit: if no group differs, some deviation is above this limit with a probability of about CHANCE.
         peers: the groups that deviate most, most first.
     """
 
@@ -150,10 +150,11 @@ def compare(rules: Rules, newest: Mapping[str, NewestRow], count: int, explain: 
 
 
 def limit_by_chance(groups: int, numbers: int) -> float:
-    """Return what the largest deviation exceeds with a probability of about CHANCE if no group differs.
+    """Return the limit that the largest deviation exceeds with a probability of about CHANCE, if no group differs.
 
-    It is the quantile of the largest of `numbers` normal numbers with a known spread, times a factor above 1, because
-    the spread of few groups is uncertain. The factor was fitted to simulations with 5 to 5,000 groups.
+    The largest of `numbers` standard normal numbers exceeds z with the probability CHANCE. The limit is z times a
+    factor above 1, because the spread of few groups is uncertain. The factor was fitted to simulations with 5 to 5,000
+    groups.
     """
     return NormalDist().inv_cdf((1 - CHANCE) ** (1 / numbers)) * (1 + SMALL_SAMPLE / (groups - 2))
 
@@ -176,7 +177,10 @@ def _fresh(rules: Rules, rows: Sequence[NewestRow]) -> list[int]:
 
 
 def _deviations(numbers: Doubles) -> Doubles:
-    """Return the deviations [G] of numbers [G]: NaN for NaN, and for all if fewer than MIN_GROUPS are numbers."""
+    """Return the deviations [G] of numbers [G]. The deviation of NaN is NaN.
+
+    If fewer than MIN_GROUPS numbers are known (not NaN), all deviations are NaN.
+    """
     numbers = np.clip(numbers, -MAX_NUMBER, MAX_NUMBER)
     known = numbers[~np.isnan(numbers)]
     if len(known) < MIN_GROUPS:
@@ -190,8 +194,9 @@ class _Features:
     """The D features of G compared groups.
 
     If rows are scaled by group, the values of groups can be compared, and a feature can deviate upwards or downwards.
-    Otherwise a large host and a small one have other values. Then the distances of the values from those that the model
-    expects are compared, and a feature differs only if its distance is larger than that of the peers.
+    Otherwise the values of a large host and of a small one are not comparable. Then the distances of the values from
+    those that the model expects are compared, and a feature differs only if its distance is larger than that of the
+    peers.
 
     Args:
         rules: the rules of the model.
@@ -250,7 +255,7 @@ class _Features:
         ]
 
     def _in_raw_units(self, place: int, rows: Doubles) -> Doubles:
-        """Return rows [2, D] in the units of the pool in the raw units of the group at `place` and at its time."""
+        """Convert rows [2, D] from the units of the pool to raw units: those of the group at `place`, at its time."""
         features, baseline = self._rules.features, self._rules.baseline
         assert features is not None
         assert baseline is not None

@@ -603,7 +603,7 @@ def remember_newest(
     """Let each group remember the newest of its rows that its calibration has counted, if this row has a time.
 
     Args:
-        joined: the rows and their groups, which are changed.
+        joined: the rows and their groups. The function changes the groups.
         judgements: the verdicts on the rows.
         contribution: contributions of the features to the scores, [G, D].
         time: [G] in seconds, NaN for rows without a time; None if no row has a time.

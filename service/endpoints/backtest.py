@@ -31,7 +31,7 @@ from service.schemas import AnomalyBody, BacktestBody
 
 MAX_ERRORS = 20  # rows that cannot be judged and are listed
 REPORTED_ROW = 20_000  # estimated time to report one row, in nanoseconds
-INCIDENTS_PER_ROW = 1000  # finding the rows of so many incidents takes as long as reporting the rows
+INCIDENTS_PER_ROW = 1000  # with this many incidents, finding their rows takes as long as reporting all rows
 OWN_FIELDS = ("alphas", "drawings", "incidents")  # fields that /anomaly does not have
 
 ParsedBacktest = ParsedRequest[BacktestBody, InputRows]

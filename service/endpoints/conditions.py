@@ -1,4 +1,4 @@
-"""The conditions of requests to conditional models: they follow the rows and latents that the model takes.
+"""The conditions of requests to conditional models. In the inputs of a model, they follow the rows or latents.
 
 For a model without conditions, and a request without one, every function returns what it was given.
 """
@@ -35,7 +35,7 @@ def with_conditions(served: ServedModel, condition: Any, rows: Array, budget: Bu
 
 
 def read_condition(served: ServedModel, condition: Any) -> None:
-    """Raise InvalidField if `condition` is not None and no single condition that the model knows."""
+    """Raise InvalidField if `condition` is given but is not one condition that the model knows."""
     if condition is None:
         return
     if served.conditions is None:

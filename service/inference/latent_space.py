@@ -112,7 +112,7 @@ def read_held_out(exhibits: Mapping[str, bytes], latents: int) -> HeldOutRows | 
 def read_label_means(exhibits: Mapping[str, bytes], latents: int, held_out: HeldOutRows | None) -> dict[str, LabelMean]:
     """Return the mean latents of labels by name.
 
-    They come from `elbo directions`, and for other labels from the held-out rows.
+    If `elbo directions` was given a label, these are its means. The means of other labels come from the held-out rows.
 
     Raises:
         BadExhibitError: the exhibit is damaged.
@@ -142,7 +142,7 @@ def _in_counting_order(label: str) -> tuple[int, str]:
 
 
 def _matrix(numbers: Any, width: int) -> Array:
-    """Return lists of numbers as an array [rows, width]. Raise ValueError for another shape, and for no rows."""
+    """Return lists of numbers as an array [rows, width]. Raise ValueError if it is empty, misshapen or not finite."""
     array = np.array(numbers, np.float32)
     if array.ndim != 2 or array.shape[1] != width or not len(array) or not np.isfinite(array).all():
         raise ValueError(f"expected rows of {width} finite numbers")

@@ -231,7 +231,7 @@ def _verified_digest(path: Path, keys: TrustedKeys | None) -> str | None:
 def _run_operations(served: ServedModel, rows: int, completes: bool) -> None:
     """Run all operations on a batch of `rows` rows, and record their latencies.
 
-    `completes`: whether to run those that complete rows too. They take about a millisecond per row.
+    If `completes`, also run the operations that complete rows, which take about a millisecond per row.
     """
     manifest, backend = served.manifest, served.backend
     medians = np.array([[feature.median for feature in manifest.features]], np.float32)

@@ -19,8 +19,8 @@ from models import artifact
 from models.manifest import reaches
 from service.inference.calibration import Calibration
 
-MAX_IMPUTED_ROWS = 64  # for which one run of IMPUTE takes a tenth of a second at most, except for large networks
-MAX_IMPUTED_VALUES = 1 << 18  # for which one run of IMPUTE may allocate memory: 64 numbers for each, 64 MB
+MAX_IMPUTED_ROWS = 64  # rows in one run of IMPUTE, which then takes at most 0.1 s, except for large networks
+MAX_IMPUTED_VALUES = 1 << 18  # values in one run of IMPUTE, which allocates 64 numbers for each value: 64 MB
 MAX_DRAW_VALUES = 1 << 20  # numbers for which one call of `draw` may allocate memory: 4 MB
 Tensors = tuple[Tensor, ...]  # each [B, ...]
 Arrays = tuple[npt.NDArray[np.float32], ...]  # each [B, ...]
@@ -155,8 +155,9 @@ DRAW = Operation("draw", _draw_latents, batched=False)
 # for the values to draw -> z [B, K], x_hat [B, D] without observation noise, rows [B, D] with it.
 COMPLETE = Operation("complete", _complete, batched=False)
 
-# x [B, D] with NaN -> the rows without NaN, and standard deviation, lower and upper end of each value, each [B, D]. Not
-# batched, because requests with many rows run in parts of `imputed_rows`, each of which lets other requests pass.
+# x [B, D] with NaN -> four arrays [B, D]: the rows without NaN, the standard deviation of each value, and the lower and
+# the upper end of its interval. Not batched, because requests with many rows run in parts of `imputed_rows`, each of
+# which lets other requests pass.
 IMPUTE = Operation("impute", _impute, batched=False)
 
 

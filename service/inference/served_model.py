@@ -118,7 +118,7 @@ class ServedModel:
 
     @cached_property
     def input_width(self) -> int:
-        """The number of values of one input: of a row, or of a window if the model has one, without a condition."""
+        """The number of values of a row, or of a window if the model has one. Conditions are not counted."""
         return self.row_schema.width if self.window_schema is None else self.window_schema.width
 
     @cached_property

@@ -71,7 +71,7 @@ def test_impute_of_pca_with_nearly_no_noise_still_gives_the_conditional_gaussian
     np.testing.assert_allclose(deviation[0][[2, 4]], np.sqrt(np.diag(covariance)), rtol=1e-5)
 
 
-def test_impute_of_pca_does_not_depend_on_the_fill_of_a_model_trained_with_gaps() -> None:
+def test_impute_of_pca_gives_the_same_values_if_the_scaling_fills_gaps() -> None:
     plain, imputing, (x, _, _) = pca(), pca("pca-imputing"), batch(gaps=GAPS)
     imputing.core = plain.core
     imputing.scaling.shift, imputing.scaling.scale = plain.scaling.shift, plain.scaling.scale
@@ -165,7 +165,7 @@ def test_complete_of_a_vae_whose_encoder_is_the_posterior_draws_from_the_conditi
 
 
 @pytest.mark.parametrize("kind", ["pca", "ensemble", "vae-bernoulli"])
-def test_artifact_of_every_kind_answers_like_the_model_and_each_row_like_alone(kind: str, tmp_path: Path) -> None:
+def test_loaded_artifact_imputes_like_the_model_whether_rows_come_together_or_alone(kind: str, tmp_path: Path) -> None:
     loaded, (x, noise, choice) = artifact.load(publish(tmp_path, kind)), batch(gaps=GAPS[:4])
     found = loaded.module.impute(x)
     for expected, array in zip(pipeline(kind).impute(x), found, strict=True):

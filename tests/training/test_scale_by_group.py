@@ -157,7 +157,7 @@ def client(artifacts: Path) -> Iterator[httpx.Client]:
 @pytest.mark.parametrize("model", ["scaled", "windows"])
 def test_feedback_compares_rows_in_the_units_of_their_group(client: httpx.Client, model: str) -> None:
     rows = records_of("web-3", memory=8.0)
-    latest = {"records": rows[-4:]}  # with the rows before them, the server still remembers their windows
+    latest = {"records": rows[-4:]}  # so recent that the server still remembers the rows before them
 
     def probe() -> dict[str, Any]:
         query = f"/anomaly?model={model}&observe=false"
@@ -179,13 +179,13 @@ def test_feedback_compares_rows_in_the_units_of_their_group(client: httpx.Client
     assert after["score"] == before["score"]
     assert not after["is_anomaly"]
     assert after["p_value"] > 3 * before["p_value"]
-    assert give(verdict="normal", **latest)["added"] == 0  # rows of a request get the scores that are remembered
+    assert give(verdict="normal", **latest)["added"] == 0  # the period has added the same scores
     assert give(verdict="incident", **period)["removed"] == 20
     assert give(verdict="normal", **latest)["added"] == 4
 
 
 @pytest.mark.parametrize("age", [0, 2, 5])
-def test_since_and_lag_of_a_scaled_feature_say_when_its_step_began(client: httpx.Client, age: int) -> None:
+def test_explanation_of_a_scaled_feature_says_when_its_step_began(client: httpx.Client, age: int) -> None:
     host = f"web-{age}"
     rows = records_of(host, memory=30.0)[: -19 + age]
     result = post(client, "/anomaly?model=windows&observe=false&explain=3", {"records": rows})["results"][-1]

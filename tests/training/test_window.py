@@ -186,7 +186,7 @@ def test_automatic_window_is_the_largest_that_the_rows_carry(
 
 
 @pytest.mark.parametrize(("group_rows", "rows"), [(2200, 30), (2100, 10), (730, 10), (700, None)])
-def test_automatic_window_of_blocks_needs_as_many_fit_rows_in_each_block(group_rows: int, rows: int | None) -> None:
+def test_automatic_window_needs_five_times_the_fit_rows_for_five_blocks(group_rows: int, rows: int | None) -> None:
     small = small_table([group_rows] * 10, 2)
     window, notes = choose_window(config("auto", split="blocks"), small)
     assert (None if window is None else window.rows) == rows

@@ -95,7 +95,7 @@ class Table:
 
     @property
     def inputs(self) -> RowStore:
-        """The inputs of the model for which the rows were read: the rows, [N, D], or with their conditions."""
+        """The inputs of the model for which the rows were read: [N, D]; [N, D + C] if it knows conditions."""
         return self.x if self.coded is None else RowsWithConditions(self.x, self.coded)
 
     @cached_property
@@ -342,7 +342,7 @@ def _read_conditions(
 
 
 def _labels_as_condition(name: str, labels: npt.NDArray[np.int64], names: list[str] | None) -> ConditionValues:
-    """Return the labels [N] as the condition `name`. If `names` is given, the labels are its indices."""
+    """Return the labels [N] as the condition `name`. If `names` is given, each label is an index of it."""
     if names is not None:
         return sorted_levels(name, names, labels)
     numbers, codes = np.unique(labels, return_inverse=True)

@@ -1,4 +1,4 @@
-"""Fit what is added to the scores of rows without a level, so that one calibration is valid for all rows."""
+"""Correct the scores of rows without a level, so that one calibration is valid for all rows."""
 
 from collections.abc import Sequence
 
@@ -41,7 +41,7 @@ def fit_level_correction(core: Core, u: Tensor, levels: Sequence[int]) -> LevelC
 
 
 def _keep(rows: Tensor, kept: Sequence[bool], levels: Sequence[int]) -> Tensor:
-    """Return rows [N, D + C] with the levels of those columns only that are true in `kept`."""
+    """Return rows [N, D + C] without the levels of the columns that are false in `kept`."""
     mask = torch.tensor(kept).repeat_interleave(torch.tensor(levels)).to(rows)  # [C]
     width = rows.shape[1] - len(mask)
     return torch.cat((rows[:, :width], rows[:, width:] * mask), dim=1)

@@ -165,11 +165,11 @@ def _default_latents(kind: str, data: PreparedData, scaling: Scaling) -> int:
 
 
 def _with_score(core: Core, config: TrainConfig, held_out: Tensor, sample: Tensor, images: bool) -> Core:
-    """Return the model with the networks of `core`, with its score statistics.
+    """Return the model that has the networks of `core` and its score statistics.
 
-    With cross-conformal calibration, the statistics come from all rows of the model, because the covariance of a tenth
-    of a small table is poor. The models of the folds have such statistics, too, so their scores of rows that they have
-    not seen are comparable with the scores of new rows.
+    With cross-conformal calibration, the statistics come from the fit rows and the held-out rows together, because a
+    tenth of a small table gives a poor covariance. The model of each fold has such statistics, too. The scores that it
+    gives to the rows of its fold are therefore comparable with the scores of new rows.
     """
     if config.calibration == "cross":
         held_out = sample = torch.cat((sample, held_out))

@@ -170,8 +170,8 @@ def _refuse_options(parent: Artifact, policy: Policy | None, incident_rows: int 
         raise FitError(SCALING_REFUSAL)
     if policy is not None and parent.manifest.conditions is not None:
         raise DataError(
-            f"{reference(parent)} was trained with --condition: expected a model without conditions, because a policy "
-            "needs one; leave out --policy"
+            f"{reference(parent)} was trained with --condition: expected a model without conditions, because only "
+            "such a model can have a policy; leave out --policy"
         )
 
 
@@ -455,7 +455,7 @@ def _manifest(
 
 
 def _timeline(old: Timeline, table: Table, rows: npt.NDArray[np.int64]) -> Timeline:
-    """Return `old` with the period that the calibration rows, which are at `rows`, cover in place of the former one."""
+    """Return `old` with the period of the new calibration rows, which have the indices `rows` in `table`."""
     period = None if table.timeline is None else period_of(table.timeline, rows)
     blocks = [block.model_copy(update={"calibration": None}) for block in old.blocks]
     return old.model_copy(update={"calibration": period, "blocks": blocks})

@@ -348,7 +348,7 @@ def test_full_disk_refuses_new_groups_with_a_clear_error_and_keeps_the_others(tm
 
 
 @pytest.mark.slow
-def test_contents_that_are_read_while_other_processes_commit_are_whole_and_go_forwards(tmp_path: Path) -> None:
+def test_contents_are_whole_and_never_become_older_while_other_processes_commit(tmp_path: Path) -> None:
     path = tmp_path / "f"
     file = open_file(path, max_groups=MAX_GROUPS, payload_bytes=PAYLOAD_BYTES)
     highest = dict.fromkeys(NAMES, -1)
@@ -360,7 +360,7 @@ def test_contents_that_are_read_while_other_processes_commit_are_whole_and_go_fo
         while perf_counter() < end or min(highest.values()) < 20:
             assert perf_counter() < end + 30
             for name, content in file.contents():
-                assert number_of(content) >= highest[name]  # number_of fails if the content is of two commits
+                assert number_of(content) >= highest[name]  # number_of fails if the content mixes two commits
                 highest[name] = number_of(content)
 
 

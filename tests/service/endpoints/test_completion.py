@@ -28,7 +28,7 @@ FIELDS = ("outputs", "std", "low", "high")
 
 
 def with_gaps(rows: list[list[float]]) -> list[list[float | None]]:
-    """Return `rows`, which lack one value each."""
+    """Return `rows` without one value of each row."""
     return [
         [None if column == index % 4 else value for column, value in enumerate(row)] for index, row in enumerate(rows)
     ]
@@ -95,7 +95,7 @@ def test_given_values_stay_and_the_others_are_drawn_by_the_module(hosts: httpx.C
     assert np.array(fewer) == pytest.approx(np.array(answer["outputs"][:2]))
 
 
-def test_draws_have_the_mean_and_deviation_that_impute_gives_and_keep_the_range(hosts: httpx.Client) -> None:
+def test_draws_are_in_the_range_of_the_rows_and_agree_with_impute(hosts: httpx.Client) -> None:
     rows = np.array(host_rows(400))
     drawn = np.array(post(hosts, "/sample", {"given": {"cpu": 0.5}, "n": 4000, "seed": 1})["outputs"])
     answer = post(hosts, "/impute", {"records": [{"cpu": 0.5}]})
@@ -214,7 +214,7 @@ def test_samples_near_a_row_scatter_around_its_latents_by_spread(hosts: httpx.Cl
     assert post(hosts, "/sample", body) == answer
 
 
-def test_samples_near_a_row_without_spread_are_its_reconstruction(hosts: httpx.Client) -> None:
+def test_samples_near_a_row_are_its_reconstruction_if_spread_is_zero(hosts: httpx.Client) -> None:
     row = host_rows(1)[0]
     answer = post(hosts, "/sample", {"near": {"input": row}, "n": 2, "spread": 0, "noise": False})
     expected = post(hosts, "/reconstruct", {"inputs": [row, row]})["outputs"]

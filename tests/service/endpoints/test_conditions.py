@@ -94,14 +94,14 @@ def test_sample_without_a_condition_draws_levels_by_their_shares(client: httpx.C
     np.testing.assert_allclose(again["outputs"], answer["outputs"], rtol=1e-4, atol=1e-5)
 
 
-def test_sample_draws_a_column_that_is_absent_given_the_other_one(client: httpx.Client) -> None:
+def test_sample_draws_the_shift_if_the_request_gives_only_the_kind(client: httpx.Client) -> None:
     body = {"n": 200, "seed": 2, "condition": {"kind": KINDS[1]}}
     found = post(client, "/sample", body, params={"model": "kinds"})["conditions"]
     assert {each["kind"] for each in found} == {KINDS[1]}
     assert 60 < sum(each["shift"] == "yes" for each in found) < 140
 
 
-def test_same_seed_gives_the_same_bytes_and_the_standard_prior_its_own(client: httpx.Client, model: Artifact) -> None:
+def test_same_seed_gives_the_same_bytes_and_standard_prior_decodes_noise(client: httpx.Client, model: Artifact) -> None:
     body = {"n": 3, "seed": 9, "condition": {"label": "4"}}
     assert client.post("/sample", json=body).content == client.post("/sample", json=body).content
     answer = post(client, "/sample", {**body, "prior": "standard"})
@@ -131,7 +131,7 @@ def test_rows_are_encoded_and_reconstructed_with_their_condition(
     np.testing.assert_allclose(answer["errors"], np.square(x_hat - x).mean(axis=1), rtol=1e-4)
 
 
-def test_interpolation_and_edit_encode_and_decode_with_the_condition(client: httpx.Client, model: Artifact) -> None:
+def test_interpolate_and_edit_endpoints_use_the_condition_of_the_request(client: httpx.Client, model: Artifact) -> None:
     x = digits(2)
     mean = run(model.module.encode, with_label(x, 2))[0][:, :-10]
     body = {"start": {"input": x[0].tolist()}, "end": {"latent": mean[1].tolist()}, "steps": 3}
@@ -186,10 +186,10 @@ def records(count: int) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
     return found, x, np.stack((kind, shift), axis=1)
 
 
-def test_records_lines_and_cells_give_the_condition_of_their_row(client: httpx.Client, kinds: Artifact) -> None:
+def test_condition_of_a_row_is_read_from_its_record_or_its_cells(client: httpx.Client, kinds: Artifact) -> None:
     rows, x, codes = records(6)
     rows[1]["shift"] = None
-    codes[1, 1] = 1  # the request says so
+    codes[1, 1] = 1  # the condition of the request is "yes"
     rows[2]["kind"] = "nothing known"
     kept = [0, 1, 3, 4, 5]
     expected = expected_scores(kinds, x[kept], codes[kept])

@@ -22,7 +22,7 @@ REQUESTS = 60
 SCRAPES = 250  # a scrape takes about 3 ms
 ROWS = 10_000  # as in REQUEST
 FEATURES = 1000
-STALL_SECONDS = 1.0  # it was several; benchmarks/serving/hostile_requests.py measures the figure
+STALL_SECONDS = 1.0  # earlier releases stalled for several; benchmarks/serving/hostile_requests.py measures it
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,7 @@ def test_silenced_rows_raise_no_alarm(client: httpx.Client) -> None:
 def test_silenced_live_rows_are_counted_and_are_no_evidence_of_drift(client: httpx.Client) -> None:
     labels = frozenset({"model": "hosts", "version": "1"}.items())
     names = ("elbo_silenced_rows_total", "elbo_scored_rows_total", "elbo_p_value_count")
-    before = [scrape(client)[name, labels] for name in names]  # 0 or more from the start
+    before = [scrape(client)[name, labels] for name in names]  # exported from start-up
     silenced = [f"2024-01-15T01:{i:02}:00Z" for i in range(7)]
     later = [f"2024-01-15T09:{i:02}:00Z" for i in range(4)]
     body = records(BROKEN, [*silenced, *later], "db-3")

@@ -60,7 +60,7 @@ def test_views_of_a_model_with_a_window_show_rows_without_errors(browser: Browse
 def compare_peers(explorer: ExplorerPage, client: httpx.Client) -> None:
     """Compare hosts with their peers in the anomaly view, while two hosts send rows, and then while eight do."""
     card = explorer.page.locator("section.peers")
-    # The known hosts differ in their CPU, and others are not known.
+    # The simulated CPU of each host is different, and the model knows only two hosts: give all hosts the same CPU.
     frame = host_metrics(30, 8, seed=4).with_columns(pl.col("ts").dt.epoch("s"), pl.lit(0.0).alias("cpu"))
     rows = frame.to_dicts()
     for row in rows[-8:]:

@@ -67,10 +67,10 @@ def test_directions_are_the_mean_latents_of_the_labels(
     assert "labels with fewer than 10 rows get no direction: 'odd'\n" in err
     separations = [float(line.split()[-1]) for line in out.splitlines() if line.startswith(("high", "low"))]
     assert len(separations) == 2
-    assert min(separations) > 0.9  # the first feature is a load, and loads are what the latents describe
+    assert min(separations) > 0.9  # the latents describe the load that the first feature depends on
 
 
-def test_networks_scores_and_calibration_stay(trained: Path, tmp_path: Path) -> None:
+def test_directions_leave_weights_scores_and_calibration_unchanged(trained: Path, tmp_path: Path) -> None:
     x = two_factor_rows(ROWS, seed=2)
     source = write_labelled(tmp_path / "labelled.csv", x, {"label": halves(x, 1)})
     before = newest(trained)
@@ -83,7 +83,7 @@ def test_networks_scores_and_calibration_stay(trained: Path, tmp_path: Path) -> 
     assert (after.twin is None) == (before.twin is None)
 
 
-def test_labels_of_earlier_data_stay_and_equal_labels_are_replaced(trained: Path, tmp_path: Path) -> None:
+def test_new_directions_replace_only_those_of_the_same_labels(trained: Path, tmp_path: Path) -> None:
     x = two_factor_rows(ROWS, seed=3)
     smiling = np.where(x[:, 2] > np.median(x[:, 2]), "smiling", "earnest")
     for name, labels in (("mood", smiling), ("load", halves(x, 0)), ("load", halves(x, 4))):
