@@ -124,7 +124,7 @@ class Artifact:
     path: Path
     device: torch.device
     twin: Twin | None = None
-    exhibits: Mapping[str, bytes] = field(default_factory=dict)  # by name: those of SHOWN_EXHIBITS
+    exhibits: Mapping[str, bytes] = field(default_factory=dict)  # documents by name, of SHOWN_EXHIBITS
     calibration: Mapping[str, Tensor] = field(default_factory=dict)  # the buffers of the module's calibration, by name
     baseline: Baseline | None = None  # what score is usual for a group and a time; None without times
     course: UsualCourse | None = None  # how features vary within a window; None if this is unknown
@@ -458,7 +458,10 @@ def compute_outputs(module: Any, x: Tensor, noise: Tensor, choice: Tensor) -> di
 
 
 def _impute(module: Any, x: Tensor) -> dict[str, Tensor]:
-    """Return the outputs of `impute` for rows x [B, D] without a third of their values; none if the model lacks it."""
+    """Return the outputs of `impute` for rows x [B, D] from which a third of the values is taken out.
+
+    Return no outputs if the model has no method `impute`.
+    """
     if not hasattr(module, "impute"):
         return {}
     rows, columns = torch.arange(len(x), device=x.device), torch.arange(x.shape[1], device=x.device)

@@ -45,7 +45,7 @@ class ConditionalAutoencoder(Autoencoder):
         self.width = width
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return three arrays for x [B, D + C]: the score [B], its parts T2 and Q [B, 2], the reconstruction [B, D]."""
+        """Return three arrays for x [B, D + C]: score [B], the parts T2 and Q [B, 2], and reconstruction [B, D]."""
         rows, condition = x[:, : self.width], x[:, self.width :]  # [B, D], [B, C]
         code: Tensor = self.encoder(x)  # [B, L]
         x_hat: Tensor = self.decoder(torch.cat((code, condition), dim=1))  # [B, D]
@@ -74,7 +74,7 @@ class ConditionalVAE(VAE):
         self.width = width
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return three arrays for x [B, D + C]: the score [B], its parts KL, NLL [B, 2], the reconstruction [B, D]."""
+        """Return three arrays for x [B, D + C]: score [B], the parts KL and NLL [B, 2], and reconstruction [B, D]."""
         rows, condition = x[:, : self.width], x[:, self.width :]  # [B, D], [B, C]
         mean, log_variance = self.posterior(x)  # [B, L], [B, L]
         output = self.decoder(torch.cat((mean, condition), dim=1))  # [B, D]
@@ -133,8 +133,8 @@ class LevelCorrection(nn.Module):
 
     Args:
         sizes: number of levels of each of the J columns.
-        knots: for each of the 2^J - 1 sets of columns that have a level, except for all of them, the quantiles of the
-            scores, ascending, [P, Q]. Set number p contains column j if bit j of p is 1.
+        knots: the quantiles of the scores, ascending, [P, Q], for each set of columns that have a level. The set of all
+            columns is left out, so there are P = 2^J - 1 sets. Set number p contains column j if bit j of p is 1.
         slopes: by how much the slope of the correction grows at each knot, [P, Q].
         start: the correction of scores up to the first knot, [P].
     """
@@ -147,7 +147,7 @@ class LevelCorrection(nn.Module):
 
     def __init__(self, sizes: Sequence[int], knots: Tensor, slopes: Tensor, start: Tensor) -> None:
         super().__init__()
-        # [C], 2^j for the levels of column j: the sum over the levels of a row is the number of its set.
+        # [C], 2^j for the levels of column j. Their sum over the levels of a row is the number of its set of columns.
         self.register_buffer("columns", torch.cat([torch.full((size,), 2.0**j) for j, size in enumerate(sizes)]))
         self.register_buffer("numbers", torch.arange(len(start)).float())  # [P]
         self.register_buffer("knots", knots)

@@ -58,7 +58,7 @@ LOCKS_AT = 2**40  # the first byte that is locked; no file is so long
 DIRECTORY = STRIPES  # the lock that is held while names change
 OPEN_SECONDS = 10.0  # maximum time to wait for the lock when the file is opened
 FIRST_PAUSE, LAST_PAUSE = 0.0005, 0.01  # seconds between two tries to lock what another process has locked
-UNLOCKED_READS = 10  # tries to read a record without a lock, which fail while the record is committed twice
+UNLOCKED_READS = 10  # tries to read a record without a lock; a try fails if the record is committed twice during it
 PART_NAMES = 64  # number of new names that are stored in one pass of the event loop
 NO_SUCH_CALL = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
@@ -222,7 +222,7 @@ class GroupFile:
             raise self._unusable(error) from error
 
     def _read_unlocked(self, fd: int, slot: int) -> tuple[str, bytes] | None:
-        """Return the name and the payload in a slot; None if it is damaged, or changes all the time."""
+        """Return the name and the payload in a slot; None if it is damaged, or changes during every try."""
         for _ in range(UNLOCKED_READS):
             sequence = self._read_entry(slot, fd)
             if sequence is not None:
@@ -325,7 +325,7 @@ class GroupFile:
                 yield entries
 
     def _entries_of(self, fd: int, chunk: int) -> npt.NDArray[np.void]:
-        """Return the entries of a chunk, [slots per chunk]; no entries if the file ends before."""
+        """Return the entries of a chunk, [slots per chunk]; no entries if the file is too short."""
         content = os.pread(fd, self._chunk_slots * ENTRY.size, HEADER_BYTES + chunk * self._chunk_bytes)
         return np.frombuffer(content if len(content) == self._chunk_slots * ENTRY.size else b"", ENTRY_TYPE)
 
@@ -386,7 +386,11 @@ class GroupFile:
         return start + (2 * place + copy) * self._copy_bytes
 
     def _read_entry(self, slot: int, fd: int | None = None) -> int | None:
-        """Return the sequence number of the current copy; None if the entry is damaged. `fd`: another open file."""
+        """Return the sequence number of the current copy; None if the entry is damaged.
+
+        Args:
+            fd: the file to read from; None for the file of this object.
+        """
         content = os.pread(self._fd if fd is None else fd, ENTRY.size, self._entry_at(slot))
         if len(content) < ENTRY.size:
             return None

@@ -39,7 +39,7 @@ def read_given(served: ServedModel, body: SampleBody, may_contain_non_floats: bo
         raise no_conditions(served.name)
     if body.prior == "standard":
         raise InvalidField(
-            "samples with given values come from the distribution of the other values, which has no other prior",
+            "samples with given values come from the distribution of the other values, which has no prior to choose",
             pointer="/prior",
             expected="fitted",
             got="standard",
@@ -100,11 +100,11 @@ def require_completion(served: ServedModel) -> None:
     require_no_conditions(served, "given and /impute")
     model = f"{served.name}@{served.version}"
     if served.manifest.window is not None:
-        reason, hint = "judges windows of rows, of which it does not know how one value follows from the others", None
+        reason, hint = "judges windows, and does not know how one value of a row depends on the others", None
     elif served.scales_by_group:
-        reason, hint = "sees rows in units of their group, which a request for missing values does not have", None
+        reason, hint = "sees rows in units of their group, but this request does not name a group", None
     else:
-        reason = "comes from a release of Elbo, or from a tool, whose models cannot"
+        reason = "comes from an earlier release of Elbo, or from a tool that does not support this"
         hint = "train the model again with elbo train"
     raise NotSupported(
         f"{model} cannot complete rows: it {reason}",

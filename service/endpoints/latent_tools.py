@@ -37,7 +37,7 @@ from service.schemas import EditBody, NeighboursBody
 Array = npt.NDArray[np.float32]
 T = TypeVar("T")
 READ_EXHIBIT = 50_000_000  # estimated time to read the exhibits about latents for the first time, in nanoseconds
-DIFFERENCE = 2  # estimated time per number of the differences between latents, in nanoseconds
+DIFFERENCE = 2  # estimated time to subtract two numbers, square the result and add it up, in nanoseconds
 MAX_LISTED = 20  # labels that an error message lists
 TRAIN_AGAIN = "train the model again with this version of Elbo and without --private"
 
@@ -109,14 +109,14 @@ class LatentEndpoints:
 
 
 async def _read(served: ServedModel, name: str, read: Callable[[], T]) -> T:
-    """Return a cached property of `served` that an exhibit of its artifact determines.
+    """Return the cached property `name` of `served`, which `read` computes from an exhibit of the artifact.
 
     Raises:
-        NotSupported: the exhibit is damaged, or latents of the model do not say where its rows lie.
+        NotSupported: the exhibit is damaged, or latents of different groups cannot be compared.
     """
     if served.baseline is not None and served.baseline.features is not None:
         raise NotSupported(
-            f"{served.name}@{served.version} scales the features of each group by themselves, so that the latents of "
+            f"{served.name}@{served.version} scales the features of each group separately, so the latents of "
             "rows of different groups cannot be compared",
             hint="train the model without --scale-by-group",
         )
@@ -134,12 +134,12 @@ def _direction(served: ServedModel, means: dict[str, LabelMean], body: EditBody)
 
     Raises:
         NotSupported: the artifact knows no labels.
-        InvalidField: it does not know a label that the request names.
+        InvalidField: the artifact does not know a label that the request names.
     """
     if not means:
         raise NotSupported(
-            f"{served.name}@{served.version} knows no labels: neither did its training data have any, nor did elbo "
-            "directions add some",
+            f"{served.name}@{served.version} knows no labels: its training data had none, and elbo directions has "
+            "not added any",
             hint=f"run elbo directions {served.name} with labelled data",
         )
     target = _find(served, means, body.direction, "direction")

@@ -28,7 +28,7 @@ class PeersEndpoint:
 
     def __init__(self, service: ServiceContext) -> None:
         self._service = service
-        self._turn = asyncio.Lock()  # one comparison at a time: it may read many megabytes
+        self._turn = asyncio.Lock()  # one comparison at a time, because a comparison may read many megabytes
 
     async def peers(self, request: Request) -> Response:
         """Compare the newest row of each group with those of its peers at the same moment."""

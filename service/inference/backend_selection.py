@@ -151,7 +151,7 @@ def _reconstruction_errors_are_correct(module: OnnxModule, golden: Golden) -> bo
     x_hat, errors = module.graphs["reconstruct"](x)
     if x.ndim == 3:  # windows, of which the newest rows are reconstructed
         x = x[:, -1]
-    x = x[:, : x_hat.shape[1]]  # without the condition, if there is one
+    x = x[:, : x_hat.shape[1]]  # remove the condition, if the rows have one
     expected = np.nanmean((x_hat - x).astype(np.float64) ** 2, axis=1)
     return np.allclose(errors, expected, rtol=1e-4, atol=0)
 

@@ -50,7 +50,7 @@ class NoiseSource(threading.local):
         return normal.astype(np.float32)
 
     def draw_levels(self, seed: int, rows: int) -> Array:
-        """Return choices [rows] for `seed`, as those of `draw`, from a fourth stream. They select the conditions."""
+        """Return choices [rows] for `seed`, from a fourth stream. They select the conditions of rows. See `draw`."""
         self._start_stream(seed, 3)
         return _below_one(self._random.random_sample(rows))
 

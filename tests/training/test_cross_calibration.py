@@ -49,7 +49,7 @@ def options(kind: str = "pca", **others: Any) -> TrainConfig:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_folds_of_rows_with_copies_judge_each_distinct_row_once_without_its_copies(tmp_path: Path, seed: int) -> None:
+def test_each_distinct_row_calibrates_in_one_fold_that_fits_none_of_its_copies(tmp_path: Path, seed: int) -> None:
     x = gaussian(60)
     table = table_of(tmp_path, np.concatenate((x, x[:7], x[:3])))
     split = cross_split(len(table.x), seed, 4, table.copies)
@@ -117,9 +117,8 @@ def test_extreme_row_changes_no_other_score_of_its_fold(tmp_path: Path, kind: st
     changed[fold.calibration[0]] = 1e4
     other, _ = prepare(config, table_of(tmp_path, changed))
     new = fit_and_calibrate(config, other, SilentReporter()).calibration.scores
-    is_kept = torch.isclose(scores.unsqueeze(1), new, rtol=1e-3).any(
-        dim=1
-    )  # the calibration rounds up, see its ROUNDING
+    # The calibration rounds scores up: see `ROUNDING` there.
+    is_kept = torch.isclose(scores.unsqueeze(1), new, rtol=1e-3).any(dim=1)
     assert len(fold.calibration) - 1 <= int(is_kept.sum()) <= len(x) / 2
     assert float(new[-1]) > 100 * float(scores[-1])
 

@@ -115,7 +115,7 @@ def test_card_and_inspect_say_which_period_each_part_covers(tmp_path: Path, caps
     assert "calibration 2024-01-03 05:40 to 2024-01-03 18:30 UTC" in out
 
 
-def test_model_that_is_split_in_blocks_says_which_periods_each_part_covers_and_what_its_figures_mean(
+def test_card_after_a_split_in_blocks_lists_the_periods_and_warns_about_the_figures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     frame = host_metrics(400)

@@ -1,4 +1,4 @@
-"""The conditions of rows: columns of few levels, such as a class, that a model knows but does not learn as features."""
+"""The conditions of rows: columns of few levels, such as a class. A model gets them, but not as features."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ def too_many_levels(source: str, name: str) -> DataError:
 
 
 def check_levels(source: str, name: str, levels: Sequence[str]) -> None:
-    """Raise DataError if there are too many levels, or one is no name of a level."""
+    """Raise DataError if there are too many levels, or if a level is not a valid name."""
     if len(levels) > MAX_LEVELS:
         raise too_many_levels(source, name)
     for level in levels:
@@ -116,7 +116,7 @@ def draw_conditions(known: Conditions, count: int, random: torch.Generator) -> t
 
 
 def learn_conditions(columns: Sequence[ConditionValues], fit: Codes, source: str) -> CodedConditions:
-    """Return the conditions that a model learns from the fit rows, which are those with the indices `fit`.
+    """Return the conditions that a model learns from the fit rows, whose indices are `fit`.
 
     A level with fewer than MIN_LEVEL_ROWS fit rows is not learnt: its rows count as rows without a level.
 

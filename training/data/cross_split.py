@@ -14,7 +14,7 @@ HELD_OUT_SHARE = 0.1  # of the distinct rows that a model may use, as in `split_
 
 @dataclass(frozen=True)
 class CrossSplit(Split):
-    """A split in which the published model may use all rows: most fit, and a tenth is held out.
+    """A split that gives the published model all rows: a tenth is held out, and the others are fit rows.
 
     The calibration rows are the first of each set of copies. Each is scored by a model that has seen neither the row
     nor a copy of it: see `folds`.
@@ -26,7 +26,7 @@ class CrossSplit(Split):
     def folds(self, count: int) -> list[Split]:
         """Return `count` splits. Every calibration row calibrates in exactly one of them.
 
-        In each split, the rows of one fold calibrate, and the other rows are divided as those of the whole split are.
+        In each split, the rows of one fold calibrate. Of the other rows, a tenth is held out, and the rest fit.
         Further copies of a calibration row are in no set.
 
         Args:

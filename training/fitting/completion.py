@@ -17,24 +17,24 @@ from models.scaling import Scaling
 from training.fitting.prepared_data import PreparedData
 from training.random_streams import VALIDATION, random_stream
 
-MIN_DEVIATION = 0.01  # of a feature around the decoder's output, in model units; smaller ones are mostly rounding
+MIN_DEVIATION = 0.01  # smallest noise of a feature around the decoder's output, in model units; less is mostly rounding
 INTERVAL = 0.9  # share of the missing values that are within their intervals
 MISSING_SHARES = (0.1, 0.2, 0.3, 0.5)  # which share of the values is taken out of calibration rows
-CALIBRATED_ROWS = 400  # at most; each takes about a millisecond
-LEAST_VALUES = 60  # of a feature, for an interval of its own: three are then outside on each side
+CALIBRATED_ROWS = 400  # at most so many rows calibrate the intervals; each takes about a millisecond
+LEAST_VALUES = 60  # a feature with fewer values has no interval of its own; of 60, three are outside on each side
 MAX_BATCH_VALUES = 1 << 18  # rows times features that are completed at once; each needs 64 numbers
 
 
 def with_completion_of_rows(pipeline: Pipeline, data: PreparedData, seed: int) -> Pipeline:
     """Return what `with_completion` returns for the rows of `data`.
 
-    Return `pipeline` itself if it has a window: it sees summaries, which do not tell the missing values of a row.
+    Return `pipeline` itself if it has a window: it sees summaries of rows, which do not determine a missing value.
     """
     return pipeline if data.windows else with_completion(pipeline, data.held_out, data.calibration, seed)
 
 
 def with_completion(pipeline: Pipeline, held_out: Tensor, calibration: Tensor, seed: int) -> CompletingPipeline:
-    """Return a pipeline with the parts of `pipeline` that can also complete rows.
+    """Return a pipeline that consists of the parts of `pipeline` and can also complete rows.
 
     Args:
         held_out: rows that did not train the networks, in raw units, [N, D].
@@ -108,6 +108,6 @@ def _calibrate(pipeline: CompletingNetwork, rows: Tensor, seed: int) -> None:
 
 
 def _quantile(values: "np.ndarray[tuple[int], np.dtype[np.float64]]", level: float) -> float:
-    """Return the smallest value that a further one exceeds with a probability of at most 1 - level (Vovk 2005)."""
+    """Return the smallest value that a new value exceeds with a probability of at most 1 - level (Vovk 2005)."""
     rank = min(len(values), int(np.ceil(level * (len(values) + 1))))
     return float(np.sort(values)[rank - 1])

@@ -47,8 +47,8 @@ def fit_and_calibrate(
 
     If the split of `data` is a CrossSplit, the calibration consists of the scores of all calibration rows. The score of
     a row comes from a model that was fitted in the same way, but without the fold of the row: neither networks nor
-    score statistics nor the prior have seen the row (cross-conformal prediction, Vovk 2015; without the models of the
-    folds in the artifact, it is called CV in Hennhoefer & Preisach 2024).
+    score statistics nor the prior have seen the row (cross-conformal prediction, Vovk 2015). The artifact does not
+    contain the models of the folds: Hennhoefer & Preisach 2024 call this variant CV.
 
     Raises:
         FitError: a fit failed.

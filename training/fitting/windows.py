@@ -32,7 +32,7 @@ from training.fitting.scaling import fit_scaling
 from training.fitting.whitening import MAX_FULL_WIDTH
 
 AUTO_ROWS = (30, 10)  # the windows that --window auto considers; see benchmarks/anomaly/results/server_metrics.md
-MIN_WINDOWS = 10  # a group carries a window if it has at least this many times as many fit rows in each block
+MIN_WINDOWS = 10  # fit rows that a group needs to carry a window: for each row of the window, in each block
 MIN_GROUPS = 0.9  # share of the groups that must carry the window
 MIN_ROWS_PER_SUMMARY = 20  # fit rows per summary
 MAX_FEATURES = MAX_FULL_WIDTH // summary_width(1, (1,))  # with a single scale
@@ -63,13 +63,13 @@ def choose_window(config: TrainConfig, table: Table) -> tuple[Window | None, lis
         if has_groups and groups.sum() >= MIN_ROWS_PER_SUMMARY * summaries:
             reason = (
                 f"nine of ten groups have at least {least * rows:,} fit rows, and there are at least "
-                f"{MIN_ROWS_PER_SUMMARY} fit rows for each of {summaries:,} summaries"
+                f"{MIN_ROWS_PER_SUMMARY} fit rows for each of the {summaries:,} summaries of a window"
             )
             return window, [f"--window auto chose {rows} rows: {reason}", *notes]
     refusal = (
-        f"--window auto chose no window: {AUTO_ROWS[-1]} rows need at least {least * AUTO_ROWS[-1]} fit rows in "
-        f"nine of ten groups, and {MIN_ROWS_PER_SUMMARY} fit rows for each of "
-        f"{summary_width(width, default_scales(AUTO_ROWS[-1])):,} summaries, of at most {MAX_FEATURES} features; "
+        f"--window auto chose no window: a window of {AUTO_ROWS[-1]} rows needs at least {least * AUTO_ROWS[-1]} fit "
+        f"rows in nine of ten groups, at least {MIN_ROWS_PER_SUMMARY} fit rows for each of its "
+        f"{summary_width(width, default_scales(AUTO_ROWS[-1])):,} summaries, and at most {MAX_FEATURES} features; "
         "add rows, or give --window a number"
     )
     return None, [refusal]

@@ -94,8 +94,8 @@ def publish_directions(parent: Artifact, table: Table, root: Path, key: PrivateK
     kept = names[counts >= MIN_ROWS]
     if len(names) < 2 or not len(kept):
         raise DataError(
-            f"{table.source} has {len(names)} labels, of which {len(kept)} have at least {MIN_ROWS} rows: expected two "
-            "labels or more, at least one of them with so many rows; add rows, or name another column with --label"
+            f"{table.source} has {len(names)} labels, of which {len(kept)} have at least {MIN_ROWS} rows: expected at "
+            f"least two labels, and {MIN_ROWS} rows for one of them; add rows, or name another column with --label"
         )
     exhibits = {name: content for name, content in parent.exhibits.items() if name != artifact.DIRECTIONS}
     sketch = artifact.read_trained_rows(parent)

@@ -103,7 +103,7 @@ def _split_by_time(timeline: Timeline) -> Iterator[tuple[str, str]]:
 def _baseline(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """Yield what verdicts take into account besides the row: its group, the season, and incidents of the group."""
     if manifest.groups:
-        yield "baseline", f"{len(manifest.groups):,} groups have their own; other groups have that of all together"
+        yield "baseline", f"{len(manifest.groups):,} groups have their own; other groups have the common baseline"
         if manifest.training.get("scale_by_group"):
             yield "", "rows of these groups are converted into common units before the model sees them"
     if manifest.season:
@@ -113,7 +113,7 @@ def _baseline(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def period_lines(timeline: Timeline) -> Iterator[tuple[str, str]]:
-    """Yield what rows are for, and the periods of these rows: of the whole history, or of each of its blocks."""
+    """Yield each part of the rows with the period that it covers, or with its period in each block of the history."""
     yield "fit", _listed(timeline, "fit")
     yield "held out", _listed(timeline, "held_out")
     if timeline.calibration is not None:

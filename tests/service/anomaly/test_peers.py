@@ -114,7 +114,7 @@ def test_features_of_rows_that_are_scaled_by_group_are_compared_in_the_units_of_
     feature = first.features[0]
     assert feature.index == 1
     assert feature.deviation == pytest.approx(expected[3, 1], rel=1e-3)
-    # In the raw units of the group: its own value, and the value that its peers would have if they were it.
+    # In the raw units of this group: the value of its feature, and the median of the peers.
     assert feature.value == pytest.approx(usual[3, 1] * scale[3, 1] + centre[3, 1], rel=1e-3)
     assert feature.peers == pytest.approx(np.median(usual[:, 1]) * scale[3, 1] + centre[3, 1], rel=1e-3)
     assert comparison.limit == limit_by_chance(12, 24)
@@ -122,7 +122,7 @@ def test_features_of_rows_that_are_scaled_by_group_are_compared_in_the_units_of_
 
 @pytest.mark.parametrize("groups", [5, 8, 20, 200])
 @pytest.mark.parametrize("is_scaled", [False, True])
-def test_largest_deviation_of_exchangeable_groups_is_above_the_limit_at_no_more_than_about_five_percent_of_moments(
+def test_limit_is_exceeded_at_no_more_than_about_five_percent_of_moments_if_groups_are_exchangeable(
     groups: int, is_scaled: bool
 ) -> None:
     random = np.random.default_rng(groups)
@@ -134,7 +134,7 @@ def test_largest_deviation_of_exchangeable_groups_is_above_the_limit_at_no_more_
         newest_rows = groups_of(random.normal(size=groups) + common[0], values, np.ones((groups, WIDTH)))
         comparison = compare(rules, newest_rows, 1, 0)
         above += comparison.peers[0].deviation > comparison.limit
-    # Two standard errors above CHANCE at most, and not so seldom that the limit would be useless.
+    # At most two standard errors above CHANCE. A limit that is never exceeded would be useless.
     assert 0.005 < above / moments < CHANCE + 2 * math.sqrt(CHANCE / moments)
 
 
@@ -163,7 +163,7 @@ def test_groups_whose_newest_row_is_of_another_time_are_not_compared() -> None:
 
 
 @pytest.mark.parametrize(("usual_step", "step"), [(None, 300.0), (60.0, 300.0), (300.0, 60.0), (300.0, math.nan)])
-def test_rows_may_be_as_far_apart_as_three_steps_in_training_or_now(usual_step: float | None, step: float) -> None:
+def test_row_is_compared_if_it_is_within_three_usual_steps_of_the_moment(usual_step: float | None, step: float) -> None:
     rules = Rules(rows=1, least_rows=1, width=WIDTH, usual_step=usual_step)
     rows = {f"host-{index}": newest(time=800.0 + 20 * index, step=step) for index in range(5)}
     rows |= {"inside": newest(time=0.0, step=step), "outside": newest(time=-150.0, step=step)}
@@ -175,8 +175,8 @@ def test_missing_values_are_not_compared() -> None:
     random = np.random.default_rng(3)
     values, contribution = random.normal(size=(9, WIDTH)), random.chisquare(1, (9, WIDTH))
     values[0, 1] = np.nan  # one host lacks a feature
-    values[: 9 - MIN_GROUPS + 1, 2] = np.nan  # too few hosts have this one
-    values[4] = np.nan  # one host lacks all
+    values[: 9 - MIN_GROUPS + 1, 2] = np.nan  # too few hosts have this feature
+    values[4] = np.nan  # one host lacks all features
     for rules in (RULES, scaled_rules(np.zeros((1, WIDTH)), np.ones((1, WIDTH)))):
         comparison = compare(rules, groups_of(np.zeros(9), values, contribution), 9, WIDTH)
         found = by_group(comparison)
@@ -213,12 +213,12 @@ def test_extreme_numbers_give_finite_deviations(extreme: float) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, MIN_GROUPS - 1])
-def test_too_few_groups_are_refused_with_their_number(count: int) -> None:
+def test_comparison_of_too_few_groups_is_refused_with_the_number_of_groups(count: int) -> None:
     with pytest.raises(TooFewPeers, match=f"^{count} of {count} remembered groups"):
         compare(RULES, {f"host-{index}": newest() for index in range(count)}, 10, 3)
 
 
-def test_group_remembers_its_newest_judged_row_with_a_time_and_no_silenced_one() -> None:
+def test_group_remembers_its_newest_row_that_is_judged_and_not_silenced() -> None:
     group = Group(RULES, b"", StartSet(np.arange(100.0).tolist(), True))
     x = np.arange(5 * WIDTH, dtype=np.float32).reshape(5, WIDTH)
     time = np.array([60.0, 240.0, 180.0, 300.0, 360.0])  # rows are judged in order of time
@@ -243,9 +243,8 @@ def test_group_remembers_its_newest_judged_row_with_a_time_and_no_silenced_one()
     assert math.isnan(first.step)
     found = send(slice(1, 5))
     assert (found.time, found.step, found.score) == (240.0, 60.0, 20.0)
-    assert found.p_value == pytest.approx(
-        82 / 102, abs=0.02
-    )  # of 20 among 0, 1, ..., 99, and two rows that were learnt
+    # The score is 20. The calibration scores are 0, 1, ..., 99, and those of two rows that the group has learnt since.
+    assert found.p_value == pytest.approx(82 / 102, abs=0.02)
     np.testing.assert_array_equal(found.values, [4, 5, np.nan, 7])
     np.testing.assert_array_equal(found.contribution, [104, 105, 106, 107])
 

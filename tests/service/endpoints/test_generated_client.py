@@ -130,18 +130,18 @@ def test_generated_client_gets_the_response_of_every_endpoint(api: Any, operatio
         assert response.parsed.additional_properties == {}  # the document names every field
 
 
-def test_generated_client_sends_feedback_and_reads_why_it_is_refused(api: Any) -> None:
+def test_generated_client_sends_feedback_and_reads_the_refusal(api: Any) -> None:
     fields = {"verdict": "normal", "group_name": "a", "since": "2025-04-09T08:00:00Z", "until": 1.8e9}
     response = call(api, "models", "feedback", body=body("FeedbackBody", **fields), model="vae")
     assert (response.status_code, response.parsed.code) == (409, "no_online_calibration")  # trained without times
 
 
-def test_generated_client_asks_for_peers_and_reads_why_it_is_refused(api: Any) -> None:
+def test_generated_client_asks_for_peers_and_reads_the_refusal(api: Any) -> None:
     response = call(api, "service", "peers", reference="vae", n=3, explain=1)
     assert (response.status_code, response.parsed.code) == (409, "not_supported")  # trained without groups
 
 
-def test_generated_client_sends_a_history_and_reads_why_it_is_refused(api: Any) -> None:
+def test_generated_client_sends_a_history_and_reads_the_refusal(api: Any) -> None:
     record = dict.fromkeys("abcd", 1.0) | {"timestamp": 1_700_000_000}
     response = call(api, "models", "backtest", body=body("BacktestBody", records=[record]), model="vae")
     assert (response.status_code, response.parsed.code) == (422, "invalid_rows")  # the features are unknown

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def held_out(client: httpx.Client) -> dict[str, Any]:
-    """Return what the artifact of the VAE has of its held-out rows."""
+    """Return the latents, the values and the labels of the held-out rows in the artifact of the VAE."""
     answer = client.get("/models/vae/held-out").json()
     return {name: np.array(answer[name], np.float32) for name in ("latents", "inputs")} | {"labels": answer["labels"]}
 
@@ -85,7 +85,7 @@ def test_edit_moves_a_row_by_the_difference_of_mean_latents(
     np.testing.assert_allclose(path["outputs"][0], decode(vae, start[None])[0], atol=1e-4)
 
 
-def test_edit_moves_the_mean_of_the_ones_among_the_zeros(client: httpx.Client, held_out: dict[str, Any]) -> None:
+def test_edit_of_the_mean_one_towards_zero_reaches_the_zeros(client: httpx.Client, held_out: dict[str, Any]) -> None:
     start = held_out["latents"][np.array(held_out["labels"]) == 1].mean(axis=0)
     path = post(client, "/edit?model=vae", {"latent": start.tolist(), "direction": "0", "away_from": "1", "steps": 2})
     ones, zeros = post(client, "/neighbours?model=vae", {"latents": path["latents"], "n": 10})["labels"]
@@ -150,7 +150,7 @@ def test_values_of_neighbours_need_the_scope_admin(artifacts: Path, tmp_path: Pa
         b'{"latents":[[1,2]],"inputs":[[1]],"labels":[5],"label_names":["a"]}',
     ],
 )
-def test_damaged_held_out_rows_are_an_error_of_their_own(content: bytes) -> None:
+def test_damaged_held_out_rows_are_an_error_that_names_the_file(content: bytes) -> None:
     with pytest.raises(BadExhibitError, match=r"held-out\.json is damaged"):
         read_held_out({HELD_OUT: content}, 2)
 
@@ -164,6 +164,6 @@ def test_damaged_held_out_rows_are_an_error_of_their_own(content: bytes) -> None
         b'[{"label":"a","rows":"x","mean":[1,2],"others":[1,2]}]',
     ],
 )
-def test_damaged_directions_are_an_error_of_their_own(content: bytes) -> None:
+def test_damaged_directions_are_an_error_that_names_the_file(content: bytes) -> None:
     with pytest.raises(BadExhibitError, match=r"directions\.json is damaged"):
         read_label_means({DIRECTIONS: content}, 2, None)

@@ -93,7 +93,7 @@ def test_each_row_is_in_one_part_or_in_the_gap_before_its_part(
     assert all(np.array_equal(a, b) for a, b in zip(vars(split).values(), vars(again).values(), strict=True))
 
 
-def test_all_fit_rows_of_the_newest_split_are_older_than_held_out_rows_and_those_older_than_calibration_rows() -> None:
+def test_parts_of_the_newest_split_follow_each_other_in_time() -> None:
     rows = timeline({"a": list(range(100)), "b": list(range(50, 100))})
     split = split_by_time(rows, seed=0)
     assert split.blocks == 1
@@ -116,7 +116,7 @@ def test_blocks_spread_the_parts_over_the_history_in_the_shares_of_the_newest_sp
 
 
 @pytest.mark.parametrize("days", [14, 21, 28, 30, 31, 35, 42, 60, 70, 90, 120])
-def test_calibration_rows_of_blocks_have_more_than_half_of_the_hours_of_the_week_that_they_could_have(
+def test_calibration_rows_of_blocks_cover_more_than_half_of_the_possible_hours_of_the_week(
     days: int,
 ) -> None:
     week = 7 * 24 * 60
@@ -160,7 +160,7 @@ def test_rows_at_too_few_moments_are_refused(groups: dict[str, list[int]]) -> No
         ({"a": [0] * 500, "b": [1] * 500}, 1, "different times: 2, groups: 2"),
     ],
 )
-def test_rows_too_few_for_blocks_are_refused_and_the_message_says_how_many_are_needed(
+def test_too_few_rows_for_blocks_are_refused_with_the_number_that_is_needed(
     groups: dict[str, list[int]], gap_rows: int, expected: str
 ) -> None:
     with pytest.raises(DataError, match="too few rows to split by time") as refusal:
@@ -173,7 +173,7 @@ def test_rows_too_few_for_blocks_are_refused_and_the_message_says_how_many_are_n
 
 
 @pytest.mark.parametrize(("rows", "gap_rows"), [(110, 1), (1_600, 30)])
-def test_slightly_more_rows_than_the_refusal_of_blocks_asks_for_are_split(rows: int, gap_rows: int) -> None:
+def test_slightly_more_rows_than_blocks_need_are_split(rows: int, gap_rows: int) -> None:
     found = split_by_time(timeline({"a": list(range(rows))}), 0, gap_rows=gap_rows, split="blocks")
     assert found.blocks == 5
 
@@ -209,7 +209,7 @@ def test_summary_of_blocks_holds_the_periods_of_each_block() -> None:
     assert moments[0] == summary.fit.first == "1970-01-01T00:00:00+00:00"
     assert summary.calibration is not None
     assert moments[-1] == summary.calibration.last == "1970-01-01T16:39:00+00:00"
-    # A fifth of 1,000 rows are a block; four of five parts of its 140 fit rows come before its held-out rows.
+    # A block is 200 of the 1,000 rows. It has 140 fit rows, of which the first 112 come before the held-out rows.
     assert fields[0]["last"] == "1970-01-01T01:51:00+00:00"
     assert fields[1] == {"first": "1970-01-01T01:53:00+00:00", "last": "1970-01-01T02:11:00+00:00"}
     assert fields[2] == {"first": "1970-01-01T02:13:00+00:00", "last": "1970-01-01T02:51:00+00:00"}

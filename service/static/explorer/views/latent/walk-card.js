@@ -13,7 +13,10 @@ const DIRECTION =
   "The direction leads from the mean latents of the rows with one label to those of the rows with another label.";
 
 export class WalkCard {
-  /** `point()` returns the current latents; `onpath(latents)` gets those of the walk; `onselect(z)` those of a step. */
+  /**
+   * `point()` returns the current latents. `onpath(latents)` gets the latents of all steps of the walk, and
+   * `onselect(z)` gets the latents of the step that the user clicks.
+   */
   constructor({ model, point, onpath, onselect }) {
     this.model = model;
     this.point = point;
@@ -76,5 +79,5 @@ const description = () =>
     { class: "muted" },
     "Starts at the current point and follows the ",
     term("direction", DIRECTION),
-    " of a label. An amount of 1 is as long as the way from one mean to the other.",
+    " of a label. With an amount of 1, the walk is as long as the distance between the two means.",
   );
