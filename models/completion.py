@@ -117,7 +117,7 @@ class CompletingPCA(CompletingPipeline):
     def _condition(self, x: Tensor, loadings: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean [B, K] of t given the known values of x [B, D], and F [B, K, K], where M = F F'."""
         known = 1.0 - x.isnan().double()  # [B, D]
-        # The fill of an ImputingScaling takes the place of missing values, and `known` takes it out again.
+        # Any number may stand for a missing value, because `known` takes it out again.
         filled = torch.where(x.isnan(), torch.zeros_like(x), x).double()
         centred = known * (self.scaling(filled) - self.core.mean)  # [B, D]
         weighted = loadings * known.unsqueeze(1)  # [B, K, D]

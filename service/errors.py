@@ -146,7 +146,7 @@ class NotSupported(ServiceError):
 
 
 class NoOnlineCalibration(ServiceError):
-    """The groups of the model have no online calibrations, but the request needs them."""
+    """The request needs the online calibrations of groups, and the model or the server has none."""
 
     status, code, title = 409, "no_online_calibration", "No online calibration"
 

@@ -155,7 +155,7 @@ class SampleBody(Body):
         ge=0.0,
         le=100.0,
         description="with `near`: how far the latents of the samples scatter, relative to samples without `near`; 1 "
-        "gives the same standard deviations",
+        "gives the same standard deviations. `temperature` multiplies it",
     )
 
 

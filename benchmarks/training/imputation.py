@@ -5,8 +5,9 @@
 
 Half of the normal rows of each data set train a model of each kind. From the other normal rows, values are taken out at
 random. The error is the root mean squared error of the estimates, in standard deviations of each feature. An estimate
-by the median of the feature therefore has an error of about 1. `gaussian` is the conditional mean of a Gaussian with
-the full covariance of the training rows. The intervals should contain 90 % of the values that were taken out.
+by the median of the feature has an error of about 1, or more for skewed features. `gaussian` is the conditional mean of
+a Gaussian with the full covariance of the training rows. The intervals should contain 90 % of the values that were
+taken out.
 
 The benchmark prints Markdown tables.
 """

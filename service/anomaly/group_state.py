@@ -206,7 +206,7 @@ class GroupFile:
             NotReady: the file cannot be read.
         """
         try:
-            with self.path.open("rb", buffering=0) as file:  # another process may close or replace its own file
+            with self.path.open("rb", buffering=0) as file:  # not `_fd`, which the event loop may close meanwhile
                 fd = file.fileno()
                 if os.pread(fd, len(self._header), 0) != self._header:
                     return

@@ -16,7 +16,8 @@ Two numbers of a group are compared:
 
 If no group differs, the rows are exchangeable between groups. Each of the G groups then has each rank with the same
 probability 1 / G, so the first rank alone says nothing. If the two numbers are also about normally distributed,
-the largest deviation is above `limit_by_chance` at no more than about 5 % of the moments.
+the largest deviation is above `limit_by_chance` at no more than about 5 % of the moments. Numbers with heavier tails
+exceed it more often.
 """
 
 import math
@@ -34,7 +35,7 @@ from service.errors import TooFewPeers
 MIN_GROUPS = 5  # fewer groups are not compared
 FRESH_STEPS = 3  # usual steps; a newest row that is further from the compared moment is left out
 TO_DEVIATION = 1.4826  # standard deviation of normal numbers, divided by their median absolute deviation
-MIN_SPREAD = 0.25  # in usual standard deviations, so that groups that are nearly alike do not get large deviations
+MIN_SPREAD = 0.25  # the least spread, so that groups that are nearly alike do not get large deviations
 CHANCE = 0.05  # probability that some group is above the limit although no group differs
 SMALL_SAMPLE = 5.5  # see `limit_by_chance`
 MAX_DEVIATION = 1e6  # larger ones are clipped, so that squares stay finite

@@ -19,7 +19,7 @@ class IncidentsInvalid(ElboError):
 
 @dataclass(frozen=True)
 class Incident:
-    """A period in which alarms are wanted.
+    """A known incident: a period in which alarms are correct.
 
     Args:
         start: Unix seconds of its first moment.

@@ -30,7 +30,7 @@ from service.endpoints.pixel_warning import pixel_fields
 from service.errors import InvalidField, NotSupported, TooManyRows
 from service.http.request import HttpResponse, RequestContext
 from service.inference import operations
-from service.inference.latent_space import BadExhibitError, HeldOutRows, LabelMean
+from service.inference.latent_space import MIN_LABEL_ROWS, BadExhibitError, HeldOutRows, LabelMean
 from service.inference.served_model import ServedModel
 from service.schemas import EditBody, NeighboursBody
 
@@ -138,8 +138,8 @@ def _direction(served: ServedModel, means: dict[str, LabelMean], body: EditBody)
     """
     if not means:
         raise NotSupported(
-            f"{served.name}@{served.version} knows no labels: its training data had none, and elbo directions has "
-            "not added any",
+            f"{served.name}@{served.version} knows no labels: there is no label with {MIN_LABEL_ROWS} rows among "
+            "the held-out rows in its artifact, and elbo directions has not added any",
             hint=f"run elbo directions {served.name} with labelled data",
         )
     target = _find(served, means, body.direction, "direction")

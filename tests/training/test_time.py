@@ -140,7 +140,7 @@ def test_card_after_a_split_in_blocks_lists_the_periods_and_warns_about_the_figu
         assert f"{days} UTC" in text
     for line in (
         "Rows of the same days fit the model, so figures on held-out rows are better than those on later rows",
-        "Between them, other rows of these days fit the model: more than alpha of the later rows may raise a",
+        "The fit rows include other rows of the same days, so more than alpha of the later rows may raise a",
         "--split blocks",
     ):
         assert line in card
@@ -155,7 +155,7 @@ def test_card_after_a_split_in_blocks_lists_the_periods_and_warns_about_the_figu
     assert again.calibration.first.startswith("2024-01-11")
     card = (tmp_path / "runs" / "hosts" / "2" / "card.md").read_text()
     assert "- calibration: 2024-01-11 " in card
-    assert "Between them, other rows" not in card
+    assert "The fit rows include other rows" not in card
     code, _, err = run(capsys, tmp_path, "calibrate", "hosts@1", save(tmp_path / "part.csv", frame[300:600]))
     assert code == 2
     assert "that hosts@1 was trained on, and scores of training rows are too low" in err

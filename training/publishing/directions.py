@@ -72,7 +72,7 @@ def publish_directions(parent: Artifact, table: Table, root: Path, key: PrivateK
         key: signs the new version. The signature of `parent` is not valid for it.
 
     Raises:
-        DataError: the rows have no labels, fewer than two labels have MIN_ROWS rows, or there are too many labels; or
+        DataError: the rows have no labels, only one label, too many labels, or no label with MIN_ROWS rows; or
             features are scaled by group, so that latents of different groups cannot be compared.
         ArtifactUnwritable: the new version cannot be written to `root`.
     """

@@ -191,7 +191,7 @@ def _alarms(manifest: Manifest) -> Iterator[str]:
         yield f"The calibration rows are from {period(timeline.calibration)}. Rows that follow each other resemble each"
         yield "other, so the share of false alarms differs from day to day."
         if timeline.blocks and manifest.recalibration is None:
-            yield "Between them, other rows of these days fit the model: more than alpha of the later rows may raise a"
+            yield "The fit rows include other rows of the same days, so more than alpha of the later rows may raise a"
             yield "false alarm. Measure it on later rows with `elbo backtest`, and calibrate on them with"
             yield "`elbo calibrate`."
         yield from _baseline(manifest)

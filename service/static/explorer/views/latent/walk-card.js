@@ -10,7 +10,7 @@ import { thumbnail } from "../../ui/row-figure.js";
 
 const STEPS = 9;
 const DIRECTION =
-  "The direction leads from the mean latents of the rows with one label to those of the rows with another label.";
+  "The direction leads to the mean latents of the rows with a label, from those of all other rows or of another label.";
 
 export class WalkCard {
   /**
