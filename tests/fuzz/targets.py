@@ -51,7 +51,9 @@ def _served() -> ServedModel:
     without_times = SimpleNamespace(timeline=None)
     return cast(
         ServedModel,
-        SimpleNamespace(row_schema=schema, window_schema=None, selectors=selectors, manifest=without_times),
+        SimpleNamespace(
+            row_schema=schema, window_schema=None, selectors=selectors, manifest=without_times, conditions=None
+        ),
     )
 
 

@@ -111,6 +111,7 @@ def test_reporter_on_a_terminal_prints_each_note_once_and_verbatim() -> None:
 STAGES = [
     "computing the score statistics",
     "calibrating",
+    "calibrating the estimates of missing values",
     "evaluating on the held-out rows",
     "exporting the ONNX twin",
     "writing the artifact",
@@ -148,7 +149,7 @@ def test_reporter_prints_the_stages_before_the_metrics_if_the_output_is_not_a_te
     code, _, err = in_process(capsys, "train", "digits", *options)
     assert code == 0
     lines = err.splitlines()
-    assert lines[1:-1] == ["training m (pca)", *STAGES[:3]]  # the first line is a note on the data
+    assert lines[1:-1] == ["training m (pca)", *STAGES[:4]]  # the first line is a note on the data
     assert lines[-1].startswith("trained in ")
 
 
