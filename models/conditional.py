@@ -125,7 +125,7 @@ class ConditionalPrior(Prior):
 
 
 class LevelCorrection(nn.Module):
-    """Makes the scores of rows without a level comparable to those of rows with all levels.
+    """Corrects the scores of rows whose level is unknown, so that they compare with those of rows with all levels.
 
     The networks know less about a row whose level they do not know, and give it another score. For each set of columns
     that lack a level, the correction maps the quantiles of the scores without these levels to those with them. One

@@ -773,7 +773,8 @@ class ModelDetail(ModelSummary):
     timeline: Timeline | None = Field(
         None,
         description="the columns of times and groups, the usual time between two rows of a group, and the periods of "
-        "the training rows; absent if the model was trained without times, like `incident_rows` and `scaled_by_group`",
+        "the training rows. If the model was trained without times, this field is absent, and so are `incident_rows` "
+        "and `scaled_by_group`",
     )
     incident_rows: int | None = Field(
         None, description="number of consecutive rows of a group after which an incident counts as a change"

@@ -73,13 +73,7 @@ class ConditionSchema:
             value = condition.get(name)
             code = NO_LEVEL if value is None else self._place(name, value)
             if code is None:
-                expected, got = self._describe_levels(name), describe_value(value)
-                raise InvalidField(
-                    f"{name!r} has no level {got}: expected {expected}",
-                    pointer=f"{pointer}/{escape(name)}",
-                    expected=expected,
-                    got=got,
-                )
+                raise self._unknown_level(InvalidField, name, value, pointer)
             codes.append(code)
         return tuple(codes)
 
@@ -116,13 +110,7 @@ class ConditionSchema:
             value = record.get(name)
             place = code if value is None or value == "" else self._place(name, value)
             if place is None:
-                expected, got = self._describe_levels(name), describe_value(value)
-                raise InvalidRows(
-                    f"{name!r} has no level {got}: expected {expected}",
-                    pointer=f"/{escape(name)}",
-                    expected=expected,
-                    got=got,
-                )
+                raise self._unknown_level(InvalidRows, name, value, "")
             codes.append(place)
         return tuple(codes)
 
@@ -191,6 +179,18 @@ class ConditionSchema:
         if type(value) is float and value.is_integer() and abs(value) < 2**53:
             value = int(value)
         return places.get(str(value)) if type(value) in (int, float) else None
+
+    def _unknown_level(
+        self, kind: type[InvalidField | InvalidRows], name: str, value: Any, pointer: str
+    ) -> InvalidField | InvalidRows:
+        """Return an error that says which levels the column `name` of the object at `pointer` has."""
+        expected, got = self._describe_levels(name), describe_value(value)
+        return kind(
+            f"{name!r} has no level {got}: expected {expected}",
+            pointer=f"{pointer}/{escape(name)}",
+            expected=expected,
+            got=got,
+        )
 
     def _describe_levels(self, name: str) -> str:
         return join_names([repr(level) for level in self.levels[name]], LISTED_LEVELS)

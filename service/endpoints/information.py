@@ -126,7 +126,7 @@ class InformationEndpoints:
 
 
 def _labels(served: ServedModel) -> list[str]:
-    """Return the labels towards which /edit can move rows. Run this in a thread: it may take 50 ms."""
+    """Return the labels towards which /edit can move rows. Run this in a thread: it may take 60 ms."""
     try:
         return list(served.label_means)
     except BadExhibitError:

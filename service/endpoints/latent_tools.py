@@ -36,7 +36,7 @@ from service.schemas import EditBody, NeighboursBody
 
 Array = npt.NDArray[np.float32]
 T = TypeVar("T")
-READ_EXHIBIT = 50_000_000  # estimated time to read the exhibits about latents for the first time, in nanoseconds
+READ_EXHIBIT = 60_000_000  # estimated time to read the exhibits about latents for the first time, in nanoseconds
 DIFFERENCE = 2  # estimated time to subtract two numbers, square the result and add it up, in nanoseconds
 MAX_LISTED = 20  # labels that an error message lists
 TRAIN_AGAIN = "train the model again with this version of Elbo and without --private"

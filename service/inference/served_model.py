@@ -128,7 +128,7 @@ class ServedModel:
 
     @cached_property
     def held_out(self) -> HeldOutRows | None:
-        """The held-out rows in the artifact; None if it has none. The first call takes up to 50 ms.
+        """The held-out rows in the artifact; None if it has none. The first call may take 60 ms.
 
         Raises:
             BadExhibitError: the exhibit is damaged.
@@ -137,7 +137,7 @@ class ServedModel:
 
     @cached_property
     def label_means(self) -> dict[str, LabelMean]:
-        """The mean latents of labels, by name. The first call takes up to 50 ms. Raises BadExhibitError."""
+        """The mean latents of labels, by name. The first call may take 60 ms. Raises BadExhibitError."""
         return read_label_means(self.exhibits, self.manifest.latents, self.held_out)
 
     @cached_property

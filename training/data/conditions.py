@@ -99,7 +99,7 @@ class CodedConditions:
 
 
 def one_hot(known: Conditions, codes: Codes) -> Floats:
-    """Return the conditions with these `codes` [n, J], one-hot, [n, C]."""
+    """Return conditions as one-hot rows [n, C]. `codes` [n, J] has the number of the level in each column."""
     result = np.zeros((len(codes), known.width), np.float32)
     first = 0
     for column, of_column in zip(known.columns, codes.T, strict=True):

@@ -14,7 +14,7 @@ HELD_OUT_SHARE = 0.1  # of the distinct rows that a model may use, as in `split_
 
 @dataclass(frozen=True)
 class CrossSplit(Split):
-    """A split that gives the published model all rows: a tenth is held out, and the others are fit rows.
+    """A split in which 90 % of the rows fit the published model, and a tenth is held out.
 
     The calibration rows are the first of each set of copies. Each is scored by a model that has seen neither the row
     nor a copy of it: see `folds`.

@@ -169,7 +169,8 @@ def _alarms(manifest: Manifest) -> Iterator[str]:
         yield f"are those of {origin.parent}. SHA-256 of the calibration rows: `{origin.fingerprint}`."
     elif folds := manifest.calibration.folds:
         yield f"It was calibrated on {rows:,} rows, each scored by one of {folds} other models that were fitted without"
-        yield "it (cross-conformal calibration). The published model was then fitted to all rows."
+        yield "it (cross-conformal calibration). The published model was then fitted to 90 % of"
+        yield "all rows; the others are held out."
     else:
         yield f"It was calibrated on {rows:,} rows that were not used for training."
     if lines := list(policy_lines(manifest)):
