@@ -15,7 +15,7 @@ import typer
 from fastapi import FastAPI
 from pydantic.fields import FieldInfo
 
-import elbo
+from elbo import cli
 from service.access.scopes import ROUTES
 from service.app import create_app
 from service.errors import ERRORS
@@ -100,7 +100,7 @@ def schemas() -> str:
 
 def commands() -> str:
     """Return the help of every command, as a terminal shows it."""
-    group: Any = typer.main.get_command(elbo.app)
+    group: Any = typer.main.get_command(cli.app)
     context = typer.Context(group, info_name="elbo", terminal_width=HELP_COLUMNS, max_content_width=HELP_COLUMNS)
     return "\n\n".join([f"```text\n{group.get_help(context)}\n```", *_help_of_commands(group, context)])
 

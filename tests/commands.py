@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-import elbo
+from elbo import cli
 from tests.data import ROOT
 from tests.preloaded import run_preloaded
 
@@ -54,7 +54,7 @@ def write(path: Path, rows: Rows, header: str = HEADER) -> str:
 def in_process(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     """Run `elbo` in this process; return its exit status, standard output and standard error."""
     with pytest.raises(SystemExit) as stop:
-        elbo.main(arguments)
+        cli.main(arguments)
     printed = capsys.readouterr()
     return int(stop.value.code or 0), printed.out, printed.err
 
@@ -63,6 +63,6 @@ def succeed(*arguments: str) -> CompletedCommand:
     """Run `elbo` in this process. Assert that it exits with status 0. For fixtures, which cannot use `capsys`."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
-        elbo.main(arguments)
+        cli.main(arguments)
     assert not stop.value.code, err.getvalue()
     return CompletedCommand(arguments, 0, out.getvalue(), err.getvalue())

@@ -132,7 +132,7 @@ def test_command_without_the_packages_for_training_prints_one_line(
     places = {"ARTIFACTS": tmp_path, "TABLE": root / "train.csv", "TABLE_MODEL": root / "hosts/1/model.pt"}
     words = [str(places.get(word, word)) for word in arguments.split()]
     absent = ("polars", "sklearn", "scipy", "threadpoolctl", "matplotlib", "onnx")  # not in the image that serves
-    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import elbo; elbo.main({words})"
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); from elbo import cli; cli.main({words})"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (1, "")
     assert run.stderr == (
@@ -194,7 +194,7 @@ def test_option_json_of_the_inspect_command_prints_the_manifest(root: Path, caps
 
 
 def test_inspect_command_works_without_torch(root: Path) -> None:
-    code = "import sys; sys.modules['torch'] = None; import elbo; elbo.main(['inspect', 'hosts@1'])"
+    code = "import sys; sys.modules['torch'] = None; from elbo import cli; cli.main(['inspect', 'hosts@1'])"
     environment = dict(os.environ) | {"ELBO_ARTIFACTS": str(root)}
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -457,7 +457,8 @@ def long_training(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     folders = ["--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs")]
     arguments = ["train", "digits", "--model", "ae", "--name", "a", "--epochs", "100000", *folders]
     code = (  # background jobs of a shell ignore SIGINT, so restore the default handler
-        f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nimport elbo; elbo.main({arguments})"
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"from elbo import cli; cli.main({arguments})"
     )
     process = PreloadedProcess([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     yield process

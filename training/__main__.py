@@ -2,7 +2,7 @@
 
 import sys
 
-from elbo import main
+from elbo.cli import main
 
 if __name__ == "__main__":
     main(["train", *sys.argv[1:]])

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from prometheus_client.core import Metric
 
-import elbo
 from docs import generate
+from elbo import cli
 from service.app import create_app
 from service.errors import ERRORS
 from service.settings import Settings
@@ -141,7 +141,7 @@ def test_every_object_that_a_field_refers_to_is_listed() -> None:
 
 def test_every_command_and_every_training_option_is_listed() -> None:
     text = " ".join(generate.commands().split())
-    for command in elbo.app.registered_commands:
+    for command in cli.app.registered_commands:
         name = command.name or getattr(command.callback, "__name__", "")
         assert f"## elbo {name} " in text
     for name in ("add", "list", "remove"):

@@ -120,10 +120,11 @@ STAGES = [
 
 
 TWO_RUNS = """
-import sys, elbo
+import sys
+from elbo import cli
 for options in (["--model", "pca", "--name", "a"], ["--model", "ae", "--name", "b", "--epochs", "10", "--force"]):
     try:
-        elbo.main(["train", "digits", *options, *sys.argv[1:]])
+        cli.main(["train", "digits", *options, *sys.argv[1:]])
     except SystemExit as end:
         assert not end.code
     print("the end of a run", file=sys.stderr)
@@ -158,7 +159,9 @@ def test_score_shows_its_progress_on_a_terminal_if_the_results_go_elsewhere(tmp_
     data = write(tmp_path / "a.csv", two_factor_rows(3000, seed=0))
     folders = ["--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs")]
     succeed("train", data, "--model", "pca", "--name", "hosts", *folders)
-    screen, out = run_on_terminal(f"import elbo; elbo.main({['score', 'hosts', data, '--artifacts', str(tmp_path)]})")
+    screen, out = run_on_terminal(
+        f"from elbo import cli; cli.main({['score', 'hosts', data, '--artifacts', str(tmp_path)]})"
+    )
     assert len(out.splitlines()) == 3000
     counts = [int(count) for count in re.findall(r"(\d+)/\d+", screen)]
     assert counts == sorted(counts)

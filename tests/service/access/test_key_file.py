@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import elbo
+from elbo import cli
 from service.access import key_file
 from service.access.key_file import MAX_KEYS, ApiKey, KeyFileError
 from service.access.scopes import Scope
@@ -24,7 +24,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     """Run `elbo key` with `arguments`. Return the exit code and the two outputs."""
     code = 0
     try:
-        elbo.main(["key", *arguments])
+        cli.main(["key", *arguments])
     except SystemExit as end:
         code = int(end.code or 0)
     out, err = capsys.readouterr()
@@ -211,11 +211,11 @@ def test_file_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes | No
 
 
 def test_scopes_of_the_command_are_those_of_the_server() -> None:
-    assert [scope.value for scope in elbo.KeyScope] == [scope.value for scope in Scope]
+    assert [scope.value for scope in cli.KeyScope] == [scope.value for scope in Scope]
 
 
 def test_key_is_made_without_importing_torch(tmp_path: Path) -> None:
-    code = "import sys, elbo; elbo.main(['key', 'add', 'a', '--scope', 'infer', '--file', sys.argv[1]])"
+    code = "import sys; from elbo import cli; cli.main(['key', 'add', 'a', '--scope', 'infer', '--file', sys.argv[1]])"
     script = f"try:\n    {code}\nfinally:\n    print('torch' in sys.modules)"
     file = tmp_path / "keys.toml"
     result = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True, cwd=ROOT)

@@ -12,7 +12,7 @@ import orjson
 import pytest
 from typer.testing import CliRunner
 
-from elbo import app as command
+from elbo.cli import app as command
 from service.app import create_app
 from service.codec import remote_write
 from service.codec.row_schema import RowSchema

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-import elbo
+from elbo import cli
 from models.artifact import load
 from service.anomaly.online_calibration import MIN_INCIDENT_ROWS, SET_ROWS
 from service.app import create_app
@@ -55,7 +55,7 @@ def test_service_and_backtest_count_an_incident_as_a_change_after_the_chosen_num
 
     def run(*arguments: str) -> str:
         runs = [] if arguments[0] == "inspect" else ["--runs", str(tmp_path)]
-        result = CliRunner().invoke(elbo.app, [*arguments, "--artifacts", str(artifacts), *runs])
+        result = CliRunner().invoke(cli.app, [*arguments, "--artifacts", str(artifacts), *runs])
         assert result.exit_code == 0, result.output
         return result.output
 
@@ -82,12 +82,12 @@ def test_service_and_backtest_count_an_incident_as_a_change_after_the_chosen_num
 @pytest.mark.parametrize("rows", [MIN_INCIDENT_ROWS - 1, SET_ROWS + 1])
 def test_incident_rows_out_of_range_are_refused(rows: int) -> None:
     arguments = ["train", "digits", "--model", "pca", "--name", "x", "--time", "ts", "--incident-rows", str(rows)]
-    result = CliRunner().invoke(elbo.app, arguments)
+    result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code != 0
     assert "incident-rows" in result.output + str(result.exception)
 
 
 def test_incident_rows_without_times_are_refused() -> None:
-    result = CliRunner().invoke(elbo.app, ["train", "digits", "--model", "pca", "--name", "x", "--incident-rows", "50"])
+    result = CliRunner().invoke(cli.app, ["train", "digits", "--model", "pca", "--name", "x", "--incident-rows", "50"])
     assert result.exit_code != 0
     assert "--time" in result.output + str(result.exception)

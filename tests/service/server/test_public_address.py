@@ -52,7 +52,7 @@ def test_loopback_address_needs_no_keys(host: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("command", [["-m", "service"], ["-c", "import elbo; elbo.main(['serve'])"]])
+@pytest.mark.parametrize("command", [["-m", "service"], ["-c", "from elbo import cli; cli.main(['serve'])"]])
 def test_server_exits_before_it_listens_on_a_public_address(tmp_path: Path, command: list[str], workers: int) -> None:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("ELBO_")}
     settings = {"ELBO_HOST": "0.0.0.0", "ELBO_PORT": "0", "ELBO_ARTIFACTS": str(tmp_path), "ELBO_WORKERS": str(workers)}

@@ -190,7 +190,8 @@ def test_run_gives_the_same_weights_if_ctrl_c_stops_it_and_it_is_resumed(
     arguments = ["train", "digits", "--model", "vae", "--name", "m", *options]
     arguments += ["--artifacts", str(tmp_path / "artifacts"), "--runs", str(tmp_path / "runs")]
     code = (  # background jobs of a shell ignore SIGINT, so restore the default handler
-        f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nimport elbo; elbo.main({arguments})"
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"from elbo import cli; cli.main({arguments})"
     )
     process = PreloadedProcess([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

@@ -33,12 +33,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder = tmp_path_factory.mktemp("trained")
     data = write(folder / "train.csv", two_factor_rows(1000, seed=0))
-    import elbo
+    from elbo import cli
 
     for kind in EVERY_KIND:
         arguments = ["train", data, "--model", kind, "--name", kind, "--latents", "2", "--artifacts", str(folder / "a")]
         with pytest.raises(SystemExit):
-            elbo.main([*arguments, "--runs", str(folder / "runs"), *([] if kind == "pca" else ["--epochs", "20"])])
+            cli.main([*arguments, "--runs", str(folder / "runs"), *([] if kind == "pca" else ["--epochs", "20"])])
     return folder
 
 

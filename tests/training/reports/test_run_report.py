@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import elbo
+from elbo import cli
 from models.manifest import Manifest, read_manifest
 from tests.commands import in_process, two_factor_rows, write
 from tests.data import ROOT
@@ -132,11 +132,11 @@ def test_command_in_the_card_repeats_the_run_with_the_same_options(
     command_line = text.split("```")[1].strip()
     assert command_line == command_of(manifest)
     trained: list[TrainConfig] = []
-    monkeypatch.setattr(elbo, "_train", lambda config, *_, **__: trained.append(config))
+    monkeypatch.setattr(cli, "_train", lambda config, *_, **__: trained.append(config))
     monkeypatch.setattr("training.data.table.read_table", lambda *_, **__: digits)
     words = subprocess.run(["bash", "-c", f'printf "%s\\n" {command_line}'], capture_output=True, text=True, check=True)
     with pytest.raises(SystemExit) as end:
-        elbo.main(words.stdout.splitlines()[1:])
+        cli.main(words.stdout.splitlines()[1:])
     assert end.value.code == 0, capsys.readouterr().err
     assert [with_calibration(found, digits) for found in trained] == [config]
 

@@ -41,7 +41,7 @@ USAGE_ERRORS = {
     "incidents_invalid",
 }  # errors with these codes exit with status 2
 
-OWN_PACKAGES = {"models", "training", "service"}
+OWN_PACKAGES = {"models", "training", "service", "elbo"}
 
 app = typer.Typer(
     epilog="Start here: elbo demo, then elbo serve. Every command has its own help: elbo train --help",
@@ -1108,7 +1108,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if end.code == 130:  # typer exits with 130 on SIGINT
             print("elbo: interrupted", file=sys.stderr)
         raise
-
-
-if __name__ == "__main__":
-    main()

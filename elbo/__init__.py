@@ -1,0 +1,1 @@
+"""Train and serve autoencoders, variational autoencoders and PCA."""
