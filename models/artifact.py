@@ -231,7 +231,7 @@ def publish(
     Raises:
         ArtifactUnwritable: the disk is full, or this user may not write to the folder.
     """
-    content = _archive(module, manifest, twin or {}, exhibits or {})
+    content = archive(module, manifest, twin, exhibits)
     folder = model_folder(root, manifest.name)
     with unwritable_as_artifact_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -565,22 +565,28 @@ def _read_exhibits(content: bytes, path: Path, names: Sequence[str]) -> dict[str
             raise ArtifactCorrupt(f"{path}: the exhibits are damaged ({error}); publish the model again") from error
 
 
-def _archive(
-    module: torch.jit.ScriptModule, manifest: Manifest, twin: Mapping[str, Graph], exhibits: Mapping[str, bytes]
+def archive(
+    module: torch.jit.ScriptModule,
+    manifest: Manifest,
+    twin: Mapping[str, Graph] | None = None,
+    exhibits: Mapping[str, bytes] | None = None,
 ) -> bytes:
-    """Return the bytes of the artifact: TorchScript's zip archive with extra members, and the seal as its comment."""
+    """Return the bytes of the artifact: TorchScript's zip archive with extra members, and the seal as its comment.
+
+    The arguments are those of `publish`. `load_content` loads the result.
+    """
     buffer = io.BytesIO()
     with _deprecations_silenced():
         torch.jit.save(module, buffer)
-    with zipfile.ZipFile(buffer, "a") as archive:
-        prefix = archive.namelist()[0].partition("/")[0]
-        archive.writestr(f"{prefix}/{MEMBER}", manifest.model_dump_json())
-        for method, graph in twin.items():
-            archive.writestr(f"{prefix}/{TWIN_MEMBER.format(method)}", graph.onnx)
-            archive.writestr(f"{prefix}/{TWIN_WEIGHTS_MEMBER.format(method)}", json.dumps(graph.weights))
-        for name, exhibit in exhibits.items():
-            archive.writestr(f"{prefix}/{EXHIBIT_MEMBER.format(name)}", exhibit, zipfile.ZIP_DEFLATED)
-        archive.comment = SEAL + b"0" * DIGEST_LENGTH
+    with zipfile.ZipFile(buffer, "a") as file:
+        prefix = file.namelist()[0].partition("/")[0]
+        file.writestr(f"{prefix}/{MEMBER}", manifest.model_dump_json())
+        for method, graph in (twin or {}).items():
+            file.writestr(f"{prefix}/{TWIN_MEMBER.format(method)}", graph.onnx)
+            file.writestr(f"{prefix}/{TWIN_WEIGHTS_MEMBER.format(method)}", json.dumps(graph.weights))
+        for name, exhibit in (exhibits or {}).items():
+            file.writestr(f"{prefix}/{EXHIBIT_MEMBER.format(name)}", exhibit, zipfile.ZIP_DEFLATED)
+        file.comment = SEAL + b"0" * DIGEST_LENGTH
     return seal(buffer.getvalue())
 
 

@@ -1,9 +1,14 @@
-"""One training run, from a table to a published artifact: fit, select, publish, report."""
+"""One training run, from a table to a published artifact: fit, select, publish, report.
+
+`fit_model` fits, evaluates and calibrates a model without publishing it. `train` also publishes it, and writes
+checkpoints and reports.
+"""
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,7 +16,9 @@ import torch
 from models import artifact
 from models.keys import PrivateKey
 from models.manifest import Manifest
+from models.pipeline import Pipeline
 from models.policy_rules import Policy
+from models.windowed import Windowed
 from training.config import AUTO_KINDS, TrainConfig
 from training.data.table import Table
 from training.errors import FitError
@@ -27,7 +34,7 @@ from training.fitting.prepared_data import PreparedData
 from training.fitting.windows import prepare, with_window
 from training.progress import Reporter, SilentReporter
 from training.publishing.compatibility import refuse_other_features
-from training.publishing.publish import publish
+from training.publishing.publish import Parts, assemble, publish
 from training.reports.describe import DEFAULT_ALPHA, few_calibration_rows
 from training.reports.history import HistoryRecorder
 from training.reports.run_report import PLOTTED_ROWS, write_run
@@ -81,24 +88,15 @@ def train(
         refuse_other_features(table, artifacts, config.name)
     artifact.require_writable(artifacts, config.name)
     report = report if processes.is_first else SilentReporter()
-    _refuse_other_columns(config, table)
-    if config.condition and policy is not None:
-        raise FitError("--policy is not for a model with --condition: leave one of them out")
-    config = with_calibration(config, table)
-    for note in [*table.notes, *table.warnings]:
-        report.note(note)
+    config = _check_options(config, table, policy)
+    _report_notes(table, report)
     configs = _configs_per_kind(config)
     reserved = claim(runs / config.name) if runs is not None and processes.is_first else nullcontext(enter_result=True)
     with reserved as alone, _one_thread():
         stores = _checkpoint_stores(configs, table, runs, checkpoint_seconds, resume=resume, alone=alone)
         if resume:
             stores = _set_to_resume(stores)
-        data, window_notes = prepare(config, table, policy)
-        refuse_short_history(config, data.rows)
-        if policy is not None and policy.alarms.per_day is not None:
-            allowed_alarms(policy.alarms, len(data.split.calibration), step_of(table.timeline))  # before the long fit
-        for note in [*window_notes, *data.split_notes]:
-            report.note(note)
+        data = _prepare(config, table, report, policy)
         candidates = [
             _fit_candidate(each, data, report, checkpoints=store, tensorboard=tensorboard, processes=processes)
             for each, store in zip(configs, stores, strict=True)
@@ -107,6 +105,121 @@ def train(
         if processes.is_first:
             path = _finish(candidates, stores, data, artifacts, report, runs, force=force, key=key)
         return processes.broadcast_path(path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedModel:
+    """A model that is fitted, evaluated and calibrated, with everything that its publication needs.
+
+    Args:
+        chosen: the model, with its options, metrics and notes; of several kinds, the best.
+        comparison: metrics of the models that it was compared with, by kind.
+        data: the rows of the table and their split.
+    """
+
+    chosen: Candidate
+    comparison: dict[str, dict[str, float]]
+    data: PreparedData
+
+    @property
+    def config(self) -> TrainConfig:
+        """The options of the model; `config.model` is the kind of the model, never auto."""
+        return self.chosen.config
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know about the data and the training."""
+        return [*self.data.notes, *self.chosen.recorder.notes, *self.chosen.warnings]
+
+    @cached_property
+    def model(self) -> Pipeline | Windowed:
+        """The whole model in eager mode. It takes rows [B, D] in raw units, or windows [B, N, D].
+
+        Its scores do not depend on the group or the time of a row: only a published model with times has a baseline.
+        """
+        return with_window(self.chosen.pipeline, self.data)
+
+    def assemble(self, report: Reporter, *, twin: bool = True, exhibits: bool = True) -> Parts:
+        """Return the parts of the artifact: module, manifest, ONNX twin and exhibits.
+
+        Args:
+            report: receives the progress and the notes.
+            twin: export the ONNX twin, which takes seconds; without it, serving on a CPU is slower.
+            exhibits: add held-out rows, calibration scores and the model card.
+        """
+        with _one_thread():
+            return assemble(self.chosen, self.comparison, self.data, report, twin=twin, exhibits=exhibits)
+
+    def publish(self, artifacts: Path, report: Reporter, *, key: PrivateKey | None = None, twin: bool = True) -> Path:
+        """Publish the model as the next version of its name under `artifacts`. Return the path of the artifact.
+
+        Args:
+            artifacts: artifact folder.
+            report: receives the progress and the notes.
+            key: signs the artifact.
+            twin: export the ONNX twin, which takes seconds; without it, serving on a CPU is slower.
+
+        Raises:
+            ArtifactUnwritable: the disk is full, or this user may not write to the folder.
+        """
+        return self.assemble(report, twin=twin).publish(artifacts, key)
+
+
+def fit_model(
+    config: TrainConfig,
+    table: Table,
+    report: Reporter,
+    *,
+    policy: Policy | None = None,
+    evaluate: bool = True,
+) -> FittedModel:
+    """Fit, evaluate and calibrate a model, and publish nothing.
+
+    The result has the same weights as that of `train` for the same arguments.
+
+    Args:
+        config: options of the run. If `config.model` is auto, several kinds are fitted and the best is chosen.
+        table: training data.
+        report: receives the progress and the notes.
+        policy: which deviations matter, when no row is anomalous, and how many alarms there may be; by default, every
+            deviation matters.
+        evaluate: compute the metrics and the warnings on the held-out rows. Without them, a fit is faster.
+
+    Raises:
+        DataError: the table cannot be used, or the policy leaves no calibration row.
+        FitError: the options do not fit the data, or the fit failed.
+    """
+    config = _check_options(config, table, policy)
+    _report_notes(table, report)
+    with _one_thread():
+        data = _prepare(config, table, report, policy)
+        candidates = [_fit_candidate(each, data, report, evaluate=evaluate) for each in _configs_per_kind(config)]
+        chosen, comparison = compare(candidates, data, report)
+        return FittedModel(chosen=chosen, comparison=comparison, data=data)
+
+
+def _check_options(config: TrainConfig, table: Table, policy: Policy | None) -> TrainConfig:
+    """Return `config` with the method of calibration that auto stands for. Raise FitError if it is not for `table`."""
+    _refuse_other_columns(config, table)
+    if config.condition and policy is not None:
+        raise FitError("--policy is not for a model with --condition: leave one of them out")
+    return with_calibration(config, table)
+
+
+def _report_notes(table: Table, report: Reporter) -> None:
+    for note in [*table.notes, *table.warnings]:
+        report.note(note)
+
+
+def _prepare(config: TrainConfig, table: Table, report: Reporter, policy: Policy | None) -> PreparedData:
+    """Split and prepare the table, and refuse options that would fail after the fit."""
+    data, window_notes = prepare(config, table, policy)
+    refuse_short_history(config, data.rows)
+    if policy is not None and policy.alarms.per_day is not None:
+        allowed_alarms(policy.alarms, len(data.split.calibration), step_of(table.timeline))  # before the long fit
+    for note in [*window_notes, *data.split_notes]:
+        report.note(note)
+    return data
 
 
 def _refuse_other_columns(config: TrainConfig, table: Table) -> None:
@@ -189,16 +302,19 @@ def _fit_candidate(
     data: PreparedData,
     report: Reporter,
     *,
-    checkpoints: CheckpointStore | None,
-    tensorboard: bool,
-    processes: ProcessGroup,
+    checkpoints: CheckpointStore | None = None,
+    tensorboard: bool = False,
+    processes: ProcessGroup = ProcessGroup(),  # noqa: B008  # frozen
+    evaluate: bool = True,
 ) -> Candidate:
-    """Fit and evaluate a model of one kind."""
+    """Fit a model of one kind and, with `evaluate`, evaluate it on the held-out rows."""
     if checkpoints is not None and processes.is_first:
         recorder = HistoryRecorder(report, checkpoints.folder, resume=checkpoints.resume, tensorboard=tensorboard)
     else:
         recorder = HistoryRecorder(report, None)
     pipeline = fit_and_calibrate(config, data, recorder, checkpoints=checkpoints, processes=processes)
+    if not evaluate:
+        return Candidate(config, pipeline, {}, {}, recorder, [])
     recorder.stage("evaluating on the held-out rows")
     baseline_pca = None
     others = {}

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from tests.training.reporters import RecordingReporter
 from training.config import AUTO_KINDS, EVERY_KIND, Kind, TrainConfig
 from training.data.row_store import RowStore
 from training.data.table import Table, read_table, split_rows
-from training.train import train
+from training.train import fit_model, train
 
 pytestmark = pytest.mark.slow
 
@@ -262,3 +263,29 @@ def test_published_optimal_variance_is_the_mean_squared_error_of_the_fit_rows(tm
             errors.append(((fit_rows - x_hat) / state["scaling.scale"]).square().mean())
     published = float(state["core.likelihood.log_variance"].exp())
     assert published == pytest.approx(float(torch.stack(errors).mean()), rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["vae", "auto"])
+def test_fitted_model_that_is_published_later_equals_the_model_that_train_publishes(
+    kind: Literal["vae", "auto"], tmp_path: Path
+) -> None:
+    config = TrainConfig(model=kind, name="web", latents=2, hidden=(32,), epochs=3)
+    trained = artifact.load(train(config, table(200), tmp_path / "trained", RecordingReporter()))
+    fitted = fit_model(config, table(200), RecordingReporter())
+    assert not (tmp_path / "fitted").exists()
+    for version in (1, 2):  # it can be published more than once
+        published = artifact.load(fitted.publish(tmp_path / "fitted", RecordingReporter()))
+        assert published.path == tmp_path / "fitted" / "web" / str(version) / "model.pt"
+        same = {"created": trained.manifest.created, "history": trained.manifest.history}  # they contain times
+        assert published.manifest.model_copy(update=same) == trained.manifest
+        created = published.manifest.created.encode(), trained.manifest.created.encode()
+        assert {name: text.replace(*created) for name, text in published.exhibits.items()} == trained.exhibits
+        assert published.twin is not None
+
+
+def test_fit_without_evaluation_and_twin_gives_the_same_weights(tmp_path: Path) -> None:
+    config = TrainConfig(model="pca", name="web", latents=2)
+    whole = read_manifest(fit_model(config, table(200), RecordingReporter()).publish(tmp_path, RecordingReporter()))
+    fitted = fit_model(config, table(200), RecordingReporter(), evaluate=False)
+    quick = artifact.load(fitted.publish(tmp_path, RecordingReporter(), twin=False))
+    assert (quick.manifest.weights_sha256, quick.manifest.metrics, quick.twin) == (whole.weights_sha256, {}, None)

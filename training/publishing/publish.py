@@ -3,6 +3,7 @@
 import math
 import platform
 import tempfile
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -50,6 +51,59 @@ from training.publishing.onnx_export import export
 GOLDEN_ROWS = 3
 
 
+@dataclass(frozen=True)
+class Parts:
+    """The parts of an artifact that is not written yet. See `models.artifact.publish`."""
+
+    module: torch.jit.ScriptModule
+    manifest: Manifest
+    twin: dict[str, artifact.Graph] | None
+    exhibits: dict[str, bytes]
+
+    def content(self) -> bytes:
+        """Return the bytes of the artifact, sealed."""
+        return artifact.archive(self.module, self.manifest, self.twin, self.exhibits)
+
+    def publish(self, artifacts: Path, key: PrivateKey | None = None) -> Path:
+        """Write the artifact as the next version of its name under `artifacts`, and return its path.
+
+        Raises:
+            ArtifactUnwritable: the disk is full, or this user may not write to the folder.
+        """
+        return artifact.publish(self.module, self.manifest, artifacts, self.twin, self.exhibits, key)
+
+
+def assemble(
+    chosen: Candidate,
+    comparison: dict[str, dict[str, float]],
+    data: PreparedData,
+    report: Reporter,
+    *,
+    twin: bool = True,
+    exhibits: bool = True,
+) -> Parts:
+    """Return the parts of the artifact of a fitted model.
+
+    Args:
+        twin: export the ONNX twin.
+        exhibits: make the exhibits.
+    """
+    report.stage("fitting the baseline")
+    baseline = _add_baseline(chosen, data)
+    pipeline = with_window(chosen.pipeline, data)
+    module = artifact.script(pipeline)
+    rows = _golden_inputs(data)
+    golden = _golden(module, rows, chosen.config.seed)
+    manifest = _manifest(chosen, comparison, data, golden, artifact.weights_sha256(pipeline), baseline)
+    graphs = None
+    if twin:
+        report.stage("exporting the ONNX twin")
+        graphs = _twin(pipeline, rows, report)
+    notes = [*data.notes, *chosen.recorder.notes]
+    report.stage("writing the artifact")
+    return Parts(module, manifest, graphs, make_exhibits(chosen.pipeline, manifest, data, notes) if exhibits else {})
+
+
 def publish(
     chosen: Candidate,
     comparison: dict[str, dict[str, float]],
@@ -71,26 +125,16 @@ def publish(
         ArtifactUnwritable: the disk is full, or this user may not write to the folder. The message says where the
             trained model is.
     """
-    report.stage("fitting the baseline")
-    baseline = _add_baseline(chosen, data)
-    pipeline = with_window(chosen.pipeline, data)
-    module = artifact.script(pipeline)
-    rows = _golden_inputs(data)
-    golden = _golden(module, rows, chosen.config.seed)
-    manifest = _manifest(chosen, comparison, data, golden, artifact.weights_sha256(pipeline), baseline)
-    report.stage("exporting the ONNX twin")
-    twin = _twin(pipeline, rows, report)
-    notes = [*data.notes, *chosen.recorder.notes]
-    report.stage("writing the artifact")
-    exhibits = make_exhibits(chosen.pipeline, manifest, data, notes)
+    parts = assemble(chosen, comparison, data, report)
+    manifest = parts.manifest
     try:
-        return artifact.publish(module, manifest, artifacts, twin, exhibits, key), manifest
+        return parts.publish(artifacts, key), manifest
     except ArtifactUnwritable as error:
         if can_resume:
             advice = "The trained networks are kept: repeat elbo train with --resume to publish them"
             raise ArtifactUnwritable(f"{error}. {advice}") from error
         try:
-            kept = artifact.publish(module, manifest, Path(tempfile.mkdtemp(prefix="elbo-")), twin, exhibits)
+            kept = parts.publish(Path(tempfile.mkdtemp(prefix="elbo-")))
         except (ArtifactUnwritable, OSError):
             raise error from None
         folder = version_folder(artifacts, manifest.name, next_version(artifacts, manifest.name))
@@ -113,7 +157,10 @@ def _add_baseline(chosen: Candidate, data: PreparedData) -> Baseline | None:
     pipeline = chosen.pipeline
     baseline, timeline = fit_baseline(chosen.config, pipeline, data), data.rows.table.timeline
     if baseline is not None and timeline is not None:
+        is_first = not hasattr(pipeline, "baseline")
         pipeline.add_module("baseline", BaselineBuffers(baseline.arrays))
+        if not is_first:  # the notes are there since the first time
+            return baseline
         if baseline.features is not None:
             chosen.recorder.note(
                 f"rows of {len(baseline.groups):,} groups are converted into common units before the model sees them; "
