@@ -42,6 +42,7 @@ USAGE_ERRORS = {
 }  # errors with these codes exit with status 2
 
 OWN_PACKAGES = {"models", "training", "service", "elbo"}
+TRAINING_PACKAGES = {"matplotlib", "onnx", "polars", "scipy", "sklearn", "threadpoolctl"}  # of the extra `train` only
 
 app = typer.Typer(
     epilog="Start here: elbo demo, then elbo serve. Every command has its own help: elbo train --help",
@@ -1081,6 +1082,13 @@ def _exit_with_error(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
+def _installation(package: str) -> str:
+    """Return how to install Elbo with `package`, which is missing: with the extra `serve` or `train`."""
+    if package in TRAINING_PACKAGES:
+        return "install Elbo with pip install 'elbo[train]', or use the container image that trains"
+    return "install Elbo with pip install 'elbo[serve]', or with 'elbo[train]' to train models as well"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line with `arguments`, by default the arguments of the process."""
     for name in ("stdout", "stderr"):
@@ -1096,11 +1104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         package = (error.name or "").partition(".")[0]
         if package in OWN_PACKAGES:
             raise
-        _exit_with_error(
-            f"this command needs the package {package}: install Elbo with pip install 'elbo[train]', or use the "
-            "container image that trains",
-            1,
-        )
+        _exit_with_error(f"this command needs the package {package}: {_installation(package)}", 1)
     except OSError as error:
         place = f" {error.filename}" if error.filename else " the output"
         _exit_with_error(f"cannot read or write{place} ({error.strerror}): check the disk and the permissions", 1)

@@ -141,6 +141,20 @@ def test_command_without_the_packages_for_training_prints_one_line(
     )
 
 
+@pytest.mark.parametrize("arguments", ["serve --insecure", "train digits --model pca --name a", "train --help"])
+def test_command_without_the_packages_of_an_extra_prints_one_line(arguments: str) -> None:
+    absent = ("torch", "pydantic", "pydantic_settings", "fastapi")  # pip install elbo does not install them
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent})); from elbo import cli; cli.main({arguments.split()})"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == (
+        "elbo: error: this command needs the package pydantic: install Elbo with pip install 'elbo[serve]', "
+        "or with 'elbo[train]' to train models as well\n"
+    )
+
+
 def test_unknown_option_is_a_usage_error() -> None:
     run = command("train", "digits", "--modle", "pca")
     assert run.returncode == 2

@@ -14,13 +14,25 @@ from tests.conftest import require
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+BASE = PROJECT["dependencies"]
+
+
+def requirements_of(*extras: str) -> list[str]:
+    """Return the requirements of Elbo with `extras`. An extra may name another extra of Elbo."""
+    found = list(BASE)
+    for name in extras:
+        for requirement in EXTRAS[name]:
+            own = re.fullmatch(r"elbo\[(\w+)\]", requirement)
+            found += requirements_of(own[1]) if own else [requirement]
+    return found
+
+
 LOCKED = {
-    "serve": PROJECT["dependencies"],
-    "train": PROJECT["dependencies"] + EXTRAS["train"],
-    "dev": PROJECT["dependencies"] + EXTRAS["train"] + EXTRAS["dev"],
-    "browser": PROJECT["dependencies"]
-    + EXTRAS["browser"],  # locked separately: dev.lock would become too large with these packages
-    "docs": PROJECT["dependencies"] + EXTRAS["docs"],
+    "serve": requirements_of("serve"),
+    "train": requirements_of("train"),
+    "dev": requirements_of("train", "dev"),
+    "browser": requirements_of("browser"),  # locked separately: dev.lock would become too large with these packages
+    "docs": requirements_of("docs"),
     "audit": [line.partition("#")[0] for line in (ROOT / "requirements" / "audit.in").read_text().splitlines()],
 }
 
@@ -65,8 +77,16 @@ def test_lock_files_pin_shared_packages_to_the_same_versions() -> None:
     assert serve.items() <= pinned_versions("train").items() <= dev.items()
     for lock in ("browser", "docs"):
         other = pinned_versions(lock)
-        assert serve.items() <= other.items()
         assert {name for name in dev.keys() & other.keys() if dev[name] != other[name]} == set()
+
+
+def test_packages_without_an_extra_are_few_and_need_no_torch() -> None:
+    assert {Requirement(text).name for text in BASE} == {"httpx", "numpy", "orjson", "typer"}
+    assert "torch==2.13.0" in requirements_of("serve")
+
+
+def test_extra_for_training_contains_what_serving_needs() -> None:
+    assert set(requirements_of("serve")) <= set(requirements_of("train"))
 
 
 def test_dev_lock_contains_no_cuda_packages() -> None:

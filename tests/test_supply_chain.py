@@ -23,6 +23,7 @@ CLASSIFIERS = {  # of packages that do not declare an SPDX expression
     "License :: OSI Approved :: BSD License": "BSD-3-Clause",
     "License :: OSI Approved :: ISC License (ISCL)": "ISC",
     "License :: OSI Approved :: MIT License": "MIT",
+    "License :: OSI Approved :: Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
 }
 READ_BY_HAND = {  # packages whose metadata name no licence, and a line of the licence file that they contain
     "protobuf": ("BSD-3-Clause", "Redistribution and use in source and binary forms"),
