@@ -25,6 +25,9 @@ MAY_IMPORT = {
     "training.reports": "models fitting data config errors progress random_streams",
     "training.evaluation": "models reports fitting data config errors progress random_streams",
     "training.publishing": "models evaluation reports fitting data config errors progress",
+    "training.adoption": (
+        "models publishing evaluation reports fitting data config errors progress random_streams train"
+    ),
     "training.train": "models publishing evaluation reports fitting data config errors progress",
     "training.__main__": "elbo.cli",
     "elbo.cli": "models training service",

@@ -1,0 +1,1 @@
+"""Adopt trained networks: from a module, a scaler and normal rows to a published artifact."""
