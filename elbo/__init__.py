@@ -1,1 +1,59 @@
-"""Train and serve autoencoders, variational autoencoders and PCA."""
+"""Train, load, adopt and use autoencoders, variational autoencoders and PCA.
+
+    import elbo
+
+    model = elbo.fit(rows, kind="vae", name="web")
+    model.p_value(rows)
+    model.save("artifacts")
+
+`import elbo` loads no other package. Each name is imported when it is first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from elbo.fitting import fit
+    from elbo.model import Model, load
+    from models.errors import ElboError
+
+    __version__: str
+
+__all__ = ["ElboError", "Model", "__version__", "fit", "load"]
+
+_MODULES = {
+    "ElboError": "models.errors",
+    "Model": "elbo.model",
+    "fit": "elbo.fitting",
+    "load": "elbo.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public name `name` when it is first used (PEP 562)."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("elbo")
+    elif name in _MODULES:
+        from importlib import import_module
+
+        try:
+            value = getattr(import_module(_MODULES[name]), name)
+        except ModuleNotFoundError as error:
+            raise _missing_package(name, error) from error
+    else:
+        raise AttributeError(f"module 'elbo' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def _missing_package(name: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
+    """Return an error that says which extra of Elbo has the package that `elbo.<name>` needs."""
+    extra = "serve" if name in ("Model", "load") else "train"
+    return ModuleNotFoundError(
+        f"elbo.{name} needs the package {error.name}: pip install 'elbo[{extra}]'", name=error.name
+    )
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Union, get_
 import typer
 from typer.core import TyperCommand, TyperOption
 
+from elbo.errors import OptionError
 from models.errors import ElboError, first_fault, printable, printable_lines
 
 if TYPE_CHECKING:
@@ -68,12 +69,6 @@ def _options_without_command(
     ] = False,
 ) -> None:
     """Train PCA, autoencoders and variational autoencoders, and serve them over HTTP."""
-
-
-class OptionError(ElboError):
-    """An option or an ELBO_* environment variable has an invalid value."""
-
-    code = "option_error"
 
 
 class Escape(StrEnum):

@@ -231,14 +231,22 @@ def publish(
     Raises:
         ArtifactUnwritable: the disk is full, or this user may not write to the folder.
     """
-    content = archive(module, manifest, twin, exhibits)
-    folder = model_folder(root, manifest.name)
+    return publish_content(archive(module, manifest, twin, exhibits), manifest.name, root, key)
+
+
+def publish_content(content: bytes, name: str, root: Path, key: PrivateKey | None = None) -> Path:
+    """Write `content`, the bytes of an artifact, as the next version of model `name` under `root`. See `publish`.
+
+    Raises:
+        ArtifactUnwritable: the disk is full, or this user may not write to the folder.
+    """
+    folder = model_folder(root, name)
     with unwritable_as_artifact_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with staging_folder(folder) as staging:
             staging.chmod(0o755)  # whatever the umask: a server that runs as another user reads the folder
             _write_synced(staging / FILE_NAME, content)
-            version = claim_version(staging, root, manifest.name, signer(content, manifest.name, key))
+            version = claim_version(staging, root, name, signer(content, name, key))
         _sync_folder(folder)
     return folder / str(version) / FILE_NAME
 
@@ -402,9 +410,18 @@ def read_trained_rows(artifact: Artifact) -> bytes | None:
     return _read_exhibits(_read_again(artifact), artifact.path, (TRAINED_ROWS,)).get(TRAINED_ROWS)
 
 
+def read_exhibits(content: bytes, path: Path) -> dict[str, bytes]:
+    """Return all exhibits in `content`, the bytes of the artifact at `path`, by name, with TRAINED_ROWS."""
+    return _read_exhibits(content, path, (*SHOWN_EXHIBITS, TRAINED_ROWS))
+
+
 def thaw(artifact: Artifact) -> torch.jit.ScriptModule:
     """Load the module of `artifact` on the CPU without freezing it, so that it can be changed and published again."""
-    content = _read_again(artifact)  # it was inspected when it was loaded
+    return thaw_content(_read_again(artifact))  # it was inspected when it was loaded
+
+
+def thaw_content(content: bytes) -> torch.jit.ScriptModule:
+    """Load the module in `content`, the bytes of an artifact that was loaded before, on the CPU without freezing it."""
     with _deprecations_silenced():
         module: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(content), map_location="cpu")
     return module

@@ -30,7 +30,17 @@ MAY_IMPORT = {
     ),
     "training.train": "models publishing evaluation reports fitting data config errors progress",
     "training.__main__": "elbo.cli",
-    "elbo.cli": "models training service",
+    "elbo.errors": "models.errors",
+    "elbo.options": "models.season",
+    "elbo.verdicts": "",
+    "elbo.sources": "training.data training.errors",
+    "elbo.card": "models training.reports",
+    "elbo.figures": "models training.reports training.errors errors sources verdicts",
+    "elbo.saving": "models training.publishing",
+    "elbo.recalibration": "models training",
+    "elbo.model": "models training service errors sources verdicts card figures saving recalibration",
+    "elbo.fitting": "models training errors options sources model",
+    "elbo.cli": "models training service errors",
     "elbo.__main__": "elbo.cli",
     "service.errors": "models.errors",
     "service.settings": "",
@@ -65,6 +75,8 @@ MAY_IMPORT = {
     ),
     "service.__main__": "models.errors server settings",
 }
+# What the __init__.py of a package imports: for type checkers, and by name when a public name is first used.
+PUBLIC = {"elbo": ["elbo.fitting", "elbo.model", "models.errors"]}
 PACKAGES = ("models", "training", "service", "elbo")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
@@ -112,7 +124,7 @@ def imported(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_file_imports_only_modules_that_its_folder_may_import(path: Path) -> None:
     place = place_of(module_of(path))
-    may = allowed(place) if place else []
+    may = allowed(place) if place else PUBLIC.get(module_of(path), [])
     assert [name for name in imported(path) if not any(is_within(name, one) for one in may)] == []
 
 

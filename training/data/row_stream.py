@@ -12,7 +12,7 @@ from models.manifest import MAX_LEVEL_NAME, ConditionColumn, Conditions, Manifes
 from models.timestamps import to_unix_seconds
 from training.data.conditions import LISTED_LEVELS, NO_LEVEL, code_cells, missing_column, one_hot
 from training.data.ingest import full_disk_as_data_error
-from training.data.readers import RawTable
+from training.data.readers import InMemory, RawTable
 from training.data.row_store import Floats
 from training.data.table import open_for_model
 from training.errors import DataError
@@ -166,7 +166,12 @@ def _unknown_level(column: ConditionColumn, level: Any) -> str:
 
 
 def stream_for_model(
-    source: str, manifest: Manifest, *, time: str | None = None, group: str | None = None, escape: str | None = None
+    source: str | InMemory,
+    manifest: Manifest,
+    *,
+    time: str | None = None,
+    group: str | None = None,
+    escape: str | None = None,
 ) -> RowStream:
     """Open the rows in `source` in the form that the model of `manifest` takes.
 
@@ -193,7 +198,7 @@ def stream_for_model(
         if name is not None and name not in present:
             raise DataError(f"{source} has no column {name!r} besides the features: correct {option}, or leave it out")
     return RowStream(
-        source=source,
+        source=str(source),
         names=[feature.name for feature in manifest.features],
         total=raw.rows,
         time=next((name for name in times if name in present), None),

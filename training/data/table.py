@@ -30,7 +30,7 @@ from training.data.copies import Copies, find_copies
 from training.data.ingest import ColumnStatistics, full_disk_as_data_error, ingest
 from training.data.labels import Labels, interpret
 from training.data.layout import PIXEL_RANGES, Layout, recognise
-from training.data.readers import RawTable, ReadOptions, format_option, load
+from training.data.readers import InMemory, RawTable, ReadOptions, format_option, load
 from training.data.readers.columns import refusal
 from training.data.readers.row_order import RISES, OrderDetector
 from training.data.row_store import RowStore, reorder
@@ -222,7 +222,7 @@ def most_kept_rows(width: int) -> int:
 
 
 def read_table(
-    source: str,
+    source: str | InMemory,
     drop: Sequence[str] = (),
     keep: Sequence[str] = (),
     size: tuple[int, int] | None = None,
@@ -235,7 +235,7 @@ def read_table(
     group: str | None = None,
     condition: Sequence[str] = (),
 ) -> Table:
-    """Return the table in `source`: "digits", a .npy, .npz, .csv or .parquet file, or a folder of images.
+    """Return the table in `source`: "digits", a .npy, .npz, .csv or .parquet file, a folder of images, or `InMemory`.
 
     The rows of an array with three or more dimensions are images, or series whose channels have ranges of their own.
 
@@ -255,7 +255,8 @@ def read_table(
     Raises:
         DataError: the source cannot be used. The message is one line that says what to do.
     """
-    with full_disk_as_data_error(source):
+    name = str(source)
+    with full_disk_as_data_error(name):
         options = ReadOptions(
             drop=drop,
             keep=keep,
@@ -268,12 +269,12 @@ def read_table(
             condition=condition,
         )
         raw = load(source, options)
-    rows, statistics, raw_labels = ingest(raw, source, limit)
+    rows, statistics, raw_labels = ingest(raw, name, limit)
     names = raw.names or _numbered_names(raw.shape, "x")
-    statistics.refuse_infinite(source, names, raw.lines)
-    _refuse_empty_columns(source, names, statistics)
+    statistics.refuse_infinite(name, names, raw.lines)
+    _refuse_empty_columns(name, names, statistics)
     labels = interpret(raw_labels, raw.label_names, column=raw.label_column)
-    _refuse_equal_rows(source, statistics)
+    _refuse_equal_rows(name, statistics)
     pixel_range, layout_notes = raw.pixel_range, []
     if raw.dtype == np.uint16:
         pixel_range = (0.0, _white(float(np.nanmax(statistics.high))))
@@ -296,7 +297,7 @@ def read_table(
         units=raw.units or [None] * len(names),
         labels=labels.values,
         pixel_range=pixel_range,
-        source=source,
+        source=name,
         notes=[
             *raw.notes,
             *layout_notes,
@@ -309,7 +310,7 @@ def read_table(
         normal=labels.normal,
         anomalous=labels.anomalous,
         present_labels=labels.present,
-        conditions=_read_conditions(raw, statistics, labels, condition, source),
+        conditions=_read_conditions(raw, statistics, labels, condition, name),
     )
     table = _in_order_of_time(table, raw, statistics, limit)
     _refuse_counters(table, keep)
@@ -417,7 +418,7 @@ def _in_order_of_time(table: Table, raw: RawTable, statistics: ColumnStatistics,
 
 
 def read_for_model(
-    source: str,
+    source: str | InMemory,
     manifest: "Manifest",
     limit: int = MEMORY_BYTES,
     escape: str | None = None,
@@ -441,11 +442,11 @@ def read_for_model(
         DataError: the source cannot be used. The message is one line that says what to do.
     """
     raw = open_for_model(source, manifest, escape=escape, label=label)
-    names = [feature.name for feature in manifest.features]
-    rows, statistics, raw_labels = ingest(raw, source, limit)
-    statistics.refuse_infinite(source, names, raw.lines)
+    name, names = str(source), [feature.name for feature in manifest.features]
+    rows, statistics, raw_labels = ingest(raw, name, limit)
+    statistics.refuse_infinite(name, names, raw.lines)
     allowed = np.array([feature.missing > 0 for feature in manifest.features])
-    statistics.refuse_missing(source, names, raw.lines, allowed)
+    statistics.refuse_missing(name, names, raw.lines, allowed)
     labels = interpret(raw_labels, raw.label_names, normal, raw.label_column)
     low, high = np.fmin.reduce(statistics.low), np.fmax.reduce(statistics.high)
     pixel_warning = manifest.pixel_warning(float(low), float(high))
@@ -456,7 +457,7 @@ def read_for_model(
         units=[feature.unit for feature in manifest.features],
         labels=labels.values,
         pixel_range=manifest.pixel_range,
-        source=source,
+        source=name,
         notes=[*raw.notes, *labels.notes, *([f"WARNING: {pixel_warning}"] if pixel_warning else [])],
         pixel_warning=pixel_warning,
         missing=statistics.missing,
@@ -486,7 +487,7 @@ def _conditions_for_model(
 
 
 def open_for_model(
-    source: str,
+    source: str | InMemory,
     manifest: "Manifest",
     *,
     escape: str | None = None,
@@ -508,7 +509,7 @@ def open_for_model(
     names = [feature.name for feature in manifest.features]
     units = [feature.unit for feature in manifest.features]
     shape = tuple(manifest.shape)
-    with full_disk_as_data_error(source):
+    with full_disk_as_data_error(str(source)):
         options = ReadOptions(
             names=names,
             shape=shape,

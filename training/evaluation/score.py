@@ -186,7 +186,7 @@ def _batches_of_results(
         top = np.argsort(-scores.contribution, axis=1, kind="stable")[:, :explain]  # [B, explain], largest first
         shown = np.where(rows.missing, np.float32(np.nan), rows.x)  # a missing value is null in NDJSON
         lacks_values = np.asarray(rows.missing.any(axis=1))
-        silenced = _silenced(artifact.manifest, rows.time, rows.group, len(rows.x))
+        silenced = silenced_rows(artifact.manifest, rows.time, rows.group, len(rows.x))
         results = []
         for i in range(len(rows.x)):
             fault = rows.faults.get(i)
@@ -220,7 +220,7 @@ def _without_short_windows(scores: Scores, counts: Counts | None, window: Window
     return replace(scores, severity=severity)
 
 
-def _silenced(
+def silenced_rows(
     manifest: Manifest, times: Sequence[Any] | None, groups: Sequence[str | None] | None, rows: int
 ) -> npt.NDArray[np.bool_]:
     """Return for which rows a silence of the policy holds, [B]. It holds for no row whose time is unknown."""

@@ -1,7 +1,8 @@
 """Compare the features of training data with those of the version that is served under the same name."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from models.errors import ArtifactError, join_names
 from models.manifest import FILE_NAME, Manifest, read_manifest, version_folder, versions
@@ -16,6 +17,36 @@ def refuse_other_features(table: Table, root: Path, name: str) -> None:
     Raises:
         DataError: clients that send rows to `name` would get errors or wrong responses.
     """
+    _refuse(
+        Rows(table.source, list(table.shape), table.names, table.units, table.pixel_range),
+        root,
+        name,
+        "choose another --name, or add --replace-features",
+    )
+
+
+def refuse_other_manifest(manifest: Manifest, root: Path, name: str) -> None:
+    """Check that the model of `manifest` takes the same rows as the newest readable version of model `name`.
+
+    Raises:
+        DataError: clients that send rows to `name` would get errors or wrong responses.
+    """
+    names, units = [each.name for each in manifest.features], [each.unit for each in manifest.features]
+    rows = Rows("the model", manifest.shape, names, units, manifest.pixel_range)
+    _refuse(rows, root, name, "choose another name, or set replace_features")
+
+
+class Rows(NamedTuple):
+    """The rows that a model takes."""
+
+    source: str
+    shape: Sequence[int]
+    names: Sequence[str]
+    units: Sequence[str | None]
+    pixel_range: tuple[float, float] | None
+
+
+def _refuse(table: Rows, root: Path, name: str, advice: str) -> None:
     for version in reversed(versions(root, name)):
         try:
             manifest = read_manifest(version_folder(root, name, version) / FILE_NAME)
@@ -24,13 +55,13 @@ def refuse_other_features(table: Table, root: Path, name: str) -> None:
         if differences := "; ".join(_differences(manifest, table)):
             raise DataError(
                 f"{table.source} has other features than {name}@{version} ({differences}), so requests to {name!r} "
-                "would fail or get wrong responses: choose another --name, or add --replace-features"
+                f"would fail or get wrong responses: {advice}"
             )
         return
 
 
-def _differences(manifest: Manifest, table: Table) -> Iterator[str]:
-    old, new = [feature.name for feature in manifest.features], table.names
+def _differences(manifest: Manifest, table: Rows) -> Iterator[str]:
+    old, new = [feature.name for feature in manifest.features], list(table.names)
     if list(table.shape) != manifest.shape and (len(table.shape) > 1 or len(manifest.shape) > 1):
         yield f"rows have the shape {list(table.shape)} instead of {manifest.shape}"
         return

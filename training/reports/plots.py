@@ -6,6 +6,7 @@ which colour-blind people can tell apart.
 
 import io
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -48,6 +49,7 @@ FEATURES = 12  # maximum number of features of a table that are plotted
 PAIRS = 10  # maximum number of images shown with their reconstructions
 CURVES = (BLUE, ORANGE, GREEN, GREY, "black")
 DRAWN_CHANNELS = (1, 3, 4)  # numbers of channels that matplotlib draws: grey, RGB, RGBA
+TITLE_WIDTH = 4.6  # inches: width of half the title of the figure of reconstructions
 GRID = 8  # number of images per side of the grid of samples
 NAMES = {
     "reconstruction": "distortion: -E[log p(x|z)]",
@@ -65,21 +67,24 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class FittedModel:
-    """A fitted model with its held-out rows, latents and reconstructions."""
+class PlottedModel:
+    """A model with the rows that are plotted, usually held-out rows, and their latents and reconstructions."""
 
     manifest: Manifest
-    pipeline: Pipeline | Windowed
+    pipeline: Pipeline | Windowed | torch.jit.ScriptModule
     # Held-out rows [M, D], raw units, NaN where a value is missing; or windows [M, N, D]; or rows with their
     # conditions, [M, D + C].
     inputs: Tensor
     labels: npt.NDArray[Any] | None  # [M]
     label_names: list[str] | None = None
+    title: str = "held-out rows"  # what the titles of the plots call the rows
+    seed: int = 0  # seed of the samples
 
     @property
     def core(self) -> Core:
-        """Return the core of the pipeline."""
-        return self.pipeline.core if isinstance(self.pipeline, Pipeline) else self.pipeline.pipeline.core
+        """Return the core of the pipeline, which may not be a frozen module."""
+        core: Core = self.pipeline.pipeline.core if isinstance(self.pipeline, Windowed) else self.pipeline.core
+        return core
 
     @property
     def x(self) -> Tensor:
@@ -100,8 +105,8 @@ class FittedModel:
             return x_hat
 
     def sample(self, count: int) -> Floats:
-        """Return rows [count, D] sampled from the generative prior with a fixed seed."""
-        random = random_stream(0, VALIDATION)
+        """Return rows [count, D] sampled from the generative prior with the seed of the model."""
+        random = random_stream(self.seed, VALIDATION)
         with torch.inference_mode():
             noise = torch.randn(count, self.latents.shape[1], generator=random)
             choice = torch.rand(count, generator=random)
@@ -121,23 +126,26 @@ def _published_epoch(manifest: Manifest) -> tuple[str, float]:
     return "best", min(manifest.history, key=lambda point: point.get("held_out_loss", np.inf))["epoch"]
 
 
-def losses(model: FittedModel) -> Figure | None:
+def losses(model: PlottedModel) -> Figure | None:
+    """Plot every term of the loss by epoch; None if there are fewer than two epochs."""
+    return draw_history(model.manifest) if len(model.manifest.history) > 1 else None
+
+
+def draw_history(manifest: Manifest) -> Figure:
     """Plot every term of the loss by epoch: comparable terms in one panel, each other term in a panel of its own."""
-    history = model.manifest.history
-    if len(history) < 2:
-        return None
+    history = manifest.history
     terms = list(dict.fromkeys(name for point in history for name in point if name not in TIMES))
     together = [name for name in terms if name in LOSSES]
     alone = [name for name in terms if name not in LOSSES]
-    published, epoch = _published_epoch(model.manifest)
-    figure, axes = _figure(1, 1 + len(alone), 5.2, 3.8)
+    published, epoch = _published_epoch(manifest)
+    figure, axes = new_figure(1, 1 + len(alone), 5.2, 3.8)
     for axis, names in zip(axes, [together, *([name] for name in alone)], strict=True):
         _curves(axis, history, names)
         axis.axvline(epoch, color=GREY, linestyle=":", linewidth=1.4, label=f"{published} epoch, {epoch:g}")
         axis.set_title(NAMES.get(names[0], names[0]) if names != together else "loss")
         _label_integer_axis(axis, "epoch")
         axis.legend()
-    axes[0].set_ylabel("nats per row" if model.manifest.kind == "vae" else "model units² per row")
+    axes[0].set_ylabel("nats per row" if manifest.kind == "vae" else "model units² per row")
     return figure
 
 
@@ -157,7 +165,7 @@ def _curves(axis: Axes, history: list[dict[str, float]], names: list[str]) -> No
     axis.set_ylim(min(lows) - margin, max(highs) + margin)
 
 
-def latents(model: FittedModel) -> Figure | None:
+def latents(model: PlottedModel) -> Figure | None:
     """Plot how much information each latent carries, in descending order: the KL for a VAE, else the variance."""
     report = model.manifest.latent_report
     if not report:
@@ -165,7 +173,7 @@ def latents(model: FittedModel) -> Figure | None:
     by_kl = report[0].kl is not None
     values = np.array([latent.kl if latent.kl is not None else latent.variance for latent in report])
     order = np.argsort(-values, kind="stable")
-    figure, (axis,) = _figure(1, 1, max(5.2, min(12.0, 0.35 * len(report) + 1.5)), 3.8)
+    figure, (axis,) = new_figure(1, 1, max(5.2, min(12.0, 0.35 * len(report) + 1.5)), 3.8)
     colours = [BLUE if report[index].active else "#CCCCCC" for index in order]
     axis.bar(range(len(order)), values[order], color=colours, width=0.8)
     axis.grid(visible=False, axis="x")
@@ -181,7 +189,7 @@ def latents(model: FittedModel) -> Figure | None:
     return figure
 
 
-def scree(model: FittedModel) -> Figure | None:
+def scree(model: PlottedModel) -> Figure | None:
     """Plot the PCA spectrum: the variance of each component, and the share that the first components explain."""
     manifest = model.manifest
     values = np.array(manifest.spectrum)
@@ -189,7 +197,7 @@ def scree(model: FittedModel) -> Figure | None:
         return None
     total = max(manifest.total_variance, values.sum())
     index = np.arange(1, len(values) + 1)
-    figure, (left, right) = _figure(1, 2, 5.2, 3.8)
+    figure, (left, right) = new_figure(1, 2, 5.2, 3.8)
     left.plot(index, np.maximum(values, values[0] * 1e-8), color=BLUE, marker=".", linewidth=1.2)
     left.set_yscale("log")
     left.minorticks_off()
@@ -209,7 +217,7 @@ def scree(model: FittedModel) -> Figure | None:
     return figure
 
 
-def _activity_threshold(model: FittedModel) -> float | None:
+def _activity_threshold(model: PlottedModel) -> float | None:
     """Return beta times the variance of the Gaussian likelihood of a VAE, in model units; None for other models."""
     core = model.core
     if not isinstance(core, VAE) or not isinstance(core.likelihood, GaussianLikelihood):
@@ -217,15 +225,15 @@ def _activity_threshold(model: FittedModel) -> float | None:
     return float(model.manifest.training.get("beta", 1.0)) * float(core.likelihood.log_variance.detach().exp().mean())
 
 
-def latent_map(model: FittedModel) -> Figure | None:
+def latent_map(model: PlottedModel) -> Figure:
     """Plot the latents of held-out rows in two dimensions, coloured by label, or by score if there are no labels."""
     latents, axes_names = _two_dimensions(model)
-    figure, (axis,) = _figure(1, 1, 7.2, 5.6)
+    figure, (axis,) = new_figure(1, 1, 7.2, 5.6)
     axis.set_xlabel(axes_names[0])
     if latents.shape[1] == 1:
         axis.hist(latents[:, 0], bins=40, color=BLUE)
         axis.set_ylabel("rows")
-        axis.set_title("latents of held-out rows")
+        axis.set_title(f"latents of {model.title}")
         return figure
     axis.set_ylabel(axes_names[1])
     classes = [] if model.labels is None else np.unique(model.labels).tolist()
@@ -238,7 +246,7 @@ def latent_map(model: FittedModel) -> Figure | None:
                 name, np.median(rows, axis=0), ha="center", va="center", fontweight="bold", path_effects=_halo()
             )
         figure.legend(loc="outside right center", title="label")
-        axis.set_title("latents of held-out rows, by label")
+        axis.set_title(f"latents of {model.title}, by label")
         return figure
     with torch.inference_mode():
         score = model.pipeline.score(model.inputs)[0].numpy()
@@ -247,11 +255,11 @@ def latent_map(model: FittedModel) -> Figure | None:
         latents[:, 0], latents[:, 1], s=22, c=score, cmap="viridis", linewidths=0, vmax=np.quantile(finite, 0.98)
     )
     figure.colorbar(dots, label="score, higher is more anomalous", extend="max")
-    axis.set_title("latents of held-out rows, by score")
+    axis.set_title(f"latents of {model.title}, by score")
     return figure
 
 
-def _two_dimensions(model: FittedModel) -> tuple[Floats, list[str]]:
+def _two_dimensions(model: PlottedModel) -> tuple[Floats, list[str]]:
     """Return the one or two coordinates to plot, [M, 1 or 2], and their names: latents or principal directions."""
     report = model.manifest.latent_report
     if report and report[0].kl is not None:
@@ -268,37 +276,39 @@ def _two_dimensions(model: FittedModel) -> tuple[Floats, list[str]]:
     ]
 
 
-def reconstructions(model: FittedModel) -> Figure:
+def reconstructions(model: PlottedModel) -> Figure:
     """Plot held-out rows and their reconstructions, as pairs of images or as one scatter plot per feature."""
     return _image_pairs(model) if model.manifest.is_image else _observed_against_expected(model)
 
 
-def _image_pairs(model: FittedModel) -> Figure:
+def _image_pairs(model: PlottedModel) -> Figure:
     count = min(PAIRS, len(model.x))
     rows, x_hat = model.x[:count].double().numpy(), model.x_hat[:count]
-    figure, axes = _figure(3, count, 1.15, 1.3, show_axes=False)
+    figure, axes = new_figure(3, count, max(1.15, TITLE_WIDTH / count), 1.3, show_axes=False)
     residual = rows - x_hat
     limit = float(np.nanmax(np.abs(residual))) or 1.0
     for column in range(count):
-        _image(axes[column], rows[column], model.manifest)
-        _image(axes[count + column], x_hat[column], model.manifest)
-        image = _picture(residual[column], model.manifest.shape)
+        draw_image(axes[column], rows[column], model.manifest)
+        draw_image(axes[count + column], x_hat[column], model.manifest)
+        image = picture(residual[column], model.manifest.shape)
         image = image.mean(axis=2) if image.ndim == 3 else image
         axes[2 * count + column].imshow(image, cmap="RdBu_r", vmin=-limit, vmax=limit)
         axes[2 * count + column].set_title(f"{np.nanmean(np.square(residual[column])):.2g}", fontsize=10, y=-0.28)
     for axis, name in zip(axes[::count], ("row", "reconstruction", "difference"), strict=True):
         axis.text(-0.12, 0.5, name, transform=axis.transAxes, ha="right", va="center")
-    figure.suptitle(f"held-out rows with mean squared errors (red: too dark, blue: too light, range ±{limit:.2g})")
+    gap = "\n" if count * 1.15 < 2 * TITLE_WIDTH else " "
+    figure.suptitle(f"{model.title} with mean squared errors{gap}(red: too dark, blue: too light, range ±{limit:.2g})")
     return figure
 
 
-def _image(axis: Axes, row: Floats, manifest: Manifest) -> None:
+def draw_image(axis: Axes, row: Floats, manifest: Manifest) -> None:
+    """Draw `row` [D] as an image of the shape in `manifest`."""
     black, white = manifest.pixel_range or (0.0, 1.0)
-    picture = np.clip((_picture(row, manifest.shape) - black) / (white - black), 0.0, 1.0)
-    axis.imshow(picture, cmap="gray", vmin=0.0, vmax=1.0)
+    scaled = np.clip((picture(row, manifest.shape) - black) / (white - black), 0.0, 1.0)
+    axis.imshow(scaled, cmap="gray", vmin=0.0, vmax=1.0)
 
 
-def _picture(row: Floats, shape: Sequence[int]) -> Floats:
+def picture(row: Floats, shape: Sequence[int]) -> Floats:
     """Return `row` as an image that matplotlib draws: [H, W], or [H, W, C] with 1, 3 or 4 channels.
 
     Other numbers of channels are averaged. The frames of a film, [T, H, W, C], are put below each other.
@@ -307,7 +317,7 @@ def _picture(row: Floats, shape: Sequence[int]) -> Floats:
     return image if image.ndim == 2 or image.shape[2] in DRAWN_CHANNELS else image.mean(axis=2)
 
 
-def _observed_against_expected(model: FittedModel) -> Figure:
+def _observed_against_expected(model: PlottedModel) -> Figure:
     """Plot one panel per feature, starting with the feature that the model explains worst."""
     x, x_hat = model.x.double().numpy(), model.x_hat
     varying = np.flatnonzero(np.nan_to_num(np.fmax.reduce(x, axis=0) - np.fmin.reduce(x, axis=0)) > 0)
@@ -323,19 +333,19 @@ def _observed_against_expected(model: FittedModel) -> Figure:
         axis.set_xlabel(_with_unit(model.manifest, index, "observed"), fontsize=10)
         axis.set_ylabel("expected", fontsize=10)
     more = "" if len(chosen) == model.manifest.width else ", the worst explained features"
-    figure.suptitle(f"held-out rows: observed and expected values{more}")
+    figure.suptitle(f"{model.title}: observed and expected values{more}")
     return figure
 
 
-def samples(model: FittedModel) -> Figure:
+def samples(model: PlottedModel) -> Figure:
     """Plot samples from the generative prior beside held-out rows, as images or as one histogram per feature."""
     return _image_samples(model) if model.manifest.is_image else _histograms(model)
 
 
-def _image_samples(model: FittedModel) -> Figure:
-    figure, axes = _figure(1, 2, 5.2, 5.4, show_axes=False)
+def _image_samples(model: PlottedModel) -> Figure:
+    figure, axes = new_figure(1, 2, 5.2, 5.4, show_axes=False)
     sampled, rows = model.sample(GRID * GRID), model.x[: GRID * GRID].double().numpy()
-    for axis, images, title in zip(axes, (sampled, rows), ("samples from the prior", "held-out rows"), strict=True):
+    for axis, images, title in zip(axes, (sampled, rows), ("samples from the prior", model.title), strict=True):
         _image_grid(axis, images, model.manifest)
         axis.set_title(title)
     return figure
@@ -343,16 +353,16 @@ def _image_samples(model: FittedModel) -> Figure:
 
 def _image_grid(axis: Axes, rows: Floats, manifest: Manifest) -> None:
     black, white = manifest.pixel_range or (0.0, 1.0)
-    height, width, *channels = _picture(rows[0], manifest.shape).shape
+    height, width, *channels = picture(rows[0], manifest.shape).shape
     canvas = np.full((GRID * (height + 1) - 1, GRID * (width + 1) - 1, *channels), 0.6)
     for index, row in enumerate(rows):
         top, left = (index // GRID) * (height + 1), (index % GRID) * (width + 1)
-        image = np.nan_to_num((_picture(row, manifest.shape) - black) / (white - black))
+        image = np.nan_to_num((picture(row, manifest.shape) - black) / (white - black))
         canvas[top : top + height, left : left + width] = np.clip(image, 0.0, 1.0)
     axis.imshow(canvas, cmap="gray", vmin=0.0, vmax=1.0)
 
 
-def _histograms(model: FittedModel) -> Figure:
+def _histograms(model: PlottedModel) -> Figure:
     x, sampled = model.x.double().numpy(), model.sample(max(len(model.x), PLOTTED))
     figure, axes = _panels(min(FEATURES, model.manifest.width))
     for index, axis in enumerate(axes):
@@ -360,13 +370,13 @@ def _histograms(model: FittedModel) -> Figure:
         low, high = np.quantile(np.concatenate((present, sampled[:, index])), [0.002, 0.998])
         bins = np.linspace(low, high + 1e-9 * (1.0 + abs(high)), 31).tolist()
         if len(present := present[(present >= bins[0]) & (present <= bins[-1])]):  # a nearly empty column may have none
-            axis.hist(present, bins, density=True, color="#BBBBBB", label="held-out rows")
+            axis.hist(present, bins, density=True, color="#BBBBBB", label=model.title)
         axis.hist(sampled[:, index], bins, density=True, histtype="step", color=ORANGE, linewidth=1.8, label="samples")
         axis.set_title(model.manifest.features[index].name, fontsize=11)
         axis.set_xlabel(_with_unit(model.manifest, index, "value"), fontsize=10)
         axis.set_yticks([])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.suptitle("samples from the prior, with observation noise, and held-out rows")
+    figure.suptitle(f"samples from the prior, with observation noise, and {model.title}")
     return figure
 
 
@@ -388,7 +398,7 @@ def _halo() -> list[Any]:
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
     columns = min(4, max(1, count))
-    figure, axes = _figure(-(-max(1, count) // columns), columns, 2.9, 2.7)
+    figure, axes = new_figure(-(-max(1, count) // columns), columns, 2.9, 2.7)
     for axis in axes[:count]:
         axis.locator_params(nbins=4)
     for axis in axes[count:]:
@@ -396,9 +406,11 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     return figure, axes[:count]
 
 
-def _figure(rows: int, columns: int, width: float, height: float, show_axes: bool = True) -> tuple[Figure, list[Axes]]:
+def new_figure(
+    rows: int, columns: int, width: float, height: float, show_axes: bool = True
+) -> tuple[Figure, list[Axes]]:
     """Return a figure and its panels in `rows` rows and `columns` columns, each `width` by `height` inches."""
-    figure = Figure(
+    figure = NotebookFigure(
         figsize=(columns * width, rows * height), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     )
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -408,7 +420,7 @@ def _figure(rows: int, columns: int, width: float, height: float, show_axes: boo
     return figure, axes
 
 
-PLOTS: dict[str, Callable[[FittedModel], Figure | None]] = {
+PLOTS: dict[str, Callable[[PlottedModel], Figure | None]] = {
     "losses": losses,
     "reconstructions": reconstructions,
     "samples": samples,
@@ -418,12 +430,32 @@ PLOTS: dict[str, Callable[[FittedModel], Figure | None]] = {
 }
 
 
-def render_plots(model: FittedModel) -> Iterator[tuple[str, bytes]]:
+@contextmanager
+def in_style() -> Iterator[None]:
+    """Let the figures that are drawn in this context have the style of Elbo's plots."""
+    with rc_context(STYLE):  # type: ignore[arg-type]  # the stub allows only literal keys
+        yield
+
+
+def render_plots(model: PlottedModel) -> Iterator[tuple[str, bytes]]:
     """Yield the name and the PNG of each plot that has something to show."""
     for name, draw in PLOTS.items():
-        with rc_context(STYLE):  # type: ignore[arg-type]  # the stub allows only literal keys
+        with in_style():
             figure = draw(model)
             if figure is not None:
-                buffer = io.BytesIO()
-                figure.savefig(buffer, format="png", facecolor="white")
-                yield name, buffer.getvalue()
+                yield name, to_png(figure)
+
+
+def to_png(figure: Figure) -> bytes:
+    """Return `figure` as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor="white")
+    return buffer.getvalue()
+
+
+class NotebookFigure(Figure):
+    """A figure that a notebook shows although pyplot does not know it."""
+
+    def _repr_png_(self) -> bytes:
+        with in_style():
+            return to_png(self)

@@ -47,10 +47,10 @@ def write_run(
     report.stage("drawing the plots")
     try:
         with _temporary_matplotlib_folder():
-            from training.reports.plots import FittedModel, render_plots
+            from training.reports.plots import PlottedModel, render_plots
 
         folder.mkdir(parents=True, exist_ok=True)
-        model = FittedModel(
+        model = PlottedModel(
             manifest=manifest,
             pipeline=pipeline,
             inputs=held_out[:PLOTTED_ROWS],

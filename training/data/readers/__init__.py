@@ -1,4 +1,4 @@
-"""Readers of raw numbers from the bundled digits and hosts, NumPy files, CSV, Parquet and folders of images.
+"""Readers of raw numbers from the bundled digits and hosts, NumPy files, CSV, Parquet, folders of images, and memory.
 
 Messages count rows from 0, as the service does. Messages about CSV files also name the line. Each reader imports its
 library (polars, scikit-learn or Pillow) when it is called, so importing this package is cheap.
@@ -10,6 +10,7 @@ from pathlib import Path
 from training.data.readers.arrays import read_digits, read_numpy
 from training.data.readers.csv_text import read_csv
 from training.data.readers.images import read_images
+from training.data.readers.in_memory import InMemory, read_in_memory
 from training.data.readers.parquet import read_parquet
 from training.data.readers.raw_table import RawTable, ReadOptions, format_option
 from training.data.readers.simulated_hosts import SOURCES as SIMULATED
@@ -18,6 +19,7 @@ from training.errors import DataError
 
 __all__ = [
     "READERS",
+    "InMemory",
     "RawTable",
     "ReadOptions",
     "format_option",
@@ -36,14 +38,16 @@ ARRAYS = [suffix for suffix, reader in READERS.items() if reader is read_numpy]
 TABLES = [suffix for suffix in READERS if suffix not in ARRAYS]
 
 
-def load(source: str, options: ReadOptions) -> RawTable:
-    """Open `source`: "digits", "simulated-hosts", "simulated-hosts-later", a file, or a folder of images.
+def load(source: str | InMemory, options: ReadOptions) -> RawTable:
+    """Open `source`: "digits", "simulated-hosts", "simulated-hosts-later", a file, a folder of images, or rows.
 
     If `options.names` is given, a label column that is not among these names is read as the labels.
 
     Raises:
         DataError: the source does not exist, has an unknown format, or cannot be read.
     """
+    if isinstance(source, InMemory):
+        return read_in_memory(source, options)
     path = Path(source)
     _refuse_other_options(path, source, options)
     if source == DIGITS:

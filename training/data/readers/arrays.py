@@ -55,6 +55,27 @@ def read_numpy(path: Path, options: ReadOptions) -> RawTable:
         return _with_column_check(_with_layout(raw, path, options), path, options)
 
 
+def read_array(values: Array, labels: Array | None, path: Path, options: ReadOptions) -> RawTable:
+    """Return the array `values` [N, ...] of real numbers, with `labels` [N], as `read_numpy` returns that of a file.
+
+    Args:
+        path: name of the source, for messages.
+
+    Raises:
+        DataError: the array has no rows of real numbers.
+    """
+    _refuse_other_arrays(_Header(values.shape, fortran_order=False, dtype=values.dtype), str(path))
+    columns = _kept_columns(values.shape, options, str(path))
+    raw = RawTable(
+        blocks=_blocks(values, labels, columns),
+        shape=values.shape[1:] if columns is None else (len(columns),),
+        dtype=_stored_dtype(values.dtype),
+        rows=values.shape[0],
+        names=_column_names(columns),
+    )
+    return _with_column_check(_with_layout(raw, path, options), path, options)
+
+
 def _with_layout(table: RawTable, path: Path, options: ReadOptions) -> RawTable:
     """Return `table` in the layout that the options require.
 

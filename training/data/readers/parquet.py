@@ -1,6 +1,6 @@
-"""Read Parquet files slice by slice."""
+"""Read Parquet files and frames slice by slice."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +32,20 @@ def read_parquet(path: Path, options: ReadOptions) -> RawTable:
         scan = pl.scan_parquet(path, glob=False)
         header = scan.collect_schema().names()
         rows = int(scan.select(pl.len()).collect().item())
+    return read_frame(scan, header, rows, path, options)
+
+
+def read_frame(scan: "pl.LazyFrame", header: Sequence[str], rows: int, path: Path, options: ReadOptions) -> RawTable:
+    """Return the columns of a frame with `rows` rows, whose columns have the titles `header`.
+
+    Args:
+        path: name of the source, for messages.
+
+    Raises:
+        DataError: the source is damaged, or its columns are not as the options require.
+    """
+    import polars as pl
+
     columns = choose_columns(header, path, options, typed=True)
     labels = choose_label_column(header, path, options)
     timeline = choose_timeline_columns(header, path, options)
