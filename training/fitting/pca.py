@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +13,9 @@ from torch import Tensor
 from models.pca import PCA
 from training.data.moments import Moments, compute_moments
 from training.errors import FitError
+
+if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController
 
 MIN_NOISE = 1e-6  # minimum of the noise variance, by which the score divides, relative to the mean variance per feature
 BLOCK_VALUES = 4 << 20  # number of values of a tensor that are converted to float64 at a time
@@ -118,7 +123,13 @@ def _eigenvalues(symmetric: Doubles) -> Tensor:
 @contextmanager
 def _one_blas_thread() -> Iterator[None]:
     """Limit LAPACK to one thread: rounding depends on the number of threads, but results must not."""
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(1, user_api="blas"):
+    with _blas_libraries().limit(limits=1, user_api="blas"):
         yield
+
+
+@cache
+def _blas_libraries() -> "ThreadpoolController":
+    """Return the controller of the loaded libraries. Finding them takes 4 ms, as long as the PCA of a small table."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()

@@ -235,9 +235,18 @@ class Trainer:
             return  # losses before the end of the warm-up cannot be compared with later ones
         better = loss < self._best_loss
         if better or (self._config.kept == "last" and math.isfinite(loss)):
-            self._best = copy.deepcopy(self._model.state_dict())
+            self._keep_weights()
         self._best_loss = loss if better else self._best_loss
         self._epochs_without_gain = 0 if better else self._epochs_without_gain + 1
+
+    def _keep_weights(self) -> None:
+        """Keep a copy of the weights. An epoch of a small table takes as long as new tensors would: reuse the old."""
+        weights = self._model.state_dict()
+        if self._best is None:
+            self._best = copy.deepcopy(weights)
+            return
+        for kept, weight in zip(self._best.values(), weights.values(), strict=True):
+            kept.copy_(weight)
 
     def _validate(self) -> float:
         """Return the loss of the held-out rows. The noise is the same after every epoch."""

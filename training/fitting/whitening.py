@@ -14,6 +14,9 @@ PSEUDO_ROWS = 3.0  # number of pseudo rows that contribute to each variance; see
 MIN_RELATIVE_VARIANCE = 1e-12  # a coordinate with less variance than this share of the usual variance is constant
 MIN_EFFECTIVE_ROWS = 10.0  # a small variance is trusted only if at least this many rows vary in its direction
 MIN_ROWS = 30  # with fewer rows, the standard error of a variance exceeds a quarter of it, so no small one is trusted
+# Two centred rows are opposite, so their products are equal, and Ledoit & Wolf 2004 see no error to shrink away. The
+# covariance of so few rows would be singular: only variances are estimated.
+TOO_FEW_ROWS = 2
 # The likelihood uses this share of the rows. It ignores the least likely ones, such as those in which a column that is
 # usually constant deviates.
 ORDINARY_SHARE = 0.9
@@ -123,7 +126,7 @@ def _fit(vectors: Tensor, usual_variance: Tensor, noise: Tensor | float = 0.0) -
     rows, width = vectors.shape
     mean, variance = vectors.mean(dim=0), vectors.var(dim=0, correction=0)  # [V], [V]
     cautious = _with_pseudo_rows(variance, rows, usual_variance)  # [V]
-    if width > MAX_FULL_WIDTH or rows == 1:
+    if width > MAX_FULL_WIDTH or rows <= TOO_FEW_ROWS:
         return Whitening(mean, 1.0 / (cautious * torch.as_tensor(1.0 + noise)).sqrt())
     covariance = _cautious_covariance(vectors - mean, cautious)
     if rows >= MIN_ROWS:

@@ -12,6 +12,7 @@ from training.config import EVERY_KIND, Kind, TrainConfig
 from training.data.table import read_table, split_rows
 from training.fitting.pipeline import fit_pipeline
 from training.fitting.prepared_data import prepare_data
+from training.fitting.whitening import fit_whitening
 from training.progress import SilentReporter
 
 pytestmark = [pytest.mark.slow, pytest.mark.plots]
@@ -78,3 +79,9 @@ def test_rows_with_missing_values_are_scored_with_few_false_alarms(kind: Kind, t
 def test_extreme_row_has_the_smallest_possible_p_value(kind: Kind, tmp_path: Path) -> None:
     pipeline = fitted(kind, rows(400, 0), tmp_path)
     assert p_values(pipeline, 1e6 * rows(5, 1)).max() == pytest.approx(1.0 / 81.0)
+
+
+def test_whitening_of_two_rows_that_differ_more_than_usual_is_finite() -> None:
+    rows = torch.tensor([[5.0, 4.0, 3.0], [-5.0, -4.0, -3.0]])
+    whitening = fit_whitening(rows, torch.tensor(1.0))
+    assert whitening.distance(rows).isfinite().all()
