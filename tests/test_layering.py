@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "elbo.model": "models training service errors sources verdicts card figures saving recalibration",
     "elbo.fitting": "models training errors options sources model",
     "elbo.cli": "models training service errors",
+    "elbo.client": "",  # works where only the base dependencies are installed
     "elbo.__main__": "elbo.cli",
     "service.errors": "models.errors",
     "service.settings": "",

@@ -1,0 +1,103 @@
+"""The binary formats of the server, npy and safetensors, and JSON with NumPy arrays."""
+
+import io
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+from numpy.lib import format as npy_format
+
+from elbo.client.errors import InvalidReply
+from elbo.client.results import Array
+
+JSON = "application/json"
+NPY = "application/x-npy"
+SAFETENSORS = "application/x-safetensors"
+NDJSON = "application/x-ndjson"
+_PREFIX_BYTES = 8  # of a safetensors file: the length of its header
+_METADATA = "__metadata__"
+
+
+def dump_npy(array: Array) -> bytes:
+    """Return a C-ordered array as an npy file."""
+    return b"".join((_npy_header(array.shape, array.dtype.str), array.data.cast("B") if array.size else b""))
+
+
+@lru_cache(maxsize=256)
+def _npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
+    file = io.BytesIO()
+    npy_format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+def load_npy(content: bytes) -> Array:
+    """Return the array in an npy file. Raises InvalidReply."""
+    try:
+        array: Array = npy_format.read_array(io.BytesIO(content), allow_pickle=False)
+    except ValueError as error:
+        raise InvalidReply(f"the response is not an npy file: {error}") from error
+    return array
+
+
+def load_safetensors(content: bytes) -> tuple[dict[str, Array], Mapping[str, str]]:
+    """Return the F32 tensors and the metadata in a safetensors file. Raises InvalidReply."""
+    size = int.from_bytes(content[:_PREFIX_BYTES], "little")
+    start = _PREFIX_BYTES + size
+    try:
+        header = orjson.loads(content[_PREFIX_BYTES:start])
+        metadata = header.pop(_METADATA, {})
+        tensors = {name: _tensor(content, start, entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidReply(f"the response is not a safetensors file: {error}") from error
+    return tensors, metadata
+
+
+def _tensor(content: bytes, start: int, entry: Mapping[str, Any]) -> Array:
+    """Return one tensor as an array that may be written to. Raises KeyError and ValueError."""
+    if entry["dtype"] != "F32":
+        raise ValueError(f"expected F32, got {entry['dtype']}")
+    first, last = entry["data_offsets"]
+    if start + last > len(content):
+        raise ValueError(f"it is cut off: expected {start + last} bytes, got {len(content)}")
+    tensor: Array = np.frombuffer(content, "<f4", (last - first) // 4, start + first).reshape(entry["shape"])
+    return tensor.copy()
+
+
+def dump_json(value: object) -> bytes:
+    """Return `value` as JSON. NumPy arrays become lists, NaN becomes null, and times become ISO 8601."""
+    return orjson.dumps(value, default=_plain, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
+
+
+def _plain(value: Any) -> Any:
+    """Return an object that JSON has for a value of pandas, polars or NumPy."""
+    if value != value:  # NaN and NaT
+        return None
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    raise TypeError(f"a value of type {type(value).__name__} cannot be sent as JSON: {value!r}"[:200])
+
+
+def load_json(content: bytes) -> dict[str, Any]:
+    """Return the object in a JSON document. Raises InvalidReply."""
+    try:
+        value = orjson.loads(content)
+    except orjson.JSONDecodeError as error:
+        raise InvalidReply(f"the response is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidReply(f"expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def to_float32(values: npt.ArrayLike) -> Array:
+    """Return `values` as a C-ordered float32 array. Numbers beyond float32 become infinite; the server names them.
+
+    Raises:
+        TypeError, ValueError: the values are not numbers.
+    """
+    with np.errstate(over="ignore"):
+        return np.asarray(values, np.float32, order="C")

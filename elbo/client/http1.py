@@ -1,0 +1,181 @@
+"""HTTP/1.1 without input and output: write the head of a request, and read a response from the bytes that arrive."""
+
+from collections.abc import Iterable
+
+import httpx
+
+Headers = list[tuple[bytes, bytes]]
+MAX_HEAD_BYTES = 2**17
+MAX_LINE_BYTES = 2**14  # of a chunk size with its extensions, or of a trailer
+_NO_BODY = (204, 304)
+
+
+def request_head(request: httpx.Request) -> bytes:
+    """Return the head of `request`, with the blank line that ends it. Raises LocalProtocolError."""
+    lines = [b"%b %b HTTP/1.1" % (request.method.encode("ascii"), request.url.raw_path)]
+    lines += [b"%b: %b" % header for header in request.headers.raw]
+    head = b"\r\n".join(lines)
+    if head.count(b"\r") != len(lines) - 1 or head.count(b"\n") != len(lines) - 1 or b"\0" in head:
+        raise httpx.LocalProtocolError("a header contains a line break", request=request)
+    return head + b"\r\n\r\n"
+
+
+class ResponseReader:
+    """Reads one response.
+
+    Call `feed` with the bytes that arrive, and with b"" at the end of the connection, until `is_complete`. After each
+    call, `take` returns the bytes of the body that have arrived since the last call. Informational responses (1xx) are
+    skipped.
+
+    Args:
+        method: the method of the request; the response to HEAD has no body.
+    """
+
+    def __init__(self, method: str) -> None:
+        self.status = 0
+        self.reason = b""
+        self.headers: Headers = []
+        self.is_complete = False
+        self.keeps_alive = False
+        self._has_body = method != "HEAD"
+        self._buffer = b""
+        self._body: list[bytes] = []
+        self._left: int | None = 0  # bytes of the body or of the chunk; None: until the connection ends
+        self._is_chunked = False
+        self._in_trailer = False
+        self._after_chunk = False
+
+    def take(self) -> bytes:
+        """Return the bytes of the body that have arrived and were not taken yet."""
+        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        self._body.clear()
+        return body
+
+    def feed(self, data: bytes) -> None:
+        """Read `data`; b"" is the end of the connection.
+
+        Raises:
+            httpx.RemoteProtocolError: the response is not valid HTTP/1.1, or it is cut off.
+        """
+        if not data:
+            self._end()
+            return
+        if self._buffer:
+            data = self._buffer + data
+            self._buffer = b""
+        while data and not self.is_complete:
+            if not self.status:
+                data = self._read_head(data)
+            elif self._is_chunked:
+                data = self._read_chunked(data)
+            else:
+                data = self._read_body(data)
+        if self.is_complete and data:
+            self.keeps_alive = False  # bytes that no request has asked for
+
+    def _end(self) -> None:
+        self.keeps_alive = False
+        if self.status and self._left is None:
+            self.is_complete = True
+            return
+        what = "in the middle of the response" if self.status or self._buffer else "without a response"
+        raise httpx.RemoteProtocolError(f"the server closed the connection {what}")
+
+    def _read_head(self, data: bytes) -> bytes:
+        """Read the head at the start of `data`, and return the rest; keep `data` if the head is not complete."""
+        head, end, rest = data.partition(b"\r\n\r\n")
+        if len(head) > MAX_HEAD_BYTES:
+            raise httpx.RemoteProtocolError(f"the head of the response has more than {MAX_HEAD_BYTES} bytes")
+        if not end:
+            self._buffer = data
+            return b""
+        first, *lines = head.split(b"\r\n")
+        version, _, tail = first.partition(b" ")
+        status, _, reason = tail.partition(b" ")
+        if version not in (b"HTTP/1.1", b"HTTP/1.0") or len(status) != 3 or not status.isdigit():
+            raise httpx.RemoteProtocolError(f"expected a status line of HTTP/1.1, got {first[:60]!r}")
+        headers = []
+        for line in lines:
+            name, colon, value = line.partition(b":")
+            if not colon or not name or name != name.strip():
+                raise httpx.RemoteProtocolError(f"expected a header, got {line[:60]!r}")
+            headers.append((name, value.strip(b" \t")))
+        if status == b"101":
+            raise httpx.RemoteProtocolError("the server switched to another protocol, which nobody asked for")
+        if status[:1] != b"1":
+            self.status, self.reason, self.headers = int(status), reason, headers
+            self._start_body(version == b"HTTP/1.1")
+        return rest
+
+    def _start_body(self, is_1_1: bool) -> None:
+        """Find out from the headers how the body ends (RFC 9112, section 6.3)."""
+        lengths, codings, options = set(), [], b""
+        for name, value in self.headers:
+            key = name.lower()
+            if key == b"content-length":
+                lengths.add(value)
+            elif key == b"transfer-encoding":
+                codings.append(value.lower())
+            elif key == b"connection":
+                options += value.lower() + b","
+        self.keeps_alive = b"close" not in options if is_1_1 else b"keep-alive" in options
+        if not self._has_body or self.status in _NO_BODY:
+            self.is_complete = True
+        elif codings:
+            if codings != [b"chunked"]:
+                raise httpx.RemoteProtocolError(f"expected the transfer encoding chunked, got {codings}")
+            self._is_chunked = True
+        elif lengths:
+            self._left = _length(lengths)
+            self.is_complete = self._left == 0
+        else:
+            self._left = None
+
+    def _read_body(self, data: bytes) -> bytes:
+        if self._left is None:
+            self._body.append(data)
+            return b""
+        piece = data if len(data) <= self._left else data[: self._left]
+        self._body.append(piece)
+        self._left -= len(piece)
+        self.is_complete = self._left == 0
+        return data[len(piece) :]
+
+    def _read_chunked(self, data: bytes) -> bytes:
+        if self._left:
+            piece = data[: self._left]
+            self._body.append(piece)
+            self._left -= len(piece)
+            self._after_chunk = self._left == 0
+            return data[len(piece) :]
+        line, end, rest = data.partition(b"\r\n")
+        if not end:
+            if len(line) > MAX_LINE_BYTES:
+                raise httpx.RemoteProtocolError(f"a line between chunks has more than {MAX_LINE_BYTES} bytes")
+            self._buffer = data
+            return b""
+        if self._in_trailer:
+            self.is_complete = not line
+        elif self._after_chunk:
+            if line:
+                raise httpx.RemoteProtocolError(f"expected the end of a chunk, got {line[:60]!r}")
+            self._after_chunk = False
+        else:
+            self._left = _chunk_size(line)
+            self._in_trailer = self._left == 0
+        return rest
+
+
+def _length(values: Iterable[bytes]) -> int:
+    values = set(values)
+    text = next(iter(values))
+    if len(values) > 1 or not text.isdigit():
+        raise httpx.RemoteProtocolError(f"expected one Content-Length, got {sorted(values)}")
+    return int(text)
+
+
+def _chunk_size(line: bytes) -> int:
+    size = line.partition(b";")[0].strip()
+    if not 0 < len(size) <= 15 or not all(byte in b"0123456789abcdefABCDEF" for byte in size):
+        raise httpx.RemoteProtocolError(f"expected the size of a chunk, got {line[:60]!r}")
+    return int(size, 16)

@@ -1,0 +1,290 @@
+"""What the methods of the client return. N is the number of rows, D of features, K of latents; arrays are float32."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What every response of a model has.
+
+    Args:
+        model: name of the model that computed the response.
+        version: version of that model.
+        request_id: identifier of the request in the server's log.
+        warning: why the result may be of no use; None if there is no reason.
+    """
+
+    model: str
+    version: int
+    request_id: str
+    warning: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded(Reply):
+    """Latents [N, K] of rows, and their posterior standard deviations [N, K]; zeros for an autoencoder.
+
+    `seed` is None unless the latents are samples. `imputed` is the number of missing values that medians replaced.
+    """
+
+    latents: Array
+    std: Array
+    seed: int | None
+    imputed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded(Reply):
+    """Rows [N, D] in raw units."""
+
+    outputs: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Reconstructed(Reply):
+    """Reconstructed rows [N, D], and the mean squared error [N] of each row in raw units squared."""
+
+    outputs: Array
+    errors: Array
+    imputed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled(Reply):
+    """New rows [N, D], their latents [N, K], and the seed with which the same rows can be drawn again.
+
+    `conditions` has the levels of each row if the call had `condition`, otherwise None.
+    """
+
+    outputs: Array
+    latents: Array
+    seed: int
+    conditions: list[dict[str, str]] | None
+
+
+@dataclass(frozen=True, slots=True)
+class LatentPath(Reply):
+    """The rows [N, D] along a path through the latent space, and their latents [N, K]."""
+
+    outputs: Array
+    latents: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Imputed(Reply):
+    """Complete rows [N, D] with the uncertainty of each value, all [N, D] in raw units.
+
+    `std` is 0 for a known value. `low` and `high` are the ends of a 90 % interval.
+    """
+
+    outputs: Array
+    std: Array
+    low: Array
+    high: Array
+    imputed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours(Reply):
+    """The nearest held-out rows of N rows, the nearest first.
+
+    Args:
+        indices: [N, n], the number of each neighbour in `held_out()`.
+        distances: [N, n], Euclidean distances between latents.
+        usual_distance: median distance from a held-out row to the nearest other one; None if there is only one.
+        labels: the labels of the neighbours; None if the training data had none.
+        values: the rows of the neighbours, None for rows that the artifact does not have; None unless asked for.
+    """
+
+    indices: npt.NDArray[np.int64]
+    distances: Array
+    usual_distance: float | None
+    labels: list[list[str]] | None
+    values: list[list[list[float | None] | None]] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Scores(Reply):
+    """Score, p-value and severity of each row, [N] each; NaN for rows that could not be scored."""
+
+    score: Array
+    p_value: Array
+    severity: Array
+
+    @property
+    def is_anomaly(self) -> npt.NDArray[np.bool_]:
+        """Whether each row is anomalous at the alpha of the request: its severity is above 1. [N]."""
+        return self.severity > 1
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """The part that one feature has in the score of a row. `value` is None if it was missing."""
+
+    name: str
+    value: float | None
+    expected: float
+    contribution: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The verdict on one row.
+
+    Args:
+        row: index of the row, from 0.
+        score: higher is more anomalous.
+        p_value: the conformal p-value.
+        severity: above 1 if and only if the row is anomalous at alpha.
+        is_anomaly: the verdict. With a half-life, `fdr` or a silence, it may differ from `severity` > 1.
+        features: the features that contribute most, largest contribution first.
+        time: Unix time in seconds, if the row has a time.
+        group: the group of the row, if it has one.
+        fields: all fields of the response, by name, with those that only some models have.
+    """
+
+    row: int
+    score: float
+    p_value: float
+    severity: float
+    is_anomaly: bool
+    features: tuple[Contribution, ...]
+    time: float | None = None
+    group: str | None = None
+    fields: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class RowError:
+    """A row that could not be scored. It does not affect the other rows."""
+
+    row: int
+    detail: str
+    pointer: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdicts(Reply):
+    """The verdicts on the N rows of a request.
+
+    `results` has the rows that could be scored, and `errors` the others. With `detail="none"`, both are empty.
+    `threshold` is the score above which a row is anomalous; None if there is no single one.
+    """
+
+    rows: int
+    anomalies: int
+    failed: int
+    unknown_fields: int
+    alpha: float | None
+    threshold: float | None
+    results: tuple[Verdict, ...]
+    errors: tuple[RowError, ...]
+
+    def array(self, name: str) -> npt.NDArray[np.float64]:
+        """Return one number of each row, such as "score", "p_value" or "severity": float64 [N], NaN where it failed."""
+        values = np.full(self.rows, np.nan)
+        for result in self.results:
+            values[result.row] = getattr(result, name)
+        return values
+
+    @property
+    def is_anomaly(self) -> npt.NDArray[np.bool_]:
+        """Whether each row is anomalous, [N]; False for rows that could not be scored."""
+        values = np.zeros(self.rows, np.bool_)
+        values[[result.row for result in self.results if result.is_anomaly]] = True
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSummary:
+    """The counts of a stream that has ended."""
+
+    model: str
+    version: int
+    rows: int
+    anomalies: int
+    failed: int
+    unknown_fields: int
+    warning: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class FeedbackReply(Reply):
+    """What feedback has changed. `groups` has one object per group, as the HTTP reference describes it."""
+
+    verdict: str
+    groups: tuple[dict[str, Any], ...]
+    unused: int
+    errors: tuple[RowError, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Peers(Reply):
+    """How groups differ from their peers at one moment.
+
+    A group differs if its `deviation` is above `limit`. `groups` has one object per group, the most different first.
+    """
+
+    time: float
+    compared: int
+    others: int
+    limit: float
+    groups: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BacktestReply(Reply):
+    """The report on a history, as the HTTP reference describes it."""
+
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model version that is served.
+
+    `features` has the names of the features in order; it is empty in the list of `models()`. `fields` has all fields of
+    the response.
+    """
+
+    name: str
+    version: int
+    kind: str
+    shape: tuple[int, ...]
+    width: int
+    latents: int
+    features: tuple[str, ...]
+    fields: dict[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """The models that are served, the name of the default model, and what failed to load."""
+
+    default: str | None
+    models: tuple[Model, ...]
+    failures: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut(Reply):
+    """The held-out rows in the artifact: latents [M, K] of the first M, and values [R, D] of the first R."""
+
+    latents: Array
+    inputs: Array
+    labels: tuple[int, ...] | None
+    label_names: tuple[str, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationScores(Reply):
+    """Scores of the calibration set, ascending; of more than 2,000 scores, 2,000 evenly spaced ones."""
+
+    rows: int
+    scores: Array

@@ -1,0 +1,114 @@
+"""The forms in which rows are given: arrays, data frames of pandas or polars, and records."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeGuard, cast, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from elbo.client.formats import to_float32
+from elbo.client.results import Array
+
+
+@runtime_checkable
+class Frame(Protocol):
+    """A data frame of pandas or polars."""
+
+    @property
+    def columns(self) -> Iterable[Any]:
+        """Return the names of the columns."""
+        ...
+
+    def to_numpy(self) -> npt.NDArray[Any]:
+        """Return the values [N, D]."""
+        ...
+
+    def __getitem__(self, name: Any, /) -> Any:
+        """Return one column."""
+        ...
+
+
+Record = Mapping[str, Any]
+Rows = npt.ArrayLike | Frame | Sequence[Record]
+
+
+def is_frame(rows: object) -> TypeGuard[Frame]:
+    """Return whether `rows` is a data frame of pandas or polars."""
+    return hasattr(rows, "columns") and hasattr(rows, "to_numpy")
+
+
+def is_records(rows: object) -> TypeGuard[Sequence[Record]]:
+    """Return whether `rows` is a list of objects by feature name."""
+    return isinstance(rows, Sequence) and len(rows) > 0 and isinstance(rows[0], Mapping)
+
+
+def to_array(rows: Any) -> Array:
+    """Return rows without names as float32 [N, ...]. None becomes NaN.
+
+    Raises:
+        TypeError: the values are not numbers.
+    """
+    if hasattr(rows, "detach"):  # a tensor of PyTorch
+        rows = rows.detach().cpu().numpy()
+    try:
+        return to_float32(rows)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"expected rows of numbers [N, D], a data frame or a list of records, got {type(rows).__name__}: {error}"
+        ) from error
+
+
+def to_records(rows: Frame | Sequence[Record]) -> list[Record]:
+    """Return one object per row, with the value of each column by its name. NaN stays NaN."""
+    if not is_frame(rows):
+        return list(cast("Sequence[Record]", rows))
+    if hasattr(rows, "to_dicts"):
+        polars_records: list[Record] = rows.to_dicts()
+        return polars_records
+    names = [str(name) for name in rows.columns]
+    columns = [rows[name].tolist() for name in rows.columns]
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def to_ordered_array(rows: Frame | Sequence[Record], names: Sequence[str], source: str) -> Array:
+    """Return the values of the features `names`, in this order, as float32 [N, D]. An absent value is NaN.
+
+    Columns that are not features, such as a timestamp, are left out.
+
+    Args:
+        rows: a data frame or records.
+        names: the names of the features, in the order of the model.
+        source: the name of the model, for messages.
+
+    Raises:
+        ValueError: a feature has no column.
+    """
+    if is_frame(rows):
+        present = {str(name): name for name in rows.columns}
+        missing = [name for name in names if name not in present]
+        _require_features(missing, present, source)
+        columns = [_column(rows[present[name]]) for name in names]
+        return np.ascontiguousarray(np.stack(columns, axis=1))
+    records = cast("Sequence[Record]", rows)
+    present = {str(name): name for record in records for name in record}
+    _require_features([name for name in names if name not in present], present, source)
+    return to_array([[record.get(name) for name in names] for record in records])
+
+
+def _column(values: Any) -> Array:
+    """Return one column of a data frame as float32 [N]."""
+    array = values.to_numpy()
+    return to_array(array.tolist() if array.dtype == object else array)
+
+
+def _require_features(missing: Sequence[str], present: Mapping[str, Any], source: str) -> None:
+    if missing:
+        shown = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        got = ", ".join(map(repr, list(present)[:10])) or "none"
+        raise ValueError(f"the rows have no column {shown}, which the model {source} needs; they have {got}")
+
+
+def split(array: Array, most_rows: int) -> Iterator[Array]:
+    """Yield `array` [N, ...] in parts of at most `most_rows` rows; an array without rows is one part."""
+    for start in range(0, max(1, len(array)), most_rows):
+        yield array[start : start + most_rows]

@@ -1,0 +1,170 @@
+"""What both clients share: the address, the key, the timeout, and how requests and refusals look."""
+
+import ssl
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, TypeVar
+from urllib.request import getproxies, proxy_bypass
+
+import httpx
+
+from elbo.client.calls import Call, Options
+from elbo.client.errors import ElboHTTPError, InvalidReply, from_response
+from elbo.client.results import Array, Model
+from elbo.client.retries import Attempts, Retries, parse_retry_after
+from elbo.client.rows import split
+
+T = TypeVar("T")
+DEFAULT_TIMEOUT = 30.0
+CONNECT_SECONDS = 5.0
+CHUNK_ROWS = 2048
+DESCRIPTION_SECONDS = 10.0  # for which the features of a model are remembered; a new version is used after this time
+Verify = ssl.SSLContext | str | bool
+
+
+@lru_cache(maxsize=512)
+def _url(base_url: str, path: str) -> httpx.URL:
+    return httpx.URL(base_url + path)
+
+
+def _user_agent() -> str:
+    try:
+        return f"elbo-client/{version('elbo')}"
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "elbo-client"
+
+
+class Settings:
+    """The settings of a client. The arguments are those of `Client`."""
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str | None,
+        key: str | None,
+        timeout: float | None,
+        retries: Retries | None,
+        headers: Mapping[str, str] | None,
+        chunk_rows: int,
+    ) -> None:
+        self.base_url = base_url.rstrip("/")
+        url = httpx.URL(self.base_url)
+        if url.scheme not in ("http", "https") or not url.host:
+            raise ValueError(f"expected an address such as http://127.0.0.1:8000, got {base_url!r}")
+        if chunk_rows < 1:
+            raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+        self.model = model
+        self.timeout = timeout
+        self.retries = retries or Retries()
+        self.chunk_rows = chunk_rows
+        self._headers = [(b"host", url.netloc), (b"user-agent", _user_agent().encode())]
+        if key:
+            self._headers.append((b"authorization", b"Bearer " + key.encode()))
+        self._headers += [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+        self._descriptions: dict[str | None, tuple[float, Model]] = {}
+
+    def attempts(self, call: Call[Any], options: Options) -> Attempts:
+        """Return the attempts of `call`, whose time begins now."""
+        seconds = options.get("timeout", self.timeout)
+        return Attempts(self.retries, call.is_safe, seconds, self.base_url)
+
+    def request(self, call: Call[Any], attempts: Attempts) -> httpx.Request:
+        """Return the request of an attempt. It tells the server how long the client waits."""
+        headers = [*self._headers, (b"accept", call.accept.encode())]
+        left = attempts.seconds_left()
+        if left is not None:
+            headers.append((b"x-request-timeout", b"%.3f" % max(left, 0.001)))
+        if call.body is not None:
+            headers.append((b"content-type", call.content_type.encode()))
+            headers.append((b"content-length", b"%d" % len(call.body)))
+        return httpx.Request(
+            "GET" if call.body is None else "POST",
+            _url(self.base_url, call.path),
+            headers=headers,
+            stream=httpx.ByteStream(call.body or b""),
+            extensions=timeouts(left, attempts.deadline),
+        )
+
+    def stream_head(self, path: str, media_type: str, seconds: float | None) -> httpx.Request:
+        """Return the request that begins a stream, whose body the caller sends in chunks."""
+        headers = [
+            *self._headers,
+            (b"accept", media_type.encode()),
+            (b"content-type", media_type.encode()),
+            (b"transfer-encoding", b"chunked"),
+        ]
+        url = _url(self.base_url, path)
+        return httpx.Request("POST", url, headers=headers, stream=httpx.ByteStream(b""), extensions=timeouts(seconds))
+
+    def remember(self, reference: str | None, model: Model) -> None:
+        """Remember the features of the model that `reference` names; None names the default model."""
+        self._descriptions[reference] = time.monotonic(), model
+
+    def remembered(self, reference: str | None) -> Model | None:
+        """Return the remembered model that `reference` names, if it is not too old."""
+        moment, model = self._descriptions.get(reference, (0.0, None))
+        return model if model and time.monotonic() - moment < DESCRIPTION_SECONDS else None
+
+    def forget(self, reference: str | None) -> bool:
+        """Forget the model that `reference` names. Return whether it was remembered."""
+        return self._descriptions.pop(reference, None) is not None
+
+    def parts(self, array: Array, options: Options) -> Iterator[tuple[Array, Options]]:
+        """Yield the rows and the options of each request for `array` [N, ...], at most `chunk_rows` rows each.
+
+        Samples are not split: the noise of a row depends on its place in the request.
+        """
+        if options.get("sample") or len(array) <= self.chunk_rows:
+            yield array, options
+            return
+        conditions = options.get("condition")
+        for number, part in enumerate(split(array, self.chunk_rows)):
+            if isinstance(conditions, Sequence):
+                start = number * self.chunk_rows
+                yield part, {**options, "condition": conditions[start : start + len(part)]}
+            else:
+                yield part, options
+
+
+def timeouts(seconds: float | None, deadline: float | None = None) -> dict[str, Any]:
+    """Return the extensions of a request that may take `seconds`, and end at `deadline`."""
+    connect = CONNECT_SECONDS if seconds is None else min(CONNECT_SECONDS, seconds)
+    return {
+        "timeout": {"connect": connect, "read": seconds, "write": seconds, "pool": seconds},
+        "deadline": deadline,
+    }
+
+
+def refusal(response: httpx.Response) -> ElboHTTPError:
+    """Return the exception for a response that is no success."""
+    retry_after = parse_retry_after(response.headers.get("retry-after"))
+    identifier = response.headers.get("x-request-id", "")
+    reason = response.reason_phrase or str(response.status_code)
+    return from_response(response.status_code, response.content, identifier, retry_after, reason)
+
+
+def result(call: Call[T], response: httpx.Response) -> T:
+    """Return the result of a successful response. Raises InvalidReply."""
+    try:
+        return call.parse(response)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        message = f"the response to {call.path} lacks a field or has another form: {error!r}; is this an Elbo server?"
+        raise InvalidReply(message) from error
+
+
+def proxy_of(base_url: str, trust_env: bool) -> str | None:
+    """Return the proxy that the environment names for `base_url` (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY)."""
+    url = httpx.URL(base_url)
+    if not trust_env or proxy_bypass(url.host):
+        return None
+    proxies = getproxies()
+    return proxies.get(url.scheme) or proxies.get("all")
+
+
+def ssl_context_of(base_url: str, verify: Verify, cert: Any, trust_env: bool) -> ssl.SSLContext | None:
+    """Return how to verify the server, as httpx does; None for http://."""
+    if not base_url.startswith("https:"):
+        return None
+    return httpx.create_ssl_context(verify=verify, cert=cert, trust_env=trust_env)
