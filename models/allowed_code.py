@@ -18,11 +18,13 @@ class Rule(NamedTuple):
         numbers: whether the result is a size: a number or a list of numbers, independent of the values of a row.
         grows: whether the result can be larger than every argument, or is costly to compute. Such an operator may not
             stand in a branch or a loop that depends on the request.
+        sizes: the places among the first `tensors` arguments that are numbers, as for the other arguments.
     """
 
     tensors: int
     numbers: bool = False
     grows: bool = True
+    sizes: tuple[int, ...] = ()
 
 
 def _rules(names: str, tensors: int, numbers: bool = False, grows: bool = True) -> dict[str, Rule]:
@@ -76,8 +78,35 @@ KEYWORDS: dict[str, frozenset[str]] = {
 # `if inplace` with the constant False, or `if self.training`. Code that reaches one of them is refused.
 NEVER_REACHED = frozenset({"torch.copy_", "torch.hardtanh_", "torch.relu_", "torch.silu_"})
 
-# Names for models that Elbo adopts from elsewhere. Each name needs a review; empty until Elbo can adopt models.
-ADOPTED: dict[str, Rule] = {}
+# Further names for models that Elbo adopts from elsewhere. A test adopts a module for each name, and fails if a name is
+# not needed. Each of these operators checks the shapes of its arguments before it reads or writes. Operators that do
+# not are not here: torch.lstm, torch.gru, torch.scaled_dot_product_attention, torch.batch_norm and torch.upsample_*
+# read beyond the end of a weight of the wrong shape (torch 2.13, on a CPU). `training.adoption.decompositions` writes
+# them with other operators.
+ADOPTED: dict[str, Rule] = {
+    # Arithmetic and comparison, number by number.
+    **_rules("pow minimum le logical_and logical_or masked_fill", 2, grows=False),
+    **_rules("abs erf reciprocal rsqrt sin cos logical_not", 1, grows=False),
+    # Activations.
+    **_rules(
+        "gelu elu celu selu leaky_relu mish hardswish hardsigmoid log_sigmoid log_softmax glu relu6", 1, grows=False
+    ),
+    **_rules("prelu", 2, grows=False),
+    # Sums over a dimension.
+    **_rules("var std linalg_vector_norm logsumexp max min prod", 1, grows=False),
+    # Layers.
+    **_rules("conv1d conv3d conv_transpose1d conv_transpose3d", 3),
+    **_rules("bmm", 2),
+    **_rules("baddbmm", 3),
+    "torch.layer_norm": Rule(4, sizes=(1,)),
+    "torch.group_norm": Rule(4, sizes=(1,)),
+    **_rules("max_pool1d max_pool2d avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d", 1),
+    **_rules("constant_pad_nd reflection_pad1d reflection_pad2d", 1),
+    # Parts and shapes of tensors.
+    **_rules("chunk unbind narrow t transpose movedim", 1, grows=False),
+    **_rules("flip roll pixel_shuffle ones_like", 1),
+    **_rules("expand repeat new_zeros new_ones new_full", 1),
+}
 
 OPERATORS: dict[str, Rule] = TRAINED | ADOPTED
 

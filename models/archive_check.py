@@ -33,6 +33,7 @@ MEMBERS: tuple[tuple[str, int, bool], ...] = (
     (r"code/__torch__/(?:[A-Za-z0-9_]+/){0,16}[A-Za-z0-9_]+\.py\.debug_pkl", MEBIBYTE, True),
     (r"version", 16, False),
     (r"byteorder", 16, False),
+    (r"\.data/version", 16, False),  # torch adds it if an operator, such as gelu, has had several versions
     (r"\.data/serialization_id", 64, False),
     (r"extra/manifest\.json", MAX_MANIFEST_BYTES, True),
     (r"extra/twin/(?:encode|decode|score|reconstruct)\.onnx", 16 * MEBIBYTE, True),

@@ -158,6 +158,25 @@ def script(model: nn.Module) -> torch.jit.ScriptModule:
     return scripted
 
 
+def trace_methods(module: nn.Module, examples: Mapping[str, Tensor]) -> torch.jit.ScriptModule:
+    """Return `module` with the methods that `examples` names, as torch's tracer records them for these inputs."""
+    with _deprecations_silenced():
+        traced: torch.jit.ScriptModule = torch.jit.trace_module(module, dict(examples), check_trace=False)
+    return traced
+
+
+def define_module(
+    module: nn.Module, weights: Mapping[str, Tensor], methods: Mapping[str, str]
+) -> torch.jit.ScriptModule:
+    """Return `module`, scripted, with the buffers `weights`, and with `methods`, which are TorchScript by name."""
+    for name, weight in weights.items():
+        module.register_buffer(name, weight)
+    with _deprecations_silenced():
+        scripted: torch.jit.ScriptModule = torch.jit.script(module.eval())
+        scripted.define("\n".join(methods.values()))
+    return scripted
+
+
 def freeze(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
     """Return `module` with its weights as constants. The methods that METHODS lists can still be called."""
     # Artifacts of earlier releases lack some of the methods.

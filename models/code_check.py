@@ -680,7 +680,12 @@ class _Body:
         levels, has_list = list(map(_level, values)), any(_has(LIST, value) for value in values)
         if self._condition and (rule.grows or (has_list and name in ("torch.add", "torch.mul"))):
             raise _Forbidden(f"calls {_shown(node)} in only some requests")
-        if any(level == VALUES for level in (*levels[rule.tensors :], *levels[len(node.args) :])):
+        numbers = (
+            *levels[rule.tensors :],
+            *levels[len(node.args) :],
+            *(levels[place] for place in rule.sizes if place < len(levels)),
+        )
+        if VALUES in numbers:
             raise _Forbidden(f"calls {_shown(node)} with a size that depends on the values of a row")
         if name in TEXT_OPERATORS:
             return MESSAGE

@@ -14,7 +14,7 @@ ElboError
 │   └── ArtifactUnwritable  the artifact folder is full, or this user may not write to it
 ├── DeviceMissing
 ├── KeyInvalid              a key for signatures cannot be read or written
-├── training.errors.DataError and training.errors.FitError
+├── training.errors.DataError, training.errors.FitError and training.errors.AdoptionError
 └── the HTTP errors in service.errors
 """
 

@@ -69,6 +69,7 @@ NEW_FIELDS = (
     "policy",
     "incident_rows",
     "conditions",
+    "adoption",
 )  # fields that earlier releases do not know
 MIN_INCIDENT_ROWS, MAX_INCIDENT_ROWS = 30, 1000  # see `service.anomaly.online_calibration`
 MAX_BLOCKS = 1000  # blocks that a manifest lists
@@ -291,6 +292,16 @@ class Conditions(_Frozen):
         return sum(len(column.levels) for column in self.columns)
 
 
+class Adoption(_Frozen):
+    """Where the network of an adopted model comes from: it was trained elsewhere. See `training.adoption`."""
+
+    source: str  # the class of the module, or the format of its file
+    functions: Annotated[list[str], Field(min_length=1, max_length=8)]  # the functions of the module that are used
+    spread: Literal["log_variance", "std"] | None = None  # what the encoder gives besides the mean
+    scaler: str | None = None  # the class of the scaler; None if the model takes raw rows
+    prior: Literal["fitted", "standard"] | None = None  # None if the model only reconstructs
+
+
 class Golden(_Frozen):
     """Golden answers: inputs, and the model's outputs at publication. `load` checks that the outputs still agree."""
 
@@ -307,7 +318,7 @@ class Manifest(_Frozen):
     created: str
     shape: Annotated[list[Length], Field(min_length=1, max_length=8)]
     features: Annotated[list[Feature], Field(min_length=1)]
-    latents: Length
+    latents: Count  # 0 if the model only reconstructs and scores rows
     parts: Annotated[list[str], Field(max_length=64)]
     pixel_range: tuple[float, float] | None
     training: dict[str, Any]
@@ -334,11 +345,18 @@ class Manifest(_Frozen):
     incident_rows: Annotated[int, Field(ge=MIN_INCIDENT_ROWS, le=MAX_INCIDENT_ROWS)] | None = None
     policy: AppliedPolicy | None = None  # None if every deviation matters, and alarms are not limited
     conditions: Conditions | None = None  # None if the model knows no condition of a row
+    adoption: Adoption | None = None  # None if Elbo trained the network
 
     @model_validator(mode="after")
     def _check_shape(self) -> Self:
         if math.prod(self.shape) != len(self.features):
             raise ValueError(f"expected {math.prod(self.shape)} features for shape {self.shape}, got {self.width}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_latents(self) -> Self:
+        if self.latents == 0 and self.adoption is None:
+            raise ValueError("expected at least one latent, because only an adopted model may have none")
         return self
 
     @model_validator(mode="after")
@@ -367,6 +385,11 @@ class Manifest(_Frozen):
     def width(self) -> int:
         """D: the number of features per row."""
         return len(self.features)
+
+    @property
+    def only_reconstructs(self) -> bool:
+        """Whether the model reconstructs and scores rows, but neither encodes them nor decodes latents."""
+        return self.latents == 0
 
     @property
     def condition_width(self) -> int:

@@ -20,15 +20,20 @@ OPERATORS: dict[str, tuple[int, ...]] = {
     "Add": (), "Sub": (), "Mul": (), "Div": (), "Mod": (), "Neg": (), "Exp": (), "Log": (), "Sqrt": (), "Pow": (),
     "Abs": (), "Max": (), "Min": (), "Clip": (), "Greater": (), "Less": (), "Equal": (), "Not": (), "And": (), "Or": (),
     "Where": (), "IsNaN": (), "Cast": (), "Identity": (),
+    "Erf": (), "Reciprocal": (), "Sin": (), "Cos": (), "LessOrEqual": (), "GreaterOrEqual": (),
     # Activations.
+    "Elu": (), "Celu": (), "Selu": (), "LeakyRelu": (), "PRelu": (), "HardSigmoid": (), "HardSwish": (), "Mish": (),
+    "Softmax": (), "LogSoftmax": (),
     "Relu": (), "Sigmoid": (), "Softplus": (), "Tanh": (),
     # Sums over a dimension.
     "ReduceSum": (1,), "ReduceMean": (1,), "ReduceMin": (1,), "ReduceMax": (1,),
     # Layers.
-    "MatMul": (), "Gemm": (), "Conv": (), "ConvTranspose": (),
+    "MatMul": (), "Gemm": (), "Conv": (), "ConvTranspose": (), "LayerNormalization": (),
+    "MaxPool": (), "AveragePool": (), "GlobalAveragePool": (), "Pad": (1, 2, 3), "InstanceNormalization": (),
     # Shapes and parts of tensors.
     "Constant": (), "ConstantOfShape": (0,), "Shape": (), "Concat": (), "Expand": (1,), "Flatten": (), "Gather": (),
-    "Reshape": (1,), "Slice": (1, 2, 3, 4), "Split": (1,), "Squeeze": (1,), "Transpose": (), "Unsqueeze": (1,),
+    "Reshape": (1,), "Slice": (1, 2, 3, 4), "Split": (1,), "Tile": (1,), "Squeeze": (1,),
+    "Transpose": (), "Unsqueeze": (1,),
 }  # fmt: skip
 INPUT = "rows"
 PLACEHOLDER = "model.pt"  # the only file that a weight may name: the loader uses a weight of the module instead

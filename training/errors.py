@@ -13,3 +13,9 @@ class FitError(ElboError):
     """The data and the options do not allow a fit, or the fit failed."""
 
     code = "fit_error"
+
+
+class AdoptionError(ElboError):
+    """A module from elsewhere cannot become an artifact. The message names the cause, its line, and what to do."""
+
+    code = "adoption_error"

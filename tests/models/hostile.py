@@ -194,7 +194,7 @@ CODE: dict[type[Pipeline], str] = {
     GrowsListForOneNumberOfRows: "in only some requests",
     LoopsOverAGrowingList: "for a list that is not empty at first",
     SizesByValue: "calls torch.zeros",
-    SizesImplicitlyByValue: "calls torch.max",
+    SizesImplicitlyByValue: "calls int(torch.max(z)), which needs numbers that do not depend on the values of a row",
     ChangesWeight: "calls torch.add_",
     CopiesIntoWeight: "would change a weight",
     Prints: "calls print",

@@ -270,7 +270,7 @@ def read_table(
         )
         raw = load(source, options)
     rows, statistics, raw_labels = ingest(raw, name, limit)
-    names = raw.names or _numbered_names(raw.shape, "x")
+    names = raw.names or numbered_names(raw.shape, "x")
     statistics.refuse_infinite(name, names, raw.lines)
     _refuse_empty_columns(name, names, statistics)
     labels = interpret(raw_labels, raw.label_names, column=raw.label_column)
@@ -286,10 +286,10 @@ def read_table(
                 source, drop, keep, size, limit, escape, recognised, label, time=time, group=group, condition=condition
             )
         if recognised != "ntc":
-            pixel_range = _guess_pixel_range(raw.dtype, statistics)
+            pixel_range = guess_pixel_range(raw.dtype, statistics.low, statistics.high)
         layout_notes = [_describe_layout(raw.shape, pixel_range, recognised)]
     if raw.names is None and pixel_range is not None:
-        names = _numbered_names(raw.shape, "pixel")
+        names = numbered_names(raw.shape, "pixel")
     table = Table(
         x=rows,
         shape=raw.shape,
@@ -598,7 +598,8 @@ def _describe_layout(shape: tuple[int, ...], pixel_range: tuple[float, float] | 
     )
 
 
-def _numbered_names(shape: tuple[int, ...], word: str) -> list[str]:
+def numbered_names(shape: tuple[int, ...], word: str) -> list[str]:
+    """Return a name for each value of a row of `shape`, such as pixel[0,3] for the word "pixel"."""
     return [f"{word}[{','.join(map(str, index))}]" for index in np.ndindex(shape)]
 
 
@@ -664,13 +665,19 @@ def _white(largest: float) -> float:
     return float(2 ** max(9, int(largest).bit_length()) - 1)
 
 
-def _guess_pixel_range(dtype: np.dtype[Any], statistics: ColumnStatistics) -> tuple[float, float]:
+def guess_pixel_range(
+    dtype: np.dtype[Any], lowest: npt.NDArray[np.float64], highest: npt.NDArray[np.float64]
+) -> tuple[float, float]:
     """Return the values that stand for black and white: 0 and 255 for bytes, unless the largest is FEW_GREYS or less.
 
     For other types, choose the first range in PIXEL_RANGES that contains all values and has the largest value in
     its upper half. If there is no such range, return the smallest and the largest value, rounded.
+
+    Args:
+        lowest: the smallest value of each pixel, [D].
+        highest: the largest value of each pixel, [D].
     """
-    low, high = float(np.nanmin(statistics.low)), float(np.nanmax(statistics.high))
+    low, high = float(np.nanmin(lowest)), float(np.nanmax(highest))
     if dtype == np.uint8 and high > FEW_GREYS:
         return 0.0, 255.0
     for black, white in PIXEL_RANGES:

@@ -190,7 +190,7 @@ def _golden(module: torch.jit.ScriptModule, rows: torch.Tensor, seed: int) -> Go
     return artifact.record_golden(module, rows, noise, choice)
 
 
-def _features(data: PreparedData) -> list[Feature]:
+def describe_features(data: PreparedData) -> list[Feature]:
     """Return the features of the rows in `data`."""
     table, moments = data.table, data.moments
     columns = table.names, table.units, data.medians, moments.low, moments.high, table.missing, moments.mean
@@ -208,7 +208,8 @@ def _features(data: PreparedData) -> list[Feature]:
     ]
 
 
-def _data(data: PreparedData) -> Data:
+def describe_data(data: PreparedData) -> Data:
+    """Return the source of the rows in `data`, and the number of rows for each use."""
     return Data(
         source=data.table.source,
         rows=len(data.table.x),
@@ -287,12 +288,12 @@ def _manifest(
         kind=chosen.config.model,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         shape=list(table.shape),
-        features=_features(data.source_rows),
+        features=describe_features(data.source_rows),
         latents=pipeline.prior.means.shape[1],
         parts=_parts(pipeline, data),
         pixel_range=table.pixel_range,
         training=chosen.config.model_dump(),
-        data=_data(data.source_rows),
+        data=describe_data(data.source_rows),
         metrics=_finite(chosen.metrics),
         comparison={kind: _finite(metrics) for kind, metrics in comparison.items()},
         calibration=_calibration(chosen.config, data),

@@ -16,6 +16,7 @@ KIND_NAMES = {
     "ae": "autoencoder",
     "vae": "variational autoencoder",
     "ensemble": "ensemble of an autoencoder and nearest neighbours",
+    "adopted": "adopted network",
 }
 LINE_WIDTH = 100  # longer lists continue on further lines
 DEFAULT_ALPHA = 0.05  # of /anomaly and `elbo score`
@@ -53,13 +54,20 @@ def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
     has_report = manifest.latent_report and manifest.kind != "pca"  # all latents of PCA are active
     if manifest.window is not None:
         yield "window", window_phrase(manifest.window)
-    yield "latents", latents_phrase(manifest) if has_report else str(manifest.latents)
+    latents = (
+        "none: the model only reconstructs and scores rows" if manifest.only_reconstructs else str(manifest.latents)
+    )
+    yield "latents", latents_phrase(manifest) if has_report else latents
     yield "data", f"{data.source}: {data.rows:,} rows, SHA-256 {data.fingerprint[:12]}"
     yield "split", f"{data.fit:,} fit, {data.held_out:,} held out, {data.calibration:,} calibration"
     if manifest.timeline is not None:
         yield from _split_by_time(manifest.timeline)
         yield from _baseline(manifest)
-    yield "training", _joined(_given_options(manifest.training))
+    if manifest.adoption is None:
+        yield "training", _joined(_given_options(manifest.training))
+    else:
+        yield "adopted", f"from {manifest.adoption.source}, trained elsewhere"
+        yield from (("", line) for line in adoption_lines(manifest))
     for index, (name, value) in enumerate(manifest.metrics.items()):
         yield "" if index else "held out", f"{name} {value:.6g}"
     if "kl" in manifest.metrics:
@@ -78,6 +86,23 @@ def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
         f"at least {calibration.floor:.3g}; below this alpha, no row is anomalous without `extrapolated`",
     )
     yield "versions", _joined(manifest.versions)
+
+
+def adoption_lines(manifest: Manifest) -> Iterator[str]:
+    """Yield what an adopted model took from the module, a line for each fact."""
+    adoption = manifest.adoption
+    if adoption is None:
+        return
+    yield f"Functions of the module: {join_names(adoption.functions)}"
+    if manifest.only_reconstructs:
+        yield "It only reconstructs and scores rows: its module has no encoder and decoder"
+    if adoption.spread is not None:
+        what = "the logarithm of the variance" if adoption.spread == "log_variance" else "the standard deviation"
+        yield f"The encoder gives the mean and {what} of the latents"
+    yield "It takes raw rows" if adoption.scaler is None else f"Rows are scaled by {adoption.scaler}, inside the model"
+    if adoption.prior is not None:
+        prior = "N(0, I)" if adoption.prior == "standard" else "a Gaussian mixture that is fitted to the latents"
+        yield f"The prior of samples is {prior}"
 
 
 def condition_lines(conditions: Conditions | None) -> Iterator[str]:

@@ -12,6 +12,7 @@ from training.fitting.defaults import resolved_config
 from training.reports.describe import (
     DEFAULT_ALPHA,
     KIND_NAMES,
+    adoption_lines,
     against_pca,
     condition_lines,
     few_calibration_rows,
@@ -61,7 +62,7 @@ def card(manifest: Manifest, version: int | None, notes: Sequence[str], plots: S
         "Latents": _latents(manifest),
         "Alarms": _alarms(manifest),
         "When not to trust it": (f"- {limit}" for limit in _limits(manifest)),
-        "Reproduce it": ("```", *_commands(manifest), "```", "", f"with {_versions(manifest)}."),
+        "Reproduce it": _reproduction(manifest),
         "Plots": _plots(plots),
     }
     lines = [f"# {manifest.name}" + ("" if version is None else f", version {version}")]
@@ -77,7 +78,12 @@ def _summary(manifest: Manifest) -> Iterator[str]:
     kind = kind if manifest.kind == "pca" else f"{article} {kind}"
     origin = manifest.recalibration
     when = f"{origin.trained} and recalibrated {manifest.created}" if origin else manifest.created
-    yield f"It is {kind} with {manifest.latents} latents, trained {when}."
+    adoption = manifest.adoption
+    if adoption is None:
+        yield f"It is {kind} with {manifest.latents} latents, trained {when}."
+    else:
+        yield f"It is {article} {kind} ({adoption.source}), adopted {when}: it was trained elsewhere."
+        yield from (f"{line}." for line in adoption_lines(manifest))
     shape = " x ".join(map(str, manifest.shape))
     yield f"A row has {shape} {'pixels' if manifest.is_image else 'features'}."
     if manifest.window is not None:
@@ -85,6 +91,8 @@ def _summary(manifest: Manifest) -> Iterator[str]:
     if manifest.conditions is not None:
         yield "It knows the condition of a row, which is not a feature:"
         yield from (f"{line}." for line in condition_lines(manifest.conditions))
+    if adoption is not None:
+        return
     if changed := list(_changed_options(manifest)):
         yield "Options that differ from the defaults: " + ", ".join(f"{name} {text}" for name, text in changed) + "."
     else:
@@ -104,7 +112,8 @@ def _data(manifest: Manifest, notes: Sequence[str]) -> Iterator[str]:
     yield f"- SHA-256 of the values: `{data.fingerprint}`"
     if data.distinct is not None and data.distinct < data.rows:
         yield f"- distinct rows: {data.distinct:,}"
-    yield f"- split: {data.fit:,} rows to fit, {data.held_out:,} held out, {data.calibration:,} to calibrate"
+    uses = "rows to fit" if manifest.adoption is None else "rows for the prior and the explanation"
+    yield f"- split: {data.fit:,} {uses}, {data.held_out:,} held out, {data.calibration:,} to calibrate"
     if manifest.timeline is not None:
         yield from (f"- {line}" for line in _periods(manifest.timeline))
     yield from (f"- {note}" for note in notes)
@@ -161,9 +170,9 @@ def _latents(manifest: Manifest) -> Iterator[str]:
         yield "(the distortion)."
 
 
-def _alarms(manifest: Manifest) -> Iterator[str]:
-    rows, floor = manifest.calibration.rows, manifest.calibration.floor
-    yield f"The score is {' + '.join(manifest.parts)}; higher is more anomalous."
+def _calibration(manifest: Manifest) -> Iterator[str]:
+    """Yield which rows the scores of new rows are compared with."""
+    rows = manifest.calibration.rows
     if origin := manifest.recalibration:
         yield f"It was recalibrated on {rows:,} of {origin.rows:,} rows of {origin.source}. Its networks and weights"
         yield f"are those of {origin.parent}. SHA-256 of the calibration rows: `{origin.fingerprint}`."
@@ -171,8 +180,16 @@ def _alarms(manifest: Manifest) -> Iterator[str]:
         yield f"It was calibrated on {rows:,} rows, each scored by one of {folds} other models that were fitted without"
         yield "it (cross-conformal calibration). The published model was then fitted to 90 % of"
         yield "all rows; the others are held out."
+    elif manifest.adoption is not None:
+        yield f"It was calibrated on {rows:,} rows. Nothing else here used them. Whether they trained the network is"
+        yield "not known: if they did, more rows raise a false alarm than promised."
     else:
         yield f"It was calibrated on {rows:,} rows that were not used for training."
+
+
+def _alarms(manifest: Manifest) -> Iterator[str]:
+    yield f"The score is {' + '.join(manifest.parts)}; higher is more anomalous."
+    yield from _calibration(manifest)
     if lines := list(policy_lines(manifest)):
         yield "A policy applies before the score is computed, so the rate of false alarms holds for these rules:"
         yield ""
@@ -201,7 +218,7 @@ def _alarms(manifest: Manifest) -> Iterator[str]:
             yield "the new normal."
     elif _is_series(manifest):
         yield "**Rows of other days are not exchangeable with these rows, which are a series: see below.**"
-    yield f"The smallest possible p-value is {floor:.3g}. At a smaller alpha, no row is anomalous"
+    yield f"The smallest possible p-value is {manifest.calibration.floor:.3g}. At a smaller alpha, no row is anomalous"
     yield "unless `extrapolated` is requested: the threshold then comes from a fitted tail, without a guarantee."
 
 
@@ -244,6 +261,8 @@ def _limits(manifest: Manifest) -> Iterator[str]:
     grey = manifest.training.get("likelihood") == "bernoulli" and not manifest.training.get("binarise")
     if manifest.kind == "vae" and grey:
         yield "Its likelihood treats grey values as probabilities: compare it only with other Bernoulli models."
+    if manifest.adoption is not None and not manifest.only_reconstructs:
+        yield "The likelihood of its network is not known, so it has no log-likelihood. Samples come from its prior."
     if manifest.kind in ("ae", "ensemble"):
         yield "An autoencoder has no likelihood. Samples come from a Gaussian mixture that is fitted to its latents."
     yield (
@@ -251,7 +270,7 @@ def _limits(manifest: Manifest) -> Iterator[str]:
         "again."
     )
     yield "It treats anomalies in the training data as normal."
-    if manifest.kind != "pca" and resolved_config(manifest).kept == "best":
+    if manifest.adoption is None and manifest.kind != "pca" and resolved_config(manifest).kept == "best":
         yield "The held-out rows also served to choose the epoch, so metrics on them are slightly optimistic."
 
 
@@ -303,8 +322,18 @@ def _as_list(cells: Sequence[object]) -> str:
     return text.getvalue()
 
 
+def _reproduction(manifest: Manifest) -> Iterator[str]:
+    if manifest.adoption is None or manifest.recalibration is not None:
+        yield from ("```", *_commands(manifest), "```", "")
+    if manifest.adoption is not None:
+        yield "The network was trained elsewhere. Adopt its module again with `elbo.adopt`, with the same rows and"
+        yield f"options: the SHA-256 of the weights is `{manifest.weights_sha256}`. Adopted"
+    yield f"with {_versions(manifest)}."
+
+
 def _commands(manifest: Manifest) -> Iterator[str]:
-    yield command_of(manifest)
+    if manifest.adoption is None:
+        yield command_of(manifest)
     if origin := manifest.recalibration:
         yield shlex.join(["elbo", "calibrate", origin.parent, origin.source])
 

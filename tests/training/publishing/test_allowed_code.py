@@ -91,10 +91,6 @@ def test_convolutional_models_load_after_a_trial_in_a_new_process(paths: list[Pa
     assert done.stderr == ""
 
 
-def test_list_of_names_that_adopted_models_may_use_is_still_empty() -> None:
-    assert allowed_code.ADOPTED == {}
-
-
 def test_operators_that_onnx_twins_may_have_include_no_control_flow_and_no_random_numbers() -> None:
     refused = {"If", "Loop", "Scan", "SequenceMap", "RandomNormal", "RandomUniform", "Bernoulli", "Multinomial"}
     assert onnx_check.OPERATORS.keys().isdisjoint(refused)

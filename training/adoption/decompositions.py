@@ -1,0 +1,176 @@
+"""Operators of torch that do not check the shapes of their arguments, written with operators that do.
+
+`torch.lstm` with weights of the wrong shape writes beyond the end of its memory, and `scaled_dot_product_attention`
+with values of another length reads beyond it (torch 2.13, on a CPU). An artifact may come from anywhere, so
+`models.allowed_code` does not allow these operators. Here, they become arithmetic.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from training.errors import AdoptionError
+
+Shape = Sequence[int]
+
+
+class Text(str):
+    """An expression of the source, as opposed to a text."""
+
+    __slots__ = ()
+
+
+class Writer(Protocol):
+    """Writes calls of operators. A result is the expression of a value in the source."""
+
+    def call(self, name: str, *arguments: Any) -> Text:
+        """Write the call of `name` and return its result. Arguments are expressions, numbers, tensors or lists."""
+
+    def unpack(self, name: str, count: int, *arguments: Any) -> list[Text]:
+        """Write the call of `name`, which returns a list of `count` tensors, and return them."""
+
+
+def batch_norm(write: Writer, given: Mapping[str, Any], sizes: Shape) -> Text:
+    """Write batch normalisation in evaluation mode, which is an affine map of each channel."""
+    mean, variance, weight, bias = (given[key] for key in ("running_mean", "running_var", "weight", "bias"))
+    factor = (variance.double() + given["eps"]).rsqrt()
+    factor = factor if weight is None else factor * weight.double()
+    offset = -mean.double() * factor
+    offset = offset if bias is None else offset + bias.double()
+    shape = [-1, *[1] * (len(sizes) - 2)]
+    scaled = write.call("mul", given["input"], factor.float().reshape(shape))
+    return write.call("add", scaled, offset.float().reshape(shape))
+
+
+def attention(write: Writer, given: Mapping[str, Any], sizes: Shape, key_sizes: Shape) -> Text:
+    """Write scaled dot-product attention (Vaswani et al. 2017, "Attention is all you need", eq. 1).
+
+    Args:
+        sizes: the sizes of the queries, [..., L, E].
+        key_sizes: the sizes of the keys, [..., S, E].
+    """
+    scale = given["scale"] or 1.0 / math.sqrt(sizes[-1])
+    scores = write.call(
+        "matmul", write.call("mul", given["query"], scale), write.call("transpose", given["key"], -2, -1)
+    )
+    mask = given["attn_mask"]
+    if given["is_causal"]:
+        mask = torch.ones(sizes[-2], key_sizes[-2], dtype=torch.bool).tril()
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
+    if mask is not None:
+        scores = write.call("add", scores, mask)
+    return write.call("matmul", write.call("softmax", scores, -1), given["value"])
+
+
+def resize(write: Writer, name: str, given: Mapping[str, Any], sizes: Shape, target: Shape) -> Text:
+    """Write an upsampling: each axis is multiplied by a matrix, which is the upsampled unit matrix."""
+    mode = "nearest-exact" if "exact" in name else "nearest" if "nearest" in name else "linear"
+    if "bicubic" in name or "3d" in name:
+        raise AdoptionError(f"uses {name}: expected nearest, linear or bilinear upsampling of one or two axes")
+    matrices = []
+    for size, result in zip(sizes[2:], target[2:], strict=True):
+        corners = {} if mode != "linear" else {"align_corners": bool(given.get("align_corners"))}
+        matrices.append(functional.interpolate(torch.eye(size)[None], size=result, mode=mode, **corners)[0])
+    found = write.call("matmul", given["input"] if "input" in given else given["self"], matrices[-1])
+    return found if len(matrices) == 1 else write.call("matmul", matrices[0].T.contiguous(), found)
+
+
+def recurrent(write: Writer, name: str, given: Mapping[str, Any], sizes: Shape) -> list[Text]:
+    """Write the layers of an LSTM, a GRU or a plain recurrent network. Return the outputs and the last states.
+
+    Args:
+        name: lstm, gru, rnn_tanh or rnn_relu.
+        given: the arguments of the operator.
+        sizes: the sizes of its input.
+    """
+    parameters, has_biases = list(given["params"]), given["has_biases"]
+    directions = 2 if given["bidirectional"] else 1
+    per_cell = 4 if has_biases else 2
+    if len(parameters) != per_cell * directions * given["num_layers"]:
+        raise AdoptionError(f"uses {name} with projections (proj_size): expected a network without them")
+    time = 1 if given["batch_first"] else 0
+    states = given["hx"] if name == "lstm" else [given["hx"]]
+    inputs = given["input"]
+    finals: list[list[Text]] = [[] for _ in states]
+    for layer in range(given["num_layers"]):
+        found = []
+        for direction in range(directions):
+            place = layer * directions + direction
+            weights = parameters[place * per_cell : (place + 1) * per_cell]
+            state = [_initial(write, each, place) for each in states]
+            gates = write.call("linear", inputs, weights[0], *weights[2:3])  # of all steps at once
+            steps = [write.call("select", gates, time, step) for step in range(sizes[time])]
+            outputs = []
+            for step in reversed(steps) if direction else steps:
+                state = cell(write, name, step, state, weights)
+                outputs.append(state[0])
+            found.append(write.call("stack", outputs[::-1] if direction else outputs, time))
+            for final, part in zip(finals, state, strict=True):
+                final.append(part)
+        inputs = write.call("cat", found, 2) if directions == 2 else found[0]
+    return [inputs, *(write.call("stack", final, 0) for final in finals)]
+
+
+def _initial(write: Writer, state: Any, place: int) -> Any:
+    """Return the first state of one layer and direction; None if it is zero."""
+    return None if state is None else write.call("select", state, 0, place)
+
+
+def cell(write: Writer, name: str, from_input: Text, state: Sequence[Any], weights: Sequence[Any]) -> list[Text]:
+    """Write one step. Return the new hidden state, and the new cell state of an LSTM.
+
+    Hochreiter & Schmidhuber 1997, "Long short-term memory"; Cho et al. 2014, "Learning phrase representations using RNN
+    encoder-decoder", with the gates in the order of torch.
+
+    Args:
+        from_input: what the input adds to the gates.
+        state: the hidden state, and the cell state of an LSTM; None if it is zero.
+        weights: of the input, of the hidden state, and the biases of both if there are any.
+    """
+    own, recurrent_weight, *biases = weights
+    width = own.shape[0] // {"lstm": 4, "gru": 3}.get(name.partition("_")[0], 1)
+    hidden = state[0]
+    if hidden is None:
+        from_hidden: Any = biases[1] if biases else None
+    else:
+        from_hidden = write.call("linear", hidden, recurrent_weight, *biases[1:])
+    if name.startswith("gru"):
+        return [_gru(write, from_input, from_hidden, hidden, width)]
+    gates = from_input if from_hidden is None else write.call("add", from_input, from_hidden)
+    if not name.startswith("lstm"):
+        return [write.call("relu" if name.startswith("rnn_relu") else "tanh", gates)]
+    into, forget, value, out = write.unpack("split", 4, gates, width, 1)
+    added = write.call("mul", write.call("sigmoid", into), write.call("tanh", value))
+    memory = added
+    if state[1] is not None:
+        kept = write.call("mul", write.call("sigmoid", forget), state[1])
+        memory = write.call("add", kept, added)
+    return [write.call("mul", write.call("sigmoid", out), write.call("tanh", memory)), memory]
+
+
+def _gru(write: Writer, from_input: Text, from_hidden: Any, hidden: Any, width: int) -> Text:
+    if from_hidden is None:  # no state and no bias
+        _, update, new = write.unpack("split", 3, from_input, width, 1)
+        candidate = write.call("tanh", new)
+        return write.call("sub", candidate, write.call("mul", write.call("sigmoid", update), candidate))
+    reset, update, new = write.unpack("split", 3, from_input, width, 1)
+    if isinstance(from_hidden, Tensor):
+        of_reset, of_update, of_new = from_hidden.split(width)
+    else:
+        of_reset, of_update, of_new = write.unpack("split", 3, from_hidden, width, 1)
+    reset = write.call("sigmoid", write.call("add", reset, of_reset))
+    update = write.call("sigmoid", write.call("add", update, of_update))
+    candidate = write.call("tanh", write.call("add", new, write.call("mul", reset, of_new)))
+    if hidden is None:
+        return write.call("sub", candidate, write.call("mul", update, candidate))
+    difference = write.call("sub", hidden, candidate)
+    return write.call("add", candidate, write.call("mul", update, difference))
+
+
+RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+CELLS = frozenset({"lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"})
