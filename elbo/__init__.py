@@ -28,30 +28,33 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Import the public name `name` when it is first used (PEP 562)."""
-    if name == "__version__":
-        from importlib.metadata import version
+if not TYPE_CHECKING:  # otherwise, type checkers would accept every name
 
-        value: Any = version("elbo")
-    elif name in _MODULES:
-        from importlib import import_module
+    def __getattr__(name: str) -> Any:
+        """Import the public name `name` when it is first used (PEP 562)."""
+        if name == "__version__":
+            from importlib.metadata import version
 
-        try:
-            value = getattr(import_module(_MODULES[name]), name)
-        except ModuleNotFoundError as error:
-            raise _missing_package(name, error) from error
-    else:
-        raise AttributeError(f"module 'elbo' has no attribute {name!r}")
-    globals()[name] = value
-    return value
+            value: Any = version("elbo")
+        elif name in _MODULES:
+            from importlib import import_module
+
+            try:
+                value = getattr(import_module(_MODULES[name]), name)
+            except ModuleNotFoundError as error:
+                raise _missing_package(name, error) from error
+        else:
+            raise AttributeError(f"module 'elbo' has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
 
 def _missing_package(name: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
     """Return an error that says which extra of Elbo has the package that `elbo.<name>` needs."""
     extra = "serve" if name in ("Model", "load") else "train"
     return ModuleNotFoundError(
-        f"elbo.{name} needs the package {error.name}: pip install 'elbo[{extra}]'", name=error.name
+        f"elbo.{name} needs the package {(error.name or '').partition('.')[0]}: pip install 'elbo[{extra}]'",
+        name=error.name,
     )
 
 

@@ -151,7 +151,7 @@ def _is_notebook_with_widgets() -> bool:
 
 @contextmanager
 def in_terms_of_python() -> Iterator[None]:
-    """Let the messages of ElboErrors name arguments of functions instead of options of the command line."""
+    """Let the messages of errors name arguments of functions, and the extra of Elbo that has a missing package."""
     try:
         yield
     except ElboError as error:
@@ -159,6 +159,11 @@ def in_terms_of_python() -> Iterator[None]:
         if message == str(error):
             raise
         raise type(error)(message) from error
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"elbo.fit needs the package {(error.name or '').partition('.')[0]}: pip install 'elbo[train]'",
+            name=error.name,
+        ) from error
 
 
 def _python_words(message: str) -> str:

@@ -152,6 +152,8 @@ def _as_array(data: Any) -> npt.NDArray[Any]:
         return array
     if isinstance(data, np.ndarray) and data.dtype.kind in "biuf":
         return data.astype(np.uint8) if data.dtype.kind == "b" else data
+    if getattr(getattr(data, "dtype", None), "kind", "f") == "c":
+        raise DataError("data has complex numbers: expected real numbers")
     if not isinstance(data, Sequence) and not hasattr(data, "__array__"):
         raise DataError(
             f"data is of the type {type(data).__name__}: expected a path, an array, a tensor, a frame or a list of rows"
