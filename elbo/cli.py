@@ -94,6 +94,20 @@ class Format(StrEnum):
     csv = "csv"
 
 
+class Spread(StrEnum):
+    """What an adopted encoder returns besides the mean."""
+
+    log_variance = "log_variance"
+    std = "std"
+
+
+class PriorKind(StrEnum):
+    """The prior of an adopted model."""
+
+    fitted = "fitted"
+    standard = "standard"
+
+
 def described_by(module: str, name: str, all_options: bool = False) -> type[TyperCommand]:
     """Return a command class whose --help shows the descriptions and defaults of a pydantic model's fields.
 
@@ -397,6 +411,172 @@ def _train(
         typer.echo(f"published {config.name}@{path.parent.name}: {path}")
         _note_missing_signature(path)
     return processes.is_first
+
+
+@app.command(
+    epilog="Examples: elbo adopt model.py:build --weights w.pt --scaler scaler.joblib --calibrate normal.csv "
+    "--name web | elbo adopt model.onnx --calibrate normal.csv --name web"
+)
+def adopt(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="the trained network: FILE.py:FUNCTION (a function without arguments that returns a torch.nn.Module), "
+            "an ONNX file (.onnx), a program of torch.export (.pt2) or a TorchScript file; with --allow-pickle also a "
+            "network that torch.save has pickled, or an estimator of scikit-learn (.joblib, .pkl). All of them except "
+            "ONNX files are programs: give only files that you trust",
+        ),
+    ],
+    calibrate: Annotated[
+        str,
+        typer.Option(
+            "--calibrate",
+            metavar="DATA",
+            help="normal rows that did not train the network: a file (.npy, .npz, .csv, .parquet), a folder of images, "
+            "or bundled data",
+        ),
+    ],
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="name of the model")],
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="weights of the network that FILE.py:FUNCTION builds: .safetensors, or what torch.save has written "
+            "from its state_dict",
+        ),
+    ] = None,
+    scaler: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="scaler of scikit-learn that the network was trained with (.joblib, .pkl), or mean and scale (.json, "
+            ".npz). A .joblib or .pkl file is a pickle, which can run any code when it is read: give only a file that "
+            "you trust",
+        ),
+    ] = None,
+    fit_rows: Annotated[
+        str | None,
+        typer.Option(
+            "--fit-rows",
+            metavar="DATA",
+            help="rows that trained the network, for the prior and the explanation; default: a part of --calibrate",
+        ),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="<int>x...",
+            help="shape of one row as the network takes it, such as 1x28x28 or 30x8 (30 steps of 8 features); default: "
+            "that of the file",
+        ),
+    ] = None,
+    encode: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="method or part of the network that encodes, if it is not called encode or encoder; for an ONNX file, "
+            "the value that is the code",
+        ),
+    ] = None,
+    decode: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="method or part that decodes, if it is not called decode or decoder"),
+    ] = None,
+    spread: Annotated[
+        Spread | None,
+        typer.Option(
+            help="what the encoder returns besides the mean; default: log_variance if a value is negative, else std"
+        ),
+    ] = None,
+    prior: Annotated[
+        PriorKind, typer.Option(help="distribution of the latents of samples: fitted to the rows, or standard normal")
+    ] = PriorKind.fitted,
+    drop: Annotated[
+        str | None, typer.Option(metavar="<str,...>", help="columns to leave out, such as identifiers")
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(metavar="<str,...>", help="columns that are measurements although they look like identifiers"),
+    ] = None,
+    label: Annotated[
+        str | None,
+        typer.Option(metavar="<str,...>", help="columns of labels, which are no features; default: recognised"),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="<int>x<int>", help="resize the images of a folder to height x width")
+    ] = None,
+    escape: EscapeOption = None,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the split of the rows and of the prior")] = 0,
+    allow_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--allow-pickle",
+            help="read MODEL and --weights even if they are pickles of Python objects. A pickle can run any code when "
+            "it is read, with all your rights: give only files that you trust",
+        ),
+    ] = False,
+    replace_features: Annotated[
+        bool,
+        typer.Option("--replace-features", help="publish even if the newest version of this name has other features"),
+    ] = False,
+    artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
+    sign: SignOption = None,
+) -> None:
+    """Publish a network that was trained elsewhere, with its scaler, as the next version of the model --name.
+
+    The artifact has all that a trained model has: calibration, explanation, prior, card. Neither the code of the
+    network nor the library that trained it is needed to serve the artifact.
+    """
+    key = _private_key(sign)
+    options: dict[str, Any] = {"shape": _sizes("--shape", shape), "size": _sizes("--size", size, 2)}
+    options |= {key: _words(text) for key, text in (("drop", drop), ("keep", keep), ("label", label))}
+    from training.adoption.from_files import adopt_files
+    from training.progress import reporter
+
+    report = reporter()
+    try:
+        path = adopt_files(
+            model,
+            calibrate,
+            name=name,
+            artifacts=artifacts,
+            report=report,
+            weights=weights,
+            scaler=scaler,
+            fit_rows=fit_rows,
+            encode=encode,
+            decode=decode,
+            spread=None if spread is None else spread.value,
+            prior=prior.value,
+            escape=None if escape is None else escape.value,
+            seed=seed,
+            allow_pickle=allow_pickle,
+            replace_features=replace_features,
+            key=key,
+            **options,
+        )
+    finally:
+        report.close()
+    typer.echo(f"published {name}@{path.parent.name}: {path}")
+    _note_missing_signature(path)
+    where = "" if artifacts == DEFAULT_ARTIFACTS else f" --artifacts {artifacts}"
+    typer.echo(f"next: elbo inspect {name}{where}, or elbo serve{where}")
+
+
+def _words(text: str | None) -> list[str]:
+    """Return the comma-separated words of an option; a word in quotation marks may contain commas."""
+    return [] if text is None else next(csv.reader([text], skipinitialspace=True), [])
+
+
+def _sizes(option: str, text: str | None, count: int | None = None) -> tuple[int, ...] | None:
+    """Return the sizes in a text such as 1x28x28. Raise OptionError if there are not `count` whole numbers above 0."""
+    if text is None:
+        return None
+    parts = text.replace(",", "x").split("x")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts) or len(parts) != (count or len(parts)):
+        raise OptionError(f"{option}: expected whole numbers above 0 with x between them, such as 28x28, got {text!r}")
+    return tuple(map(int, parts))
 
 
 @app.command(epilog="Example: elbo demo && elbo serve")

@@ -7,6 +7,7 @@ float32 instead: with mean 1e6 and scale 1, it would lose all digits behind the 
 import torch
 from torch import Tensor, nn
 
+from models.float64 import Float64Module
 from models.scaling import Scaling
 
 LIMIT = 1e18  # the largest result: its square is finite in float32
@@ -45,7 +46,7 @@ class ExactScaling(Scaling):
         return x.clamp(-self.limit, self.limit).to(torch.float32)
 
 
-class Affine(nn.Module):
+class Affine(Float64Module):
     """The map u = (x - shift) / scale.
 
     Args:
@@ -111,7 +112,7 @@ class Chain(nn.Module):
         return x
 
 
-class Power(nn.Module):
+class Power(Float64Module):
     """The map x -> ((1 + x)^power - 1) / power for x >= 0, and log(1 + x) for power 0.
 
     The inverse of a value that the map never gives, which is above -1 / power for a negative power, is very large.

@@ -11,7 +11,19 @@ from tests.commands import command, in_process
 from tests.data import ROOT
 from training.config import TrainConfig
 
-COMMANDS = ("train", "demo", "inspect", "list", "rollback", "serve", "evaluate", "score", "backtest", "calibrate")
+COMMANDS = (
+    "train",
+    "adopt",
+    "demo",
+    "inspect",
+    "list",
+    "rollback",
+    "serve",
+    "evaluate",
+    "score",
+    "backtest",
+    "calibrate",
+)
 
 
 def test_help_takes_less_than_300_ms_of_cpu_time() -> None:

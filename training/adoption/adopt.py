@@ -23,12 +23,13 @@ from training.adoption.inspection import Functions, Named, Spread, inspect_modul
 from training.adoption.rows import prepare_rows
 from training.adoption.statistics import BATCH, PriorOption, build_pipeline
 from training.adoption.tracing import TOLERANCE, compile_functions
+from training.data.moments import compute_moments
 from training.errors import AdoptionError
 from training.evaluation.metrics import squared_error
 from training.evaluation.worth import MIN_ROWS, is_worse, threshold_warning, trimmed_mean
 from training.fitting.latents import describe_latents
 from training.fitting.pca import spectrum_from_moments
-from training.fitting.prepared_data import SPECTRUM_SIZE, PreparedData
+from training.fitting.prepared_data import MAX_COVARIANCE_FEATURES, SPECTRUM_SIZE, PreparedData
 from training.progress import Reporter, SilentReporter
 from training.publishing.exhibits import make_exhibits
 from training.publishing.onnx_export import export
@@ -199,19 +200,6 @@ def _adopt(
 
 def _scaling(scaler: Any, width: int) -> Scaling:
     """Return the module that converts raw rows to the units of the network. Raises AdoptionError."""
-    if scaler is None:
-        return Scaling(torch.zeros(width), torch.ones(width))
-    if isinstance(scaler, tuple | list) and len(scaler) == 2:
-        shift, scale = (torch.as_tensor(np.asarray(part), dtype=torch.float32).reshape(-1) for part in scaler)
-        shift, scale = (part.expand(width).clone() if len(part) == 1 else part for part in (shift, scale))
-        for what, part in (("mean", shift), ("scale", scale)):
-            if len(part) != width:
-                raise AdoptionError(f"the {what} of the scaler has {len(part)} values: expected {width}, one a feature")
-            if not bool(part.isfinite().all()):
-                raise AdoptionError(f"the {what} of the scaler has values that are not finite")
-        if not bool((scale > 0).all()):
-            raise AdoptionError("the scale of the scaler has values that are not above 0: a constant feature has 1")
-        return Scaling(shift, scale)
     if isinstance(scaler, nn.Module):
         if not callable(getattr(scaler, "inverse", None)):
             raise AdoptionError(
@@ -361,9 +349,9 @@ def _manifest(adopted: _Adopted, name: str, golden: Any, weights_sha256: str) ->
     with torch.no_grad():
         u = _scaled(pipeline.scaling, data.held_out)
         x_hat = torch.cat([pipeline(part) for part in data.held_out.split(BATCH)])
-    moments = data.moments
-    if isinstance(pipeline.scaling, Scaling):
-        moments = data.scaled_moments(pipeline.scaling)
+        of_fit = _scaled(pipeline.scaling, data.sample)
+    # Not `data.scaled_moments`, which needs an affine scaling.
+    moments = compute_moments([of_fit.numpy()], with_covariance=of_fit.shape[1] <= MAX_COVARIANCE_FEATURES)
     spectrum = [] if moments.covariance is None else spectrum_from_moments(moments)[:SPECTRUM_SIZE].tolist()
     return Manifest(
         format_version=FORMAT_VERSION,

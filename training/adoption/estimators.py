@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from training.errors import FitError
+from models.float64 import Float64Module
+from training.errors import AdoptionError
 
 SUPPORTED = "PCA, IncrementalPCA, TruncatedSVD, FactorAnalysis and MLPRegressor"
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -19,7 +20,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class LinearCode(nn.Module):
+class LinearCode(Float64Module):
     """A linear map of rows into a code, and a linear map back. Both compute in float64.
 
     Args:
@@ -51,7 +52,7 @@ class LinearCode(nn.Module):
         return self.decode(self.encode(x))
 
 
-class Perceptron(nn.Module):
+class Perceptron(Float64Module):
     """Fully connected layers, of which the output of one hidden layer is the code. Computes in float64.
 
     Args:
@@ -105,8 +106,8 @@ def module_of(estimator: Any) -> nn.Module:
         estimator: a fitted estimator of scikit-learn, of one of the types in SUPPORTED.
 
     Raises:
-        FitError: the estimator is of another type, not fitted, or an MLPRegressor that was fitted with other targets
-            than its rows.
+        AdoptionError: the estimator is of another type, not fitted, or an MLPRegressor that was fitted with other
+            targets than its rows.
     """
     from sklearn import decomposition
     from sklearn.neural_network import MLPRegressor
@@ -121,9 +122,11 @@ def module_of(estimator: Any) -> nn.Module:
     name = type(estimator).__name__
     convert = converters.get(type(estimator))
     if convert is None:
-        raise FitError(f"the estimator {name} cannot be adopted: Elbo converts {SUPPORTED}, or adopts a torch module")
+        raise AdoptionError(
+            f"the estimator {name} cannot be adopted: Elbo converts {SUPPORTED}, or adopts a torch module"
+        )
     if not hasattr(estimator, "components_") and not hasattr(estimator, "coefs_"):
-        raise FitError(f"the estimator {name} is not fitted: call its fit with normal rows")
+        raise AdoptionError(f"the estimator {name} is not fitted: call its fit with normal rows")
     return convert(estimator).eval().requires_grad_(False)
 
 
@@ -173,12 +176,12 @@ def _of_factor_analysis(estimator: Any) -> nn.Module:
 def _of_perceptron(estimator: Any) -> nn.Module:
     sizes = [len(bias) for bias in estimator.intercepts_]  # of the hidden layers and of the output
     if sizes[-1] != estimator.n_features_in_:
-        raise FitError(
+        raise AdoptionError(
             f"the MLPRegressor predicts {sizes[-1]} numbers from {estimator.n_features_in_} features: expected an "
             "autoencoder, fitted with fit(X, X)"
         )
     if estimator.out_activation_ not in ACTIVATIONS or estimator.activation not in ACTIVATIONS:
-        raise FitError(
+        raise AdoptionError(
             f"the MLPRegressor has the activations {estimator.activation} and {estimator.out_activation_}: expected "
             f"one of {', '.join(ACTIVATIONS)}"
         )
@@ -186,7 +189,7 @@ def _of_perceptron(estimator: Any) -> nn.Module:
     narrowest = [number for number, size in enumerate(hidden) if size == min(hidden)]
     code_layers = narrowest[len(narrowest) // 2] + 1 if hidden else 0
     if not hidden:
-        raise FitError("the MLPRegressor has no hidden layer, so it has no code: use PCA")
+        raise AdoptionError("the MLPRegressor has no hidden layer, so it has no code: use PCA")
     return Perceptron(
         estimator.coefs_, estimator.intercepts_, estimator.activation, estimator.out_activation_, code_layers
     )

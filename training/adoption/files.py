@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from models.errors import printable
 from training.adoption.estimators import is_estimator
 from training.adoption.onnx_network import RANDOM, OnnxNetwork, read_network
-from training.errors import DataError, FitError
+from training.errors import AdoptionError, DataError
 
 NESTED = ("state_dict", "model_state_dict", "model", "weights")  # where training loops put the weights in a checkpoint
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # what wrappers of networks put before the names of weights
@@ -51,7 +51,7 @@ def read_module(
 
     Raises:
         DataError: a file is missing or cannot be read, or the function is missing or fails.
-        FitError: the weights do not fit the network, or an ONNX graph cannot be converted.
+        AdoptionError: the weights do not fit the network, or an ONNX graph cannot be converted.
     """
     file, colon, name = source.rpartition(":")
     if colon and file.endswith(".py"):
@@ -159,7 +159,7 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -
     """Put `weights` into `module` and return it. A prefix that all names have, such as "module.", is removed.
 
     Raises:
-        FitError: names or shapes differ; the message lists them.
+        AdoptionError: names or shapes differ; the message lists them.
     """
     own = module.state_dict()
     for prefix in PREFIXES:
@@ -169,13 +169,13 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]  # no use in evaluation mode
     faults = [f"{word} {_listed(names)}" for word, names in (("lacks", missing), ("also has", unexpected)) if names]
     if faults:
-        raise FitError(
+        raise AdoptionError(
             f"{path} does not fit the network: it {' and '.join(faults)}; build the network that was trained"
         )
     other = [name for name in sorted(weights.keys() & own.keys()) if weights[name].shape != own[name].shape]
     if other:
         name = other[0]
-        raise FitError(
+        raise AdoptionError(
             f"{path} does not fit the network: {name} has the shape {list(weights[name].shape)}, but the network has "
             f"{list(own[name].shape)}; build the network that was trained"
         )
@@ -260,7 +260,7 @@ def _read_program(path: Path) -> nn.Module:
         raise DataError(f"{path} cannot be loaded as a program of torch.export: {_one_line(error)}") from error
     sizes = _program_input(program)
     if sizes and isinstance(sizes[0], int):
-        raise FitError(
+        raise AdoptionError(
             f"{path} takes exactly {sizes[0]} rows: export it for any number of rows, with "
             'torch.export.export(module, (rows,), dynamic_shapes=({0: torch.export.Dim("B")},))'
         )
@@ -277,7 +277,7 @@ def _read_program(path: Path) -> nn.Module:
 def _program_input(program: Any) -> list[Any]:
     names = program.graph_signature.user_inputs
     if len(names) != 1:
-        raise FitError(f"the program has {len(names)} inputs: expected one, the rows")
+        raise AdoptionError(f"the program has {len(names)} inputs: expected one, the rows")
     for node in program.graph.nodes:
         if node.name == names[0]:
             return list(node.meta["val"].shape)
@@ -289,7 +289,7 @@ def read_onnx(path: Path, code: str | None = None) -> OnnxNetwork:
 
     Raises:
         DataError: the file cannot be read.
-        FitError: an operator cannot be converted, or the outputs differ.
+        AdoptionError: an operator cannot be converted, or the outputs differ.
     """
     import onnx
 
@@ -316,7 +316,7 @@ def _compare_with_onnx_runtime(network: OnnxNetwork, path: Path) -> None:
     given = session.get_inputs()[0]
     sizes = [size if isinstance(size, int) else 8 for size in given.shape[1:]]
     batch = given.shape[0] if isinstance(given.shape[0], int) else CHECKED_ROWS
-    kind = {"tensor(double)": np.float64, "tensor(float16)": np.float16}.get(given.type, np.float32)
+    kind = np.float64 if given.type == "tensor(double)" else np.float32
     rows = np.random.RandomState(0).standard_normal((batch, *sizes)).astype(kind)
     try:
         expected = session.run(None, {given.name: rows})
@@ -329,7 +329,7 @@ def _compare_with_onnx_runtime(network: OnnxNetwork, path: Path) -> None:
         is_alike = output.shape == wanted.shape
         difference = float(np.abs(output.numpy() - wanted).max()) / scale if is_alike else np.inf
         if not difference <= ONNX_TOLERANCE:
-            raise FitError(
+            raise AdoptionError(
                 f"{path}: the converted network differs from ONNX Runtime by {difference:.2g} of the largest output: "
                 "give the network as a torch module, a TorchScript file or a .pt2 file"
             )

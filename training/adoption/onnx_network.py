@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 from torch.nn import functional
 
-from training.errors import FitError
+from models.float64 import Float64Module
+from training.errors import AdoptionError
 
 # A value in the graph: a tensor, a number (a scalar of integers), a list of numbers (a vector of integers), or None for
 # an optional input that is not given.
 Value = Any
 RANDOM = ("RandomNormalLike", "RandomNormal", "RandomUniformLike", "RandomUniform", "Bernoulli", "Multinomial")
-FLOAT64, INTEGERS = 11, {2, 3, 4, 5, 6, 7, 12, 13}  # types of tensors, as ONNX numbers them
+INTEGERS = {2, 3, 4, 5, 6, 7, 12, 13}  # types of tensors, as ONNX numbers them
 TYPES = {1: torch.float32, 6: torch.int32, 7: torch.int64, 9: torch.bool, 10: torch.float16, 11: torch.float64}
 
 
@@ -42,13 +43,13 @@ class Node:
         """Return the attribute `name`, or `default` if the node does not have it."""
         return self.attributes.get(name, default)
 
-    def refuse(self, reason: str) -> FitError:
+    def refuse(self, reason: str) -> AdoptionError:
         """Return the error for a node that cannot be converted."""
         named = f" ({self.name})" if self.name else ""
-        return FitError(f"the ONNX graph has the operator {self.operator}{named} {reason}")
+        return AdoptionError(f"the ONNX graph has the operator {self.operator}{named} {reason}")
 
 
-class OnnxNetwork(nn.Module):
+class OnnxNetwork(Float64Module):
     """The graph of an ONNX file as a torch module, whose `forward` returns the outputs of the graph.
 
     Args:
@@ -165,9 +166,10 @@ def read_network(model: Any, code: str | None = None) -> OnnxNetwork:
         code: the name of the value that is the code of a row; None if the graph is not divided.
 
     Raises:
-        FitError: the graph has an operator that Elbo does not know, with its name, or no value with the name `code`.
+        AdoptionError: the graph has an operator that Elbo does not know, with its name, or no value with the name
+            `code`.
     """
-    from onnx import numpy_helper
+    from onnx import TensorProto, numpy_helper
 
     graph = model.graph
     opsets = {opset.domain: opset.version for opset in model.opset_import}
@@ -183,8 +185,11 @@ def read_network(model: Any, code: str | None = None) -> OnnxNetwork:
     inputs = [value for value in graph.input if value.name not in constants]
     if len(inputs) != 1:
         names = ", ".join(value.name for value in inputs)
-        raise FitError(f"the ONNX graph has {len(inputs)} inputs ({names}): expected one, the rows")
+        raise AdoptionError(f"the ONNX graph has {len(inputs)} inputs ({names}): expected one, the rows")
     tensor_type = inputs[0].type.tensor_type
+    if tensor_type.elem_type not in (TensorProto.FLOAT, TensorProto.DOUBLE):
+        kind = TensorProto.DataType.Name(tensor_type.elem_type).lower()
+        raise AdoptionError(f"the ONNX graph takes rows of the type {kind}: export the network in float32")
     sizes = [size.dim_value if size.HasField("dim_value") else None for size in tensor_type.shape.dim]
     arguments = (
         nodes,
@@ -192,14 +197,14 @@ def read_network(model: Any, code: str | None = None) -> OnnxNetwork:
         inputs[0].name,
         [value.name for value in graph.output],
         sizes[1:],
-        TYPES.get(tensor_type.elem_type, torch.float32),
+        TYPES[tensor_type.elem_type],
         sizes[0] if sizes and sizes[0] else None,
     )
     if code is None:
         return OnnxNetwork(*arguments)
     known = {name for node in nodes for name in node.outputs}
     if code not in known:
-        raise FitError(
+        raise AdoptionError(
             f"the ONNX graph has no value {code!r} for the code: its values are {', '.join(sorted(known))[:300]}"
         )
     return CodedOnnxNetwork(code, *arguments)
@@ -208,7 +213,7 @@ def read_network(model: Any, code: str | None = None) -> OnnxNetwork:
 def _refuse_unknown(nodes: Sequence[Node]) -> None:
     unknown = sorted({node.operator for node in nodes} - OPERATORS.keys())
     if unknown:
-        raise FitError(
+        raise AdoptionError(
             f"the ONNX graph has the operators {', '.join(unknown)}, which Elbo cannot convert: give the network as a "
             "torch module, a TorchScript file or a .pt2 file"
         )
@@ -218,13 +223,13 @@ def _read_node(proto: Any, opset: int) -> Node:
     from onnx import AttributeProto, helper
 
     if proto.domain not in ("", "ai.onnx"):
-        raise FitError(
+        raise AdoptionError(
             f"the ONNX graph has the operator {proto.op_type} of the domain {proto.domain}: expected ai.onnx"
         )
     attributes = {}
     for attribute in proto.attribute:
         if attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
-            raise FitError(
+            raise AdoptionError(
                 f"the ONNX graph has the operator {proto.op_type}, whose control flow Elbo cannot convert: export the "
                 "network without branches and loops"
             )
@@ -253,7 +258,9 @@ def _needed(nodes: Sequence[Node], known: Any, wanted: Sequence[str]) -> list[No
             needed.append(node)
             missing = (missing - set(node.outputs)) | (set(node.inputs) - set(known))
     if missing:
-        raise FitError(f"the ONNX graph does not compute the output from the code alone: it also needs {min(missing)}")
+        raise AdoptionError(
+            f"the ONNX graph does not compute the output from the code alone: it also needs {min(missing)}"
+        )
     return needed[::-1]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models.exact_scaling import Affine, BoxCox, Chain, Clip, ExactScaling, YeoJohnson
 from models.scaling import Scaling
-from training.errors import FitError
+from training.errors import AdoptionError
 
 SUPPORTED = "StandardScaler, MinMaxScaler, RobustScaler, MaxAbsScaler, PowerTransformer, a Pipeline of these, "
 ADVICE = f"give {SUPPORTED}or (mean, scale); or apply the step to the rows before they are sent"
@@ -36,7 +36,7 @@ def scaling_module(scaler: Any, width: int) -> Scaling:
         width: the number of features, D.
 
     Raises:
-        FitError: the scaler is of an unsupported type, not fitted, or of another width.
+        AdoptionError: the scaler is of an unsupported type, not fitted, or of another width.
     """
     if isinstance(scaler, Scaling):
         _require_width(type(scaler).__name__, len(scaler.shift), width)
@@ -74,16 +74,16 @@ def _maps(scaler: Any, width: int) -> list[nn.Module]:
     convert = converters.get(type(scaler))
     if convert is None:
         reason = REASONS.get(name, "Elbo knows no exact conversion of it")
-        raise FitError(f"the scaler {name} cannot be put into the artifact: {reason}; {ADVICE}")
+        raise AdoptionError(f"the scaler {name} cannot be put into the artifact: {reason}; {ADVICE}")
     if not hasattr(scaler, "n_features_in_"):
-        raise FitError(f"the scaler {name} is not fitted: call its fit with the rows that trained the network")
+        raise AdoptionError(f"the scaler {name} is not fitted: call its fit with the rows that trained the network")
     _require_width(name, scaler.n_features_in_, width)
     return convert(scaler)
 
 
 def _require_width(name: str, found: int, width: int) -> None:
     if found != width:
-        raise FitError(
+        raise AdoptionError(
             f"the scaler {name} has {found} features, but the rows have {width}: give the scaler that was fitted with "
             "the columns of these rows"
         )
@@ -115,7 +115,7 @@ def _of_max_abs(scaler: Any) -> list[nn.Module]:
 def _of_power(scaler: Any) -> list[nn.Module]:
     power = torch.from_numpy(np.asarray(scaler.lambdas_, np.float64).copy())
     if not bool(power.isfinite().all()):
-        raise FitError("the scaler PowerTransformer has lambdas that are not finite: fit it with rows without NaN")
+        raise AdoptionError("the scaler PowerTransformer has lambdas that are not finite: fit it with rows without NaN")
     map_ = BoxCox(power) if scaler.method == "box-cox" else YeoJohnson(power)
     return [map_, *_of_standard(scaler._scaler)] if scaler.standardize else [map_]
 
@@ -126,10 +126,10 @@ def _of_arrays(pair: Sequence[Any], width: int) -> Affine:
         try:
             array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, np.float64)
         except (TypeError, ValueError) as error:
-            raise FitError(f"the scaler is a pair, but its {name} is not an array of numbers: {ADVICE}") from error
+            raise AdoptionError(f"the scaler is a pair, but its {name} is not an array of numbers: {ADVICE}") from error
         array = np.full(width, array) if array.ndim == 0 else array.reshape(-1)
         if len(array) != width:
-            raise FitError(
+            raise AdoptionError(
                 f"the {name} of the scaler has {len(array)} features, but the rows have {width}: give one number per "
                 "column of the rows"
             )
@@ -138,11 +138,11 @@ def _of_arrays(pair: Sequence[Any], width: int) -> Affine:
 
 
 def _affine(shift: Any, scale: Any) -> Affine:
-    """Return the map (x - shift) / scale. Raise FitError if it has no inverse."""
+    """Return the map (x - shift) / scale. Raise AdoptionError if it has no inverse."""
     shift, scale = (np.array(values, np.float64) for values in (shift, scale))
     if not (np.isfinite(shift).all() and np.isfinite(scale).all() and (scale > 0.0).all()):
         column = int(np.argmin(np.isfinite(shift) & np.isfinite(scale) & (scale > 0.0)))
-        raise FitError(
+        raise AdoptionError(
             f"the scaler has mean {shift[column]:g} and scale {scale[column]:g} for column {column}: the mean must be "
             "finite, and the scale finite and above 0"
         )

@@ -13,7 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from training.adoption.estimators import is_estimator, module_of, split_pipeline
-from training.errors import FitError
+from training.errors import AdoptionError
 
 RANDOM = np.random.RandomState(0)
 ROWS = (RANDOM.randn(300, 3) @ RANDOM.randn(3, 7) + 0.1 * RANDOM.randn(300, 7) + 100.0).astype(np.float32)
@@ -90,7 +90,7 @@ def _regressor_of_other_targets() -> MLPRegressor:
     ],
 )
 def test_estimator_without_an_exact_conversion_is_refused_with_the_reason(make: Any, reason: str) -> None:
-    with pytest.raises(FitError, match=reason):
+    with pytest.raises(AdoptionError, match=reason):
         module_of(make())
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from tests.training.adoption.networks import ConvolutionalVae, LstmAutoencoder, perceptron, settle
 from training.adoption.files import load_weights, read_module, read_scaler, read_weights
-from training.errors import DataError, FitError
+from training.errors import AdoptionError, DataError
 
 BUILDER = """
 import torch
@@ -139,11 +139,11 @@ def test_weights_that_do_not_fit_are_refused_with_their_names() -> None:
     state = small().state_dict()
     renamed = {("encoder.weight" if name == "0.weight" else name): value for name, value in state.items()}
     with pytest.raises(
-        FitError, match=r"w\.pt does not fit the network: it lacks 0\.weight and also has encoder\.weight"
+        AdoptionError, match=r"w\.pt does not fit the network: it lacks 0\.weight and also has encoder\.weight"
     ):
         load_weights(small(), renamed, Path("w.pt"))
     state["2.weight"] = torch.zeros(5, 2)
-    with pytest.raises(FitError, match=r"2\.weight has the shape \[5, 2\], but the network has \[4, 2\]"):
+    with pytest.raises(AdoptionError, match=r"2\.weight has the shape \[5, 2\], but the network has \[4, 2\]"):
         load_weights(small(), state, Path("w.pt"))
 
 
@@ -229,7 +229,7 @@ def test_program_of_torch_export_with_a_fixed_number_of_rows_is_refused(tmp_path
         warnings.simplefilter("ignore")
         torch.export.save(torch.export.export(small(), (torch.randn(3, 4),)), tmp_path / "m.pt2")
     with pytest.raises(
-        FitError, match=r"takes exactly 3 rows: export it for any number of rows, with .*dynamic_shapes"
+        AdoptionError, match=r"takes exactly 3 rows: export it for any number of rows, with .*dynamic_shapes"
     ):
         read_module(str(tmp_path / "m.pt2"))
 

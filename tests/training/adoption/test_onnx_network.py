@@ -24,7 +24,7 @@ from tests.training.adoption.networks import (
 )
 from training.adoption.files import read_onnx
 from training.adoption.onnx_network import read_network
-from training.errors import FitError
+from training.errors import AdoptionError
 
 NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "perceptron": (perceptron, (6,)),
@@ -107,7 +107,7 @@ def test_value_named_as_the_code_divides_the_graph_into_encoder_and_decoder(tmp_
     x = torch.randn(5, 6)
     torch.testing.assert_close(network.encode(x), module[:6](x), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(network.decode(module[:6](x)), module(x), rtol=1e-5, atol=1e-6)
-    with pytest.raises(FitError, match="no value 'nowhere' for the code: its values are"):
+    with pytest.raises(AdoptionError, match="no value 'nowhere' for the code: its values are"):
         read_onnx(tmp_path / "m.onnx", "nowhere")
 
 
@@ -274,7 +274,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_graph_that_cannot_be_converted_is_refused_with_the_operator(name: str) -> None:
     model, reason = REFUSED[name]
-    with pytest.raises(FitError, match=reason):
+    with pytest.raises(AdoptionError, match=reason):
         read_network(model)(torch.randn(shape_of(model)))
 
 
@@ -282,11 +282,11 @@ def test_graph_with_several_inputs_or_another_domain_is_refused() -> None:
     several = graph_of("Add", [2, 3], floats(3))
     del several.graph.initializer[:]
     several.graph.input.append(helper.make_tensor_value_info("c0", TensorProto.FLOAT, [3]))
-    with pytest.raises(FitError, match=r"has 2 inputs \(x, c0\): expected one"):
+    with pytest.raises(AdoptionError, match=r"has 2 inputs \(x, c0\): expected one"):
         read_network(several)
     foreign = graph_of("Relu", [2, 3])
     foreign.graph.node[0].domain = "com.example"
-    with pytest.raises(FitError, match=r"Relu of the domain com\.example"):
+    with pytest.raises(AdoptionError, match=r"Relu of the domain com\.example"):
         read_network(foreign)
 
 
@@ -297,7 +297,7 @@ def test_file_whose_converted_network_differs_from_onnx_runtime_is_refused(
 
     onnx.save(GRAPHS["leaky relu"], str(tmp_path / "m.onnx"))
     monkeypatch.setitem(onnx_network.OPERATORS, "LeakyRelu", lambda node, x: torch.relu(x))  # noqa: ARG005
-    with pytest.raises(FitError, match=r"differs from ONNX Runtime by 0\.\d+ of the largest output"):
+    with pytest.raises(AdoptionError, match=r"differs from ONNX Runtime by 0\.\d+ of the largest output"):
         read_onnx(tmp_path / "m.onnx")
 
 

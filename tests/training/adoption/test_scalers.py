@@ -20,7 +20,7 @@ from models.code_check import check_code
 from models.exact_scaling import LIMIT, ExactScaling
 from models.scaling import Scaling
 from training.adoption.scalers import scaling_module
-from training.errors import FitError
+from training.errors import AdoptionError
 
 Array = npt.NDArray[np.float64]
 SCALERS: dict[str, Callable[[], Any]] = {
@@ -230,11 +230,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_scaler_without_an_exact_conversion_is_refused_with_the_reason(case: str) -> None:
     scaler, reason = REFUSED[case]
-    with pytest.raises(FitError, match=reason) as caught:
+    with pytest.raises(AdoptionError, match=reason) as caught:
         scaling_module(scaler, 4)
     assert "\n" not in str(caught.value)
 
 
 def test_scaling_of_another_width_is_refused() -> None:
-    with pytest.raises(FitError, match="has 2 features, but the rows have 4"):
+    with pytest.raises(AdoptionError, match="has 2 features, but the rows have 4"):
         scaling_module(Scaling(torch.zeros(2), torch.ones(2)), 4)
