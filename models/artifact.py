@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.jit._recursive import create_script_module
 
 from models.archive_check import open_archive
 from models.baseline import Baseline
@@ -172,7 +173,9 @@ def define_module(
     for name, weight in weights.items():
         module.register_buffer(name, weight)
     with _deprecations_silenced():
-        scripted: torch.jit.ScriptModule = torch.jit.script(module.eval())
+        # A class of its own: torch would share the class with an earlier module that has weights of the same names, and
+        # a class cannot get a method twice.
+        scripted: torch.jit.ScriptModule = create_script_module(module.eval(), lambda _: [], share_types=False)
         scripted.define("\n".join(methods.values()))
     return scripted
 

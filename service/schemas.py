@@ -676,11 +676,11 @@ class ModelSummary(BaseModel):
 
     name: str
     version: int
-    kind: str = Field(description="pca, ae, vae or ensemble")
+    kind: str = Field(description="pca, ae, vae, ensemble or adopted")
     created: str = Field(description="ISO 8601, UTC")
     shape: list[int] = Field(description="shape of one row")
     width: int = Field(description="D: numbers per row")
-    latents: int = Field(description="K: latents per row")
+    latents: int = Field(description="K: latents per row; 0 if the model only reconstructs and scores rows")
     parts: list[str] = Field(description="names of the parts of the score")
     pixel_range: tuple[float, float] | None = Field(
         description="raw values of black and white; null unless rows are images"

@@ -405,14 +405,18 @@ async def decode_latents(service: ServiceContext, parsed: ParsedRequest[Any, Any
     return outputs
 
 
-ENCODE = RequestSpec(EncodeBody, read_inputs, row_fields=("inputs",), array_field="inputs", pictures=True)
-DECODE = RequestSpec(DecodeBody, _read_latents, row_fields=("latents",), array_field="latents", png_output=True)
+ENCODE = RequestSpec(
+    EncodeBody, read_inputs, row_fields=("inputs",), array_field="inputs", pictures=True, needs_latents=True
+)
+DECODE = RequestSpec(
+    DecodeBody, _read_latents, row_fields=("latents",), array_field="latents", png_output=True, needs_latents=True
+)
 RECONSTRUCT = RequestSpec(
     ReconstructBody, read_inputs, row_fields=("inputs",), array_field="inputs", pictures=True, png_output=True
 )
-SAMPLE = RequestSpec(SampleBody, _read_start, count_field="n", png_output=True)
+SAMPLE = RequestSpec(SampleBody, _read_start, count_field="n", png_output=True, needs_latents=True)
 IMPUTE = RequestSpec(ImputeBody, read_partial_rows, row_fields=IMPUTE_FIELDS, array_field="inputs", png_output=True)
-INTERPOLATE = RequestSpec(InterpolateBody, _read_ends, count_field="steps", png_output=True)
+INTERPOLATE = RequestSpec(InterpolateBody, _read_ends, count_field="steps", png_output=True, needs_latents=True)
 ANOMALY = RequestSpec(
     AnomalyBody, parse_input_rows, row_fields=ROW_FIELDS, array_field="inputs", pictures=True, readers=RECORD_READERS
 )
@@ -501,7 +505,9 @@ def _is_standard(parsed: ParsedRequest[SampleBody, Start]) -> bool:
     served = parsed.served
     if parsed.body.prior == "fitted":
         return False
-    if served.manifest.kind != "vae":
+    adoption = served.manifest.adoption
+    is_adopted_vae = adoption is not None and (adoption.prior == "standard" or adoption.spread is not None)
+    if served.manifest.kind != "vae" and not is_adopted_vae:
         raise InvalidField(
             f"{served.name}@{served.version} is of the kind {served.manifest.kind}, and only a VAE has the prior "
             "N(0, I)",

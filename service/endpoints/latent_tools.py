@@ -197,7 +197,7 @@ def _read_neighbours(served: ServedModel, body: NeighboursBody, may_contain_non_
     return Inputs(read(served, body, may_contain_non_floats, budget), are_latents)
 
 
-EDIT = RequestSpec(EditBody, _read_point, count_field="steps", png_output=True)
+EDIT = RequestSpec(EditBody, _read_point, count_field="steps", png_output=True, needs_latents=True)
 NEIGHBOURS = RequestSpec(
     NeighboursBody,
     _read_neighbours,
@@ -205,4 +205,5 @@ NEIGHBOURS = RequestSpec(
     array_field="inputs",
     pictures=True,
     json_output=True,
+    needs_latents=True,
 )

@@ -42,7 +42,7 @@ from service.endpoints.disconnects import DisconnectWatch
 from service.endpoints.offload import read_within_budget, run_in_thread_if_long
 from service.endpoints.query_options import read_options
 from service.endpoints.validation import merge, validate
-from service.errors import InvalidField, TooManyRows
+from service.errors import InvalidField, NotSupported, TooManyRows
 from service.http.request import HttpResponse, Query, RequestContext
 from service.inference.operations import Operation
 from service.inference.served_model import ServedModel
@@ -69,6 +69,7 @@ class RequestSpec(Generic[B, T]):
         pictures: whether the body can be a PNG or JPEG picture if the model takes images.
         png_output: whether the response of an image model can be image/png.
         json_output: whether the response is always JSON.
+        needs_latents: whether only models that encode rows and decode latents can respond.
     """
 
     schema: type[B]
@@ -80,6 +81,7 @@ class RequestSpec(Generic[B, T]):
     pictures: bool = False
     png_output: bool = False
     json_output: bool = False
+    needs_latents: bool = False
 
 
 @dataclass(slots=True)
@@ -112,6 +114,8 @@ async def parse_request(
     record, query = request.record, request.query
     served = service.find(query.model)
     record.model, record.version = served.name, served.version
+    if spec.needs_latents:
+        require_latents(served)
     media_types = IMAGE_FORMATS if spec.png_output and served.has_png_output else ARRAY_FORMATS
     if spec.json_output:
         media_types = JSON_FORMATS
@@ -139,6 +143,16 @@ async def parse_request(
         body, inputs = await _read_costly(service, request, spec, served, raw_body, fields, width, budget)
     record.parse += perf_counter() - started
     return ParsedRequest(request, record, served, media_type, deadline, body, inputs)
+
+
+def require_latents(served: ServedModel) -> None:
+    """Raise NotSupported if the model only reconstructs and scores rows."""
+    if served.manifest.only_reconstructs:
+        source = "its module" if served.manifest.adoption is None else served.manifest.adoption.source
+        raise NotSupported(
+            f"{served.name}@{served.version} has no latents: {source} was adopted without an encoder and a decoder",
+            hint="use /reconstruct or /anomaly; or adopt the module again with encode= and decode=",
+        )
 
 
 def _read_inputs(

@@ -135,10 +135,10 @@ def endpoints(service: ServiceContext, receiver: RemoteWriteEndpoint) -> list[En
     return [
         Endpoint("/anomaly", infer.anomaly, MODEL_ERRORS, AnomalyAnswer, spec=ANOMALY),
         Endpoint("/reconstruct", infer.reconstruct, MODEL_ERRORS, ReconstructAnswer, spec=RECONSTRUCT),
-        Endpoint("/encode", infer.encode, MODEL_ERRORS, EncodeAnswer, spec=ENCODE),
-        Endpoint("/decode", infer.decode, MODEL_ERRORS, DecodeAnswer, spec=DECODE),
+        Endpoint("/encode", infer.encode, SUPPORT_ERRORS, EncodeAnswer, spec=ENCODE),
+        Endpoint("/decode", infer.decode, SUPPORT_ERRORS, DecodeAnswer, spec=DECODE),
         Endpoint("/sample", infer.sample, SUPPORT_ERRORS, SampleAnswer, spec=SAMPLE),
-        Endpoint("/interpolate", infer.interpolate, MODEL_ERRORS, InterpolateAnswer, spec=INTERPOLATE),
+        Endpoint("/interpolate", infer.interpolate, SUPPORT_ERRORS, InterpolateAnswer, spec=INTERPOLATE),
         Endpoint("/edit", latent.edit, SUPPORT_ERRORS, EditAnswer, spec=EDIT),
         Endpoint("/neighbours", latent.neighbours, SUPPORT_ERRORS, NeighboursAnswer, spec=NEIGHBOURS),
         Endpoint("/impute", infer.impute, SUPPORT_ERRORS, ImputeAnswer, spec=IMPUTE),

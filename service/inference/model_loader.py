@@ -238,7 +238,7 @@ def _run_operations(served: ServedModel, rows: int, completes: bool) -> None:
     x = medians.repeat(rows, axis=0)
     if manifest.window is not None:
         x = np.repeat(x[:, None], manifest.window.rows, axis=1)
-    noise, choice = NoiseSource().draw(0, rows, manifest.latents)
+    noise, choice = NoiseSource().draw(0, rows, max(1, manifest.latents))
     if served.conditions is not None:
         x, noise = served.conditions.join(x), served.conditions.join(noise)
     inputs_by_operation = {
@@ -248,7 +248,10 @@ def _run_operations(served: ServedModel, rows: int, completes: bool) -> None:
         operations.SAMPLE: (noise, choice),
         operations.DECODE: (noise,),
     }
-    if served.has_observation_noise:
+    if manifest.only_reconstructs:
+        for operation in (operations.ENCODE, operations.SAMPLE, operations.DECODE):
+            del inputs_by_operation[operation]
+    elif served.has_observation_noise:
         row_noise = NoiseSource().draw_rows(0, rows, manifest.width)
         inputs_by_operation = {operations.SAMPLE_ROWS: (noise, choice, row_noise), **inputs_by_operation}
     if completes and served.completes_rows and rows <= operations.imputed_rows(manifest.width):

@@ -138,7 +138,7 @@ class Renderer:
         self._modules[inputs[0].debugName()] = self._root, ""
         self._reference = "x"
         self._values[inputs[1].debugName()] = Computed("x", is_fresh=False)
-        for node in graph.nodes():
+        for node in _needed(graph):
             self._node(node)
         outputs = [self._values[output.debugName()] for output in graph.outputs()]
         outputs = list(outputs[0]) if len(outputs) == 1 and isinstance(outputs[0], Parts) else outputs
@@ -218,7 +218,7 @@ class Renderer:
         arguments = _arguments(node.schema())
         given = dict(zip((argument.name for argument in arguments), values, strict=True))
         self._refuse_random(node, name, given)
-        if name in DROPOUTS or name in IDENTITIES or (name in ("to", "type_as") and _keeps_type(node)):
+        if _is_identity(node, name):
             self._set(node, values[0])
         elif name == "size" and (size := self._constant_size(node, values)) is not None:
             self._set(node, Known(size))
@@ -397,6 +397,22 @@ class Renderer:
         return repr(plain)
 
 
+def _needed(graph: Any) -> list[Any]:
+    """Return the nodes on which the results depend, in order. The others, such as those of a loss, are left out.
+
+    A node that writes into a tensor may change a result in a way that the graph does not show, so it is needed too.
+    """
+    nodes = list(graph.nodes())
+    wanted = {output.debugName() for output in graph.outputs()}
+    found = []
+    for node in reversed(nodes):
+        writes = node.kind().startswith("aten::") and node.kind().endswith("_") and not node.kind().endswith("__")
+        if writes or any(output.debugName() in wanted for output in node.outputs()):
+            wanted.update(each.debugName() for each in node.inputs())
+            found.append(node)
+    return found[::-1]
+
+
 def place_of(node: Any) -> str:
     """Return the line of the user's code that made `node`, as file:line and the line itself."""
     return describe_line(node.sourceRange())
@@ -486,6 +502,21 @@ def _scalar_type(value: Any) -> int | None:
     """Return the type of the numbers of a traced tensor, as TorchScript numbers it; None if it is unknown."""
     name = value.type().scalarType() if hasattr(value.type(), "scalarType") else None
     return {"Float": 6, "Double": 7, "Half": 5, "Long": 4, "Int": 3, "Bool": 11, "Byte": 0}.get(name or "")
+
+
+def _is_identity(node: Any, name: str) -> bool:
+    """Return whether the operator returns its first argument in evaluation mode."""
+    if name in DROPOUTS or name in IDENTITIES:
+        return True
+    if name in ("to", "type_as"):
+        return _keeps_type(node)
+    return name == "broadcast_tensors" and _have_equal_shapes(node)
+
+
+def _have_equal_shapes(node: Any) -> bool:
+    """Return whether all tensors in the list that `node` takes have the same shape, as in a loss."""
+    tensors = list(node.inputsAt(0).node().inputs())
+    return len({tuple(each.type().sizes() or (id(each),)) for each in tensors}) == 1
 
 
 def _keeps_type(node: Any) -> bool:

@@ -126,7 +126,6 @@ def _trace(
     for name in examples:
         graph, other_graph = (getattr(each, name).inlined_graph for each in (script, other))
         shapes = _constant_sizes(graph, other_graph)
-        torch._C._jit_pass_dce(graph)
         Renderer(code, script, shapes).render(name, graph)
     return define_module(Network(), code.weights, code.methods), [line for line in dict.fromkeys(shown) if line]
 

@@ -72,11 +72,16 @@ def publish_directions(parent: Artifact, table: Table, root: Path, key: PrivateK
         key: signs the new version. The signature of `parent` is not valid for it.
 
     Raises:
-        DataError: the rows have no labels, only one label, too many labels, or no label with MIN_ROWS rows; or
-            features are scaled by group, so that latents of different groups cannot be compared.
+        DataError: the model has no latents, or the rows have no labels, only one label, too many labels, or no label
+            with MIN_ROWS rows; or features are scaled by group, so that latents of different groups cannot be compared.
         ArtifactUnwritable: the new version cannot be written to `root`.
     """
     artifact.require_writable(root, model_name(parent))
+    if parent.manifest.only_reconstructs:
+        raise DataError(
+            f"{reference(parent)} was adopted without an encoder and a decoder: expected a model with latents; adopt "
+            "the module again with encode= and decode="
+        )
     if parent.baseline is not None and parent.baseline.features is not None:
         raise DataError(
             f"{reference(parent)} was trained with --scale-by-group: expected a model whose latents can be compared "
