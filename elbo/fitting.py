@@ -85,7 +85,7 @@ def fit(
     finally:
         if not isinstance(report, SilentReporter):
             report.close()
-    notes = [_python_words(note) for note in fitted.notes]
+    notes = [python_words(note) for note in fitted.notes]
     for note in notes:
         if note.startswith("WARNING") or note in fitted.chosen.warnings:
             warnings.warn(note.removeprefix("WARNING: "), ElboWarning, stacklevel=2)
@@ -116,7 +116,7 @@ def _config(kind: str, name: str, options: dict[str, Any], *, has_label_column: 
     except ValidationError as error:
         fault = first_fault(error)
         field = {"model": "kind"}.get(fault.path[0], fault.path[0]) if fault.path else "options"
-        raise OptionError(f"{field}: {_python_words(fault.message)}, got {fault.value!r}") from None
+        raise OptionError(f"{field}: {python_words(fault.message)}, got {fault.value!r}") from None
 
 
 def _read(source: str | InMemory, config: TrainConfig) -> Table:
@@ -155,7 +155,7 @@ def in_terms_of_python() -> Iterator[None]:
     try:
         yield
     except ElboError as error:
-        message = _python_words(str(error))
+        message = python_words(str(error))
         if message == str(error):
             raise
         raise type(error)(message) from error
@@ -166,7 +166,7 @@ def in_terms_of_python() -> Iterator[None]:
         ) from error
 
 
-def _python_words(message: str) -> str:
+def python_words(message: str) -> str:
     """Return `message` with `drop=['id']` in place of `--drop id`, and `time` in place of `--time`."""
 
     def columns(match: re.Match[str]) -> str:

@@ -40,6 +40,8 @@ MAY_IMPORT = {
     "elbo.recalibration": "models training",
     "elbo.model": "models training service errors sources verdicts card figures saving recalibration",
     "elbo.fitting": "models training errors options sources model",
+    "elbo.sklearn": "models training errors model fitting",
+    "elbo.pyod": "errors sklearn",
     "elbo.cli": "models training service errors",
     "elbo.client": "",  # works where only the base dependencies are installed
     "elbo.__main__": "elbo.cli",
