@@ -10,16 +10,8 @@ import pytest
 from sklearn.utils import estimator_checks
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from elbo.sklearn import (
-    AutoencoderDetector,
-    AutoencoderTransformer,
-    EnsembleDetector,
-    PCADetector,
-    PCATransformer,
-    VAEDetector,
-    VAETransformer,
-)
 from tests.data import ROOT
+from tests.elbo.estimators import DETECTORS, NEEDS_FRESH_PROCESS, TRANSFORMERS, name_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,18 +20,6 @@ pytestmark = [
     # Some checks fit a frame and transform an array, or the reverse.
     pytest.mark.filterwarnings("ignore:X (has|does not have valid) feature names:UserWarning"),
 ]
-
-# The checks fit each estimator about a hundred times. Few epochs and one fit each keep them fast, as scikit-learn does
-# for its own estimators. PCADetector has its defaults.
-FAST: dict[str, Any] = {"epochs": 2, "hidden": (4,)}
-DETECTORS = [
-    PCADetector(),
-    AutoencoderDetector(calibration="split", **FAST),
-    VAEDetector(calibration="split", **FAST),
-    EnsembleDetector(calibration="split", **FAST),
-]
-TRANSFORMERS = [PCATransformer(), AutoencoderTransformer(**FAST), VAETransformer(**FAST)]
-NEEDS_FRESH_PROCESS = "check_array_api_input"  # scipy must be imported with SCIPY_ARRAY_API=1
 
 # Public checks that scikit-learn applies to its own estimators, and that `check_estimator` leaves out.
 FOR_ALL = ["check_dataframe_column_names_consistency", "check_n_features_in"]
@@ -54,10 +34,6 @@ FOR_TRANSFORMERS = [
 ]
 
 
-def name_of(check: Any) -> str:
-    return str(getattr(check, "func", check).__name__)
-
-
 @parametrize_with_checks([*DETECTORS, *TRANSFORMERS])  # type: ignore[untyped-decorator]
 def test_estimator_passes_the_checks_of_scikit_learn(estimator: Any, check: Callable[[Any], None]) -> None:
     if name_of(check) == NEEDS_FRESH_PROCESS:
@@ -70,7 +46,7 @@ def test_estimators_pass_the_check_of_the_array_api() -> None:
 import warnings
 from elbo.errors import ElboWarning
 from sklearn.utils.estimator_checks import estimator_checks_generator
-from tests.elbo.test_sklearn_checks import DETECTORS, NEEDS_FRESH_PROCESS, TRANSFORMERS, name_of
+from tests.elbo.estimators import DETECTORS, NEEDS_FRESH_PROCESS, TRANSFORMERS, name_of
 warnings.simplefilter("ignore", ElboWarning)
 for estimator in [*DETECTORS, *TRANSFORMERS]:
     for each, check in estimator_checks_generator(estimator):
