@@ -12,17 +12,19 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from elbo.adopting import adopt
     from elbo.fitting import fit
     from elbo.model import Model, load
     from models.errors import ElboError
 
     __version__: str
 
-__all__ = ["ElboError", "Model", "__version__", "fit", "load"]
+__all__ = ["ElboError", "Model", "__version__", "adopt", "fit", "load"]
 
 _MODULES = {
     "ElboError": "models.errors",
     "Model": "elbo.model",
+    "adopt": "elbo.adopting",
     "fit": "elbo.fitting",
     "load": "elbo.model",
 }

@@ -231,6 +231,7 @@ class Model:
 
         The standard deviation is 0 for models without a posterior, such as autoencoders.
         """
+        self._require_latents("encode rows")
         mean, std = self._run(operations.ENCODE, data, condition)
         return mean[:, : self.latents], std[:, : self.latents]
 
@@ -240,6 +241,7 @@ class Model:
         Raises:
             DataError: the latents do not have the shape [B, K], or are not finite.
         """
+        self._require_latents("decode latents")
         z = self._with_condition(self._latents(latents), condition)
         parts = [self._backend.run(operations.DECODE, (part,))[0] for part in _parts(z)]
         return self._as_rows(np.concatenate(parts))
@@ -287,6 +289,7 @@ class Model:
             raise OptionError(
                 f"prior: expected 'fitted', because only a VAE has the prior N(0, I), and this is a {self.kind}"
             )
+        self._require_latents("draw samples")
         seed = fresh_seed() if seed is None else seed
         with_noise = not self.manifest.is_image if noise is None else noise
         normal, choice = self._noise.draw(seed, n, self.latents)
@@ -532,6 +535,7 @@ class Model:
         """Return a figure with samples from the prior, beside `rows` or the held-out rows of the artifact."""
         from elbo import figures
 
+        self._require_latents("draw samples")
         return figures.samples(self._plotted(rows, None), seed)
 
     def plot_reconstructions(self, rows: Data | None = None) -> "Figure":
@@ -547,6 +551,7 @@ class Model:
         """
         from elbo import figures
 
+        self._require_latents("encode rows")
         return figures.latents(self._plotted(rows, labels))
 
     def plot_scores(self, rows: Data, *, alpha: float | None = None) -> "Figure":
@@ -665,6 +670,13 @@ class Model:
         raise NotSupportedError(
             f"{self.name} knows no condition of a row: leave condition out, or fit a model with the option condition"
         )
+
+    def _require_latents(self, what: str) -> None:
+        if self.latents == 0:
+            raise NotSupportedError(
+                f"{self.name} cannot {what}: it was adopted from a module without encoder and decoder, and only "
+                "reconstructs and scores rows; adopt a module that has both"
+            )
 
     def _with_condition(self, rows: Array, condition: Condition | None) -> Array:
         """Return rows or latents [B, D] followed by their conditions."""

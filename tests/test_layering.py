@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "elbo.saving": "models training.publishing",
     "elbo.recalibration": "models training",
     "elbo.model": "models training service errors sources verdicts card figures saving recalibration",
+    "elbo.adopting": "models training errors sources model",
     "elbo.fitting": "models training errors options sources model",
     "elbo.sklearn": "models training errors model fitting",
     "elbo.pyod": "errors sklearn",
@@ -79,7 +80,7 @@ MAY_IMPORT = {
     "service.__main__": "models.errors server settings",
 }
 # What the __init__.py of a package imports: for type checkers, and by name when a public name is first used.
-PUBLIC = {"elbo": ["elbo.fitting", "elbo.model", "models.errors"]}
+PUBLIC = {"elbo": ["elbo.adopting", "elbo.fitting", "elbo.model", "models.errors"]}
 PACKAGES = ("models", "training", "service", "elbo")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 

@@ -29,8 +29,9 @@ def copy_module(module: nn.Module, *, as_float32: bool = True) -> nn.Module:
         raise AdoptionError(f"expected a torch.nn.Module to adopt, got {type(module).__name__}")
     module = _unwrap(module)
     _check_weights(module)
-    found = _copy(module).eval().requires_grad_(False)
-    _remove_parametrisations(found)
+    found = _copy(module).eval()
+    if not isinstance(found, torch.jit.ScriptModule):  # which has neither parametrisations nor requires_grad_
+        _remove_parametrisations(found.requires_grad_(False))
     found = found.cpu()
     if as_float32:
         found = found.float()
@@ -73,7 +74,8 @@ def _check_weights(module: nn.Module) -> None:
 
 def _copy(module: nn.Module) -> nn.Module:
     if isinstance(module, torch.jit.ScriptModule):
-        script: nn.Module = module.copy()
+        with torch.no_grad():  # otherwise the weights of the copy would be results of a computation
+            script: nn.Module = copy.deepcopy(module)
         return script
     memo: dict[int, Any] = {}
     for each in module.modules():
