@@ -934,7 +934,8 @@ def score(
     from training.reports.describe import DEFAULT_ALPHA, few_calibration_rows
 
     artifact = load_after_trial(_artifact_path(name, artifacts), keys=_trusted_keys(trusted_keys))
-    stream = stream_for_model(data, artifact.manifest, time=time, group=group, escape=escape)
+    keeps_gaps = hasattr(artifact.module, "score_gaps")
+    stream = stream_for_model(data, artifact.manifest, time=time, group=group, escape=escape, keeps_gaps=keeps_gaps)
     for note in stream.notes:
         typer.echo(note, err=True)
     lines, tally = csv_lines if format_ is Format.csv else ndjson_lines, Tally()
@@ -1042,7 +1043,8 @@ def backtest(
     artifact = load_after_trial(path, keys=_trusted_keys(trusted_keys))
     if artifact.manifest.conditions is not None:
         raise OptionError(f"{name} was trained with --condition, and a backtest does not know the condition of a row")
-    stream = stream_for_model(data, artifact.manifest, time=time, group=group, escape=escape)
+    keeps_gaps = hasattr(artifact.module, "score_gaps")
+    stream = stream_for_model(data, artifact.manifest, time=time, group=group, escape=escape, keeps_gaps=keeps_gaps)
     incidents = None if labels is None else read_incidents(labels, stream.group)
     with progress(f"reading {Path(data).name}", stream.total) as bar:
         rows = read_history(stream, bar.show)

@@ -23,7 +23,7 @@ from service.codec.conditions import ConditionSchema
 from service.inference import operations
 from service.inference.backends import TorchScriptBackend
 from service.inference.calibration import load_calibration
-from service.inference.operations import Operation
+from service.inference.operations import Operation, in_order
 from service.inference.sampling import NoiseSource, fresh_seed, interpolate
 from training.data.readers import InMemory
 from training.data.row_stream import BATCH_ROWS, stream_for_model
@@ -114,7 +114,8 @@ class Model:
     [B, D], or images. Columns of frames are found by name, in any order; other columns are ignored.
 
     - Missing values (NaN or None) are allowed in features that had missing values in training. In frames, methods
-      that score also take rows that lack up to half of the other features, and judge them with the training median.
+      that score also take rows that lack up to half of the other features. The score is the expected score of the
+      complete row; models of windows or with conditions replace a missing value by its training median.
     - If the model knows conditions, they come from the columns of a frame, or from the argument `condition`: a mapping
       such as `{"label": "7"}`, or one for each row. Without it, the model takes the condition as unknown.
     - If the model judges windows, frames need the column of times, and of groups, as in training; each row is judged
@@ -648,6 +649,10 @@ class Model:
         return TorchScriptBackend(self._artifact.module, self._artifact.device, load_calibration(self._artifact))
 
     @cached_property
+    def _scores_gaps(self) -> bool:
+        return hasattr(self._artifact.module, "score_gaps")
+
+    @cached_property
     def _conditions(self) -> ConditionSchema | None:
         known = self.manifest.conditions
         if known is None:
@@ -726,7 +731,12 @@ class Model:
         otherwise has NaN as its score, its p-value and its severity.
         """
         for rows in self._rows(data, condition, may_fill=True):
-            score, p_value, severity, parts, contribution, expected = self._backend.run(operation, (rows.inputs,))
+            runs = operations.split_by_gaps(operation, rows.inputs) if self._scores_gaps else None
+            if runs is None:
+                outputs = self._backend.run(operation, (rows.inputs,))
+            else:
+                outputs = in_order(runs, [self._backend.run(each, (rows.inputs[places],)) for each, places in runs])
+            score, p_value, severity, parts, contribution, expected = outputs
             if rows.is_short is not None:
                 severity = np.where(rows.is_short, np.minimum(severity, np.float32(1)), severity)
             numbers = np.column_stack((score, severity, parts, contribution))
@@ -745,7 +755,8 @@ class Model:
         """Yield the rows of `data` in batches.
 
         Args:
-            may_fill: whether training medians may replace missing values of features that always had a value.
+            may_fill: whether values may be missing of features that always had a value in training. If the model cannot
+                score rows with missing values, training medians replace them.
 
         Raises:
             DataError: the model cannot take the rows.
@@ -754,7 +765,7 @@ class Model:
         if self.manifest.window is not None and isinstance(source, InMemory) and not source.has_columns:
             yield from self._windows(source.rows)
             return
-        stream = stream_for_model(source, self.manifest)
+        stream = stream_for_model(source, self.manifest, keeps_gaps=may_fill and self._scores_gaps)
         given = None if condition is None or self._conditions is None else _plain(condition)
         if condition is not None and self._conditions is None:
             self._refuse_condition()

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import threading
 import warnings
 import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -62,7 +63,7 @@ METHODS = (
     "threshold",
 )  # the exported methods, besides `forward`
 WINDOW_METHODS = ("summarise", "score_summaries")  # further exported methods of a model with a window
-COMPLETION_METHODS = ("impute", "complete")  # further exported methods of a model that completes rows
+COMPLETION_METHODS = ("impute", "complete", "score_gaps")  # further exported methods of a model that completes rows
 OPTIONAL_METHODS = (*WINDOW_METHODS, *COMPLETION_METHODS)
 TWIN_METHODS = ("encode", "decode", "score", "reconstruct")  # the methods of an ONNX twin (see `Twin`)
 OPTIONAL_TWIN_METHODS = ("reconstruct",)  # twins written by earlier releases lack these methods
@@ -74,6 +75,7 @@ TRAINED_ROWS = "trained-rows.bin"  # hashes of rows that trained the model; for 
 SHOWN_EXHIBITS = (HELD_OUT, CALIBRATION, CARD, DIRECTIONS)
 EXHIBIT_MEMBER = "extra/exhibits/{}"
 GOLDEN_ALPHA = 0.05
+MAX_COMPLETED_VALUES = 1 << 18  # rows times features that are completed at once; each needs 64 numbers: 64 MB
 TRIAL_BYTES = 1 << 20  # size of the file that `require_writable` writes: that of a typical artifact
 # Largest allowed relative error of an output. The score divides by small variances, which amplifies rounding errors.
 GOLDEN_TOLERANCE = 1e-3
@@ -86,6 +88,8 @@ ONNX_TYPES = {
     10: torch.float16,
     11: torch.float64,
 }  # the types of weights, as ONNX numbers them
+
+_COMPILING = threading.Lock()  # in CPython 3.11, `ast.parse` can fail with a SystemError if two threads call it at once
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,7 @@ def script(model: nn.Module) -> torch.jit.ScriptModule:
             for method in (*METHODS, *OPTIONAL_METHODS):
                 if hasattr(kind, method):
                     torch.jit.export(getattr(kind, method))
-    with _deprecations_silenced():
+    with _deprecations_silenced(), _COMPILING:
         scripted: torch.jit.ScriptModule = torch.jit.script(model.eval().requires_grad_(False))
     return scripted
 
@@ -504,8 +508,37 @@ def _impute(module: Any, x: Tensor) -> dict[str, Tensor]:
     if not hasattr(module, "impute"):
         return {}
     rows, columns = torch.arange(len(x), device=x.device), torch.arange(x.shape[1], device=x.device)
-    mean, deviation, low, high = module.impute(torch.where((rows[:, None] + columns) % 3 == 0, torch.nan, x))
-    return {"impute.mean": mean, "impute.deviation": deviation, "impute.low": low, "impute.high": high}
+    gaps = torch.where((rows[:, None] + columns) % 3 == 0, torch.nan, x)
+    mean, deviation, low, high = module.impute(gaps)
+    outputs = {"impute.mean": mean, "impute.deviation": deviation, "impute.low": low, "impute.high": high}
+    if hasattr(module, "score_gaps"):  # artifacts of earlier releases lack it
+        names = ("score_gaps", "score_gaps.parts", "score_gaps.contribution", "score_gaps.expected")
+        outputs |= dict(zip(names, module.score_gaps(gaps), strict=True))
+    return outputs
+
+
+def score(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `Pipeline.score` returns for rows x [B, D]. Rows with missing values are scored by `score_gaps`.
+
+    If the model has no `score_gaps`, its scaling replaces missing values.
+    """
+    if x.dim() == 2 and hasattr(module, "score_gaps"):
+        has_gaps = x.isnan().any(dim=1)  # [B]
+        if bool(has_gaps.any()):
+            return _score_with_gaps(module, x, has_gaps)
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = module.score(x)
+    return outputs
+
+
+def _score_with_gaps(module: Any, x: Tensor, has_gaps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `score` returns for rows x [B, D], of which those in the mask `has_gaps` [B] have missing values."""
+    found = [module.score_gaps(rows) for rows in x[has_gaps].split(max(1, MAX_COMPLETED_VALUES // x.shape[1]))]
+    if not bool(has_gaps.all()):
+        found.append(module.score(x[~has_gaps]))
+    # `order` has the place of row i of x among the scored rows, of which those with missing values come first.
+    order = torch.cat((has_gaps.nonzero(), (~has_gaps).nonzero())).squeeze(1).argsort()  # [B]
+    score, parts, contribution, expected = (torch.cat(outputs)[order] for outputs in zip(*found, strict=True))
+    return score, parts, contribution, expected
 
 
 def reconstruct(module: Any, x: Tensor, gaps: bool) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from models.calibration import Calibration
 from models.core import Core
 from models.explanation import Explanation
+from models.gap_scores import GapScores, no_gap_scores
 from models.observation import Observation
 from models.pca import PCA
 from models.pipeline import Pipeline
@@ -18,11 +19,32 @@ from models.scaling import Scaling
 CHAINS = 16
 FIRST_STEPS = 4  # steps of each chain before its states are used
 KEPT_STEPS = 4  # later steps of each chain, whose states are used; more of them lower the error by less than 2 %
+SCORED_STEPS = 2  # steps of each chain before its state is scored; more of them change the AUROC by less than 0.003
 CANDIDATES = 256
+MAX_EXACT_FEATURES = 256  # the matrix that the exact scores of PCA need has so many rows and columns
 
 
 class CompletingPipeline(Pipeline):
-    """A pipeline that can complete rows. See `Pipeline`."""
+    """A pipeline that can complete rows, and score rows with missing values. See `Pipeline`.
+
+    Args:
+        gap_scores: the scale of the scores of rows with missing values.
+    """
+
+    def __init__(
+        self,
+        scaling: Scaling,
+        core: Core,
+        prior: Prior,
+        calibration: Calibration,
+        explanation: Explanation | None = None,
+        observation: Observation | None = None,
+        policy: PolicyModule | None = None,
+        *,
+        gap_scores: GapScores | None = None,
+    ) -> None:
+        super().__init__(scaling, core, prior, calibration, explanation, observation, policy)
+        self.gap_scores = gap_scores or no_gap_scores()
 
     def impute(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Estimate the missing values of rows x [B, D], which are NaN.
@@ -34,6 +56,23 @@ class CompletingPipeline(Pipeline):
                 value itself, [B, D].
             high: upper end of this interval, [B, D].
         """
+        raise NotImplementedError
+
+    def score_gaps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Score rows x [B, D] whose missing values are NaN. Return what `Pipeline.score` returns for complete rows.
+
+        The score is the expected score of the complete row given the known values, in the scale of `gap_scores`. A
+        missing value contributes nothing, and its expected value is that given the known values.
+        """
+        score, parts, contribution, expected = self.expected_score(x)
+        share = x.isnan().to(x.dtype).mean(dim=1)  # [B]
+        scaled: Tensor = self.gap_scores(score, share)  # [B]
+        # Each part gets an equal share of the difference, so that their sum is still the score.
+        shift = (scaled - score) / parts.shape[1]  # [B]
+        return scaled, parts + shift.unsqueeze(1), contribution, expected
+
+    def expected_score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what `score_gaps` returns for x [B, D], with the scores in their own scale."""
         raise NotImplementedError
 
     def complete(self, x: Tensor, noise: Tensor, choice: Tensor, row_noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,12 +101,69 @@ class CompletingPCA(CompletingPipeline):
     W_o their loadings. Then t given x_o is N(M^-1 W_o (x_o - mean_o), s2 M^-1), with M = s2 I + W_o W_o' (eq. 6). So
     the missing values are Gaussian too. All of this is computed in float64, because s2 can be very small.
 
-    See `Pipeline` for the arguments. `core` is a PCA. The latents have this Gaussian prior, not the mixture of
-    `prior`: only then is the distribution of the missing values known exactly.
+    See `CompletingPipeline` for the other arguments. `core` is a PCA. The latents have this Gaussian prior, not the
+    mixture of `prior`: only then is the distribution of the missing values known exactly.
+
+    Args:
+        score_form: what `PCA.score_form` returns for `core`; empty tensors if there are too many features.
     """
 
     if TYPE_CHECKING:
         core: PCA  # TorchScript cannot compile this annotation
+    centre: Tensor
+    precision: Tensor
+
+    def __init__(
+        self,
+        scaling: Scaling,
+        core: Core,
+        prior: Prior,
+        calibration: Calibration,
+        explanation: Explanation | None = None,
+        observation: Observation | None = None,
+        policy: PolicyModule | None = None,
+        *,
+        gap_scores: GapScores | None = None,
+        score_form: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        super().__init__(scaling, core, prior, calibration, explanation, observation, policy, gap_scores=gap_scores)
+        centre, precision = score_form or _score_form(core)
+        self.register_buffer("centre", centre)
+        self.register_buffer("precision", precision)
+
+    def expected_score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the expected scores of rows x [B, D]. See `CompletingPipeline.expected_score`.
+
+        The score is a squared Mahalanobis distance d with the precision P, the inverse of the covariance. Under this
+        Gaussian, the expected d of the complete row is the distance of the known values alone plus the number m of
+        missing values, because given the known values, the missing ones add a chi-squared variable with m degrees of
+        freedom. The distance of the known values is the smallest d that a completed row can have. The completion that
+        has it is the conditional mean x_m = mean_m - P_mm^-1 P_mo (x_o - mean_o).
+
+        With more than MAX_EXACT_FEATURES features, P would be too large. The rows are then completed by the conditional
+        mean of probabilistic PCA, as `impute` does.
+        """
+        missing = x.isnan()  # [B, D]
+        gaps = missing.double()  # [B, D]
+        if self.precision.shape[0] > 0:
+            u = self.scaling(torch.where(missing, torch.zeros_like(x), x)).double() - self.centre  # [B, D]
+            u = torch.where(missing, torch.zeros_like(u), u)
+            # P_mm for the missing values, and the identity for the known ones, [B, D, D].
+            matrix = gaps.unsqueeze(2) * self.precision * gaps.unsqueeze(1) + torch.diag_embed(1.0 - gaps)
+            factor = torch.linalg.cholesky_ex(matrix)[0]  # [B, D, D]
+            right = ((u @ self.precision) * gaps).unsqueeze(2)  # [B, D, 1]
+            half = torch.linalg.solve_triangular(factor, right, upper=False)
+            solved = torch.linalg.solve_triangular(factor.permute(0, 2, 1), half, upper=True).squeeze(2)  # [B, D]
+            completed = self.scaling.inverse(u - solved * gaps + self.centre).float()  # [B, D]
+        else:
+            latents, _ = self._condition(x, self._loadings())  # [B, K]
+            completed = self.scaling.inverse(latents @ self._loadings() + self.core.mean).float()
+        completed = torch.where(missing, completed, x)
+        score, parts, contribution, expected = self.score(completed)
+        count = gaps.sum(dim=1).to(x.dtype)  # [B]
+        parts = parts + (count / parts.shape[1]).unsqueeze(1)
+        contribution = torch.where(missing, torch.zeros_like(contribution), contribution)
+        return score + count, parts, contribution, torch.where(missing, completed, expected)
 
     def impute(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Estimate the missing values of rows x [B, D]. See `CompletingPipeline.impute`."""
@@ -199,7 +295,7 @@ class CompletingNetwork(CompletingPipeline):
 
     All noise of `impute` is a part of the artifact, so that equal rows get equal answers.
 
-    See `Pipeline` for the other arguments. `chains` is a `Chains`.
+    See `CompletingPipeline` for the other arguments. `chains` is a `Chains`.
     """
 
     def __init__(
@@ -213,10 +309,12 @@ class CompletingNetwork(CompletingPipeline):
         policy: PolicyModule | None = None,
         *,
         chains: Chains,
+        gap_scores: GapScores | None = None,
     ) -> None:
-        super().__init__(scaling, core, prior, calibration, explanation, observation, policy)
+        super().__init__(scaling, core, prior, calibration, explanation, observation, policy, gap_scores=gap_scores)
         self.chains = chains
         self.first_steps = FIRST_STEPS
+        self.scored_steps = SCORED_STEPS
 
     def impute(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Estimate the missing values of rows x [B, D], which are NaN. See `CompletingPipeline.impute`."""
@@ -227,6 +325,29 @@ class CompletingNetwork(CompletingPipeline):
         high = torch.where(missing, self.scaling.inverse(mean + self.chains.high * deviation), x)
         scaled = self.chains.spread * deviation * self.scaling.scale  # [B, D]
         return filled, torch.where(missing, scaled, torch.zeros_like(scaled)), low, high
+
+    def expected_score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the expected scores of rows x [B, D]: the means over the states of the chains.
+
+        See `CompletingPipeline.expected_score`.
+        """
+        missing = x.isnan()  # [B, D]
+        decoded = self._first_states(x)  # [B, C, D]
+        values = self._known(x).unsqueeze(1)  # [B, 1, D]
+        for step in range(self.scored_steps):
+            decoded = self._step(decoded, missing.unsqueeze(1), values, step)
+        drawn = self.scaling.inverse(decoded + self.chains.deviation * self.chains.row_noise)  # [B, C, D]
+        completed = torch.where(missing.unsqueeze(1), drawn, x.unsqueeze(1))  # [B, C, D]
+        score, parts, contribution, expected = self.score(completed.flatten(0, 1))  # each [B C, ...]
+        chains = decoded.shape[1]
+        mean_contribution = contribution.reshape(x.shape[0], chains, -1).mean(dim=1)  # [B, D]
+        mean_expected = expected.reshape(x.shape[0], chains, -1).mean(dim=1)  # [B, D]
+        return (
+            score.reshape(x.shape[0], chains).mean(dim=1),
+            parts.reshape(x.shape[0], chains, -1).mean(dim=1),
+            torch.where(missing, torch.zeros_like(mean_contribution), mean_contribution),
+            torch.where(missing, completed.mean(dim=1), mean_expected),
+        )
 
     def estimate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and the standard deviation of the chains for rows x [B, D], in model units, each [B, D].
@@ -266,8 +387,23 @@ class CompletingNetwork(CompletingPipeline):
         Args:
             x: rows [B, D], whose missing values are NaN.
         """
+        missing, values = x.isnan().unsqueeze(1), self._known(x).unsqueeze(1)  # [B, 1, D], [B, 1, D]
+        decoded = self._first_states(x)  # [B, C, D]
+        for step in range(self.first_steps):
+            decoded = self._step(decoded, missing, values, step)
+        first = self._step(decoded, missing, values, self.first_steps)
+        second = self._step(first, missing, values, self.first_steps + 1)
+        third = self._step(second, missing, values, self.first_steps + 2)
+        fourth = self._step(third, missing, values, self.first_steps + 3)
+        return torch.cat((first, second, third, fourth), dim=1)
+
+    def _first_states(self, x: Tensor) -> Tensor:
+        """Return what the first states of the chains decode to, in model units, [B, C, D].
+
+        Args:
+            x: rows [B, D], whose missing values are NaN.
+        """
         known, u = 1.0 - x.isnan().to(x.dtype), self._known(x)  # [B, D], [B, D]
-        missing, values = x.isnan().unsqueeze(1), u.unsqueeze(1)  # [B, 1, D], [B, 1, D]
         candidates = self.core.decode(self.prior(self.chains.candidate_noise, self.chains.candidate_choice))  # [M, D]
         weight = known / self.chains.deviation.square()  # [B, D]
         # The log-density of the known values given each candidate, without terms that are equal for all candidates of a
@@ -276,14 +412,7 @@ class CompletingNetwork(CompletingPipeline):
         cumulative = torch.softmax(log_density, dim=1).cumsum(dim=1)[:, :-1].contiguous()  # [B, M - 1]
         places = self.chains.chain_places.unsqueeze(0) + torch.zeros_like(u[:, :1])  # [B, C]
         chosen = torch.searchsorted(cumulative, places, right=True)  # [B, C]
-        decoded = candidates[chosen]  # [B, C, D]
-        for step in range(self.first_steps):
-            decoded = self._step(decoded, missing, values, step)
-        first = self._step(decoded, missing, values, self.first_steps)
-        second = self._step(first, missing, values, self.first_steps + 1)
-        third = self._step(second, missing, values, self.first_steps + 2)
-        fourth = self._step(third, missing, values, self.first_steps + 3)
-        return torch.cat((first, second, third, fourth), dim=1)
+        return candidates[chosen]  # [B, C, D]
 
     def _step(self, decoded: Tensor, missing: Tensor, values: Tensor, step: int) -> Tensor:
         """Return what the next states of the chains decode to, given what the present ones decode to, [B, C, D].
@@ -300,6 +429,14 @@ class CompletingNetwork(CompletingPipeline):
         mean, std = self.core.encode(rows.flatten(0, 1))  # [B C, K], [B C, K]
         z = mean.reshape(rows.shape[0], rows.shape[1], -1) + std.reshape(rows.shape[0], rows.shape[1], -1) * noise
         return self.core.decode(z.flatten(0, 1)).reshape(rows.shape)
+
+
+def _score_form(core: Core) -> tuple[Tensor, Tensor]:
+    """Return `PCA.score_form` of `core`; [0] and [0, 0] if the matrix would be too large."""
+    assert isinstance(core, PCA)
+    if len(core.mean) > MAX_EXACT_FEATURES:
+        return torch.zeros(0).double(), torch.zeros(0, 0).double()
+    return core.score_form()
 
 
 # By the name of the class.

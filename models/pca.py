@@ -95,6 +95,20 @@ class PCA(Core):
         distance = self._distance(x, self.eigenvalues, self.noise_variance)[0]  # [B]
         return -0.5 * (features * math.log(2.0 * math.pi) + log_determinant + distance)
 
+    @torch.jit.unused
+    def score_form(self) -> tuple[Tensor, Tensor]:
+        """Return the mean [D] and the precision matrix [D, D] of the Mahalanobis distance in `score`, float64."""
+        if self.whitening is not None:
+            factor = self.whitening.factor.double()
+            precision = factor.T @ factor if factor.dim() == 2 else torch.diag(factor.square())
+            return self.whitening.mean.double(), precision
+        mean = self._mean_variance(len(self.mean))
+        eigenvalues = (self.eigenvalues + self.shrinkage * (mean - self.eigenvalues)).double()
+        noise_variance = (self.noise_variance + self.shrinkage * (mean - self.noise_variance)).double()
+        components = self.components.double()
+        along = components.T @ ((1.0 / eigenvalues - 1.0 / noise_variance).unsqueeze(1) * components)
+        return self.mean.double(), torch.eye(len(self.mean), dtype=torch.float64) / noise_variance + along
+
     def _distance(self, x: Tensor, eigenvalues: Tensor, noise_variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scores = self.encode(x)[0]  # [B, K]
         x_hat = self.decode(scores)  # [B, D]

@@ -281,7 +281,8 @@ class AnomalyBody(Body):
     impute: bool = Field(
         True,
         description="whether a row in `records`, `metrics`, NDJSON or CSV may lack up to half of the features that "
-        "were never missing in training; training medians replace the missing values. If false, the row is an error. "
+        "were never missing in training; its score is then the expected score given its other values, or, for models "
+        "with a window or conditions, the score with training medians. If false, the row is an error. "
         "If the request has `impute` true, a row may lack features although it has names that are not features",
     )
     half_life: float | None = Field(
@@ -502,7 +503,8 @@ class FeatureReport(BaseModel):
     )
     contribution: float = Field(
         description="squared distance from the expected value, in standard deviations of normal rows (for images in "
-        "the model's units); for a missing value the distance of the median that replaces it"
+        "the model's units); 0 for a missing value, or, for models with a window or conditions, the distance of the "
+        "median that replaces it"
     )
     lag: int | None = Field(
         None,

@@ -23,7 +23,7 @@ from service.anomaly.verdicts import Scores, largest
 from service.backtest.history import History
 from service.codec.long_work import pause_if_due
 from service.inference import operations
-from service.inference.operations import Operation
+from service.inference.operations import Run, in_order
 from service.inference.served_model import ServedModel
 
 CHUNK_ROWS = 4096  # rows that are replayed at once
@@ -199,11 +199,13 @@ class Replayer:
             names=[feature.name for feature in served.manifest.features],
         )
 
-    @property
-    def operation(self) -> Operation:
-        """The operation that scores the inputs."""
+    def runs(self, inputs: Array) -> list[Run]:
+        """Return the runs that score `inputs`, the model's inputs for some rows: see `operations.in_order`."""
         options = self._result.options
-        return operations.anomaly(options.alphas[0], options.extrapolated)
+        operation = operations.anomaly(options.alphas[0], options.extrapolated)
+        if self._served.scores_gaps:
+            return operations.split_by_gaps(operation, inputs)
+        return [Run(operation, np.arange(len(inputs)))]
 
     def parts(self) -> Iterator[slice]:
         """Yield the parts of the rows, in order."""
@@ -316,10 +318,15 @@ def replay(
     for part in replayer.parts():
         joined = replayer.join(part)
         with np.errstate(over="ignore", invalid="ignore"):
-            outputs = [served.backend.run(replayer.operation, (inputs,)) for inputs in replayer.inputs(joined)]
+            outputs = [_score(served, replayer, inputs) for inputs in replayer.inputs(joined)]
         replayer.judge(part, joined, outputs)
         report(part.stop)
     return replayer.finish()
+
+
+def _score(served: ServedModel, replayer: Replayer, inputs: Array) -> tuple[Array, ...]:
+    runs = replayer.runs(inputs)
+    return in_order(runs, [served.backend.run(operation, (inputs[places],)) for operation, places in runs])
 
 
 def _find_causes(result: Replay, part: slice, joined: JoinedRows, scores: Scores, served: ServedModel) -> _Causes:

@@ -26,6 +26,7 @@ from service.endpoints.offload import run_in_thread_if_long
 from service.endpoints.pipeline import ParsedRequest, RequestSpec, parse_request, run_while_connected, take_turn
 from service.errors import DeadlineExceeded, InvalidField
 from service.http.request import HttpResponse, RequestContext
+from service.inference.operations import in_order
 from service.inference.served_model import ServedModel
 from service.schemas import AnomalyBody, BacktestBody
 
@@ -80,12 +81,17 @@ class BacktestEndpoint:
             rows = part.stop - part.start
             joined = await run_in_thread_if_long(partial(replayer.join, part), JOINED_ROW * rows)
             outputs = []
-            for windows in replayer.inputs(joined):
-                service.admission.check(rows=len(windows), is_queued=True)
-                result = await service.batcher.run(served, replayer.operation, windows, deadline=parsed.deadline)
-                parsed.record.queue += result.queued
-                parsed.record.compute += result.computed
-                outputs.append(result.outputs)
+            for inputs_of_part in replayer.inputs(joined):
+                of_part = []
+                for operation, places in (runs := replayer.runs(inputs_of_part)):
+                    service.admission.check(rows=len(places), is_queued=True)
+                    result = await service.batcher.run(
+                        served, operation, inputs_of_part[places], deadline=parsed.deadline
+                    )
+                    parsed.record.queue += result.queued
+                    parsed.record.compute += result.computed
+                    of_part.append(result.outputs)
+                outputs.append(in_order(runs, of_part))
             cost = rows * (JUDGED_ROW * len(options.alphas) + offload.DECISION * width)
             await run_in_thread_if_long(partial(replayer.judge, part, joined, outputs), cost)
             if perf_counter() > parsed.deadline:
@@ -144,7 +150,7 @@ def _history(served: ServedModel, inputs: InputRows, body: BacktestBody) -> Hist
     assert inputs.time is not None
     kept = np.flatnonzero(has_time)
     group = None if inputs.group is None else [inputs.group[row] for row in kept.tolist()]
-    x = served.row_schema.impute(inputs.parsed)
+    x = inputs.parsed.x if served.scores_gaps else served.row_schema.impute(inputs.parsed)
     return sort_history(x[kept], inputs.time[kept], group, np.array(inputs.parsed.rows, np.int64)[kept])
 
 

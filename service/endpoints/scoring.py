@@ -52,6 +52,8 @@ async def score_rows(
     """
     verdicts = None
     if input_rows.parsed.rows:
+        if input_rows.parsed.missing is not None and served.scores_gaps:
+            run = partial(_run_with_gaps, run)
         input_rows, rows = await prepare_rows(served, input_rows)
         if input_rows.windows is not None:
             verdicts = await score_windows(served, input_rows, body, run)
@@ -75,15 +77,28 @@ async def score_rows(
 
 
 async def prepare_rows(served: ServedModel, input_rows: InputRows) -> tuple[InputRows, npt.NDArray[np.float32]]:
-    """Return the rows with their silences, and their values [B, D], in which missing values are replaced."""
+    """Return the rows with their silences, and their values [B, D].
+
+    Missing values are NaN if the model can score rows with missing values, or if its scaling replaces them. Otherwise,
+    they are replaced.
+    """
     rows = input_rows.parsed.x
-    if input_rows.parsed.missing is not None:
+    if input_rows.parsed.missing is not None and not served.scores_gaps:
         impute = partial(served.row_schema.impute, input_rows.parsed)
         rows = await run_in_thread_if_long(impute, rows.size * offload.DECISION)
     if served.silences is not None:
         find = partial(find_silenced_rows, served.silences, input_rows)
         input_rows = await run_in_thread_if_long(find, served.silences.estimate_ns(len(rows)))
     return input_rows, rows
+
+
+async def _run_with_gaps(
+    run: Callable[[Operation, Array], Awaitable[tuple[Array, ...]]], operation: Operation, rows: Array
+) -> tuple[Array, ...]:
+    """Return the outputs of `operation` for rows [B, D], of which some have missing values."""
+    runs = operations.split_by_gaps(operation, rows)
+    outputs = [await run(each.operation, rows[each.places]) for each in runs]
+    return await run_in_thread_if_long(partial(operations.in_order, runs, outputs), rows.size * offload.DECISION)
 
 
 async def _score(

@@ -254,8 +254,11 @@ def _run_operations(served: ServedModel, rows: int, completes: bool) -> None:
     elif served.has_observation_noise:
         row_noise = NoiseSource().draw_rows(0, rows, manifest.width)
         inputs_by_operation = {operations.SAMPLE_ROWS: (noise, choice, row_noise), **inputs_by_operation}
-    if completes and served.completes_rows and rows <= operations.imputed_rows(manifest.width):
-        gaps = np.where(np.arange(manifest.width) % 2, x, np.float32(np.nan))
+    completes &= manifest.window is None and rows <= operations.imputed_rows(manifest.width)
+    gaps = np.where(np.arange(manifest.width) % 2, x[..., : manifest.width], np.float32(np.nan))
+    if completes and served.scores_gaps and operations.SCORE.for_gaps is not None:
+        inputs_by_operation[operations.SCORE.for_gaps] = (gaps,)
+    if completes and served.completes_rows:
         twice = NoiseSource().draw_rows(0, rows, 2 * manifest.width)
         inputs_by_operation |= {operations.IMPUTE: (gaps,), operations.COMPLETE: (noise, choice, twice, gaps)}
     for operation, inputs in inputs_by_operation.items():

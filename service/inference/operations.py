@@ -5,10 +5,10 @@ shapes mean: B rows, D features, K latents, P parts of the score. A model with a
 of rows x [B, D]; its outputs have the same shapes, for the newest row of each window.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,12 +37,14 @@ class Operation:
             bit of a sum can depend on the size of the batch.
         onnx_method: the name of the graph that computes the whole operation in the ONNX twin, the copy of the networks
             for ONNX Runtime; empty if there is no such graph.
+        for_gaps: the operation that does the same for rows with missing values, which are NaN; None if there is none.
     """
 
     name: str
     function: Callable[..., Tensors]
     batched: bool = True
     onnx_method: str = ""
+    for_gaps: "Operation | None" = None
 
     def finish(self, outputs: Arrays, calibration: Calibration) -> Arrays:  # noqa: ARG002 - for subclasses
         """Return the results of the operation, computed from the outputs of `function`."""
@@ -136,6 +138,11 @@ def _score(module: Any, x: Tensor) -> Tensors:
     return score, parts, contribution, expected
 
 
+def _score_gaps(module: Any, x: Tensor) -> Tensors:
+    score, parts, contribution, expected = module.score_gaps(x)
+    return score, parts, contribution, expected
+
+
 ENCODE = Operation("encode", _encode, onnx_method="encode")  # x [B, D] -> mean [B, K], std [B, K]
 DECODE = Operation("decode", _decode, onnx_method="decode")  # z [B, K] -> x_hat [B, D]
 SAMPLE = Operation("sample", _sample, batched=False)  # noise [B, K], choice [B] -> z [B, K], x_hat [B, D]
@@ -166,9 +173,35 @@ def imputed_rows(width: int) -> int:
     return max(1, min(MAX_IMPUTED_ROWS, MAX_IMPUTED_VALUES // width))
 
 
+class Run(NamedTuple):
+    """One of the runs that together compute an operation for rows of which some have missing values."""
+
+    operation: Operation
+    places: npt.NDArray[np.intp]  # which rows it computes
+
+
+def split_by_gaps(operation: Operation, x: npt.NDArray[np.float32]) -> list[Run]:
+    """Return the runs of `operation` for rows x [B, D]: one for the complete rows, and short ones for the others."""
+    assert operation.for_gaps is not None
+    has_gaps = np.isnan(x).any(axis=1)  # [B]
+    complete, incomplete = np.flatnonzero(~has_gaps), np.flatnonzero(has_gaps)
+    most = imputed_rows(x.shape[1])
+    parts = [incomplete[start : start + most] for start in range(0, len(incomplete), most)]
+    return [Run(operation, complete)] * bool(len(complete)) + [Run(operation.for_gaps, places) for places in parts]
+
+
+def in_order(runs: Sequence[Run], outputs: Sequence[Arrays]) -> Arrays:
+    """Return the outputs [B, ...] of the runs of `split_by_gaps` in the order of the rows."""
+    order = np.concatenate([run.places for run in runs]).argsort()
+    return tuple(np.concatenate(arrays)[order] for arrays in zip(*outputs, strict=True))
+
+
 # For rows that the online calibration of their group judges.
 # x [B, D] -> score [B], parts [B, P], contribution [B, D], expected [B, D]
-SCORE = Operation("anomaly", _score, onnx_method="score")
+# Rows with missing values are not batched, for the same reason as those of IMPUTE.
+SCORE = Operation(
+    "anomaly", _score, onnx_method="score", for_gaps=Operation("anomaly_gaps", _score_gaps, batched=False)
+)
 
 
 @lru_cache(maxsize=64)  # requests share a batch only if their operation is the same object
@@ -180,7 +213,10 @@ def anomaly(alpha: float, extrapolated: bool = False) -> Operation:
 
     It returns six arrays: score [B], p_value [B], severity [B], parts [B, P], contribution [B, D], expected [B, D].
     """
-    return AnomalyOperation("anomaly", _score, onnx_method="score", alpha=alpha, extrapolated=extrapolated)
+    of_gaps = AnomalyOperation("anomaly_gaps", _score_gaps, batched=False, alpha=alpha, extrapolated=extrapolated)
+    return AnomalyOperation(
+        "anomaly", _score, onnx_method="score", for_gaps=of_gaps, alpha=alpha, extrapolated=extrapolated
+    )
 
 
 @lru_cache(maxsize=2)

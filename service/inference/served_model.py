@@ -176,6 +176,11 @@ class ServedModel:
         return is_plain and hasattr(self.backend.module, "impute")
 
     @cached_property
+    def scores_gaps(self) -> bool:
+        """Whether the model can score rows with missing values. For others, the scaling or medians replace them."""
+        return hasattr(self.backend.module, "score_gaps")
+
+    @cached_property
     def has_png_output(self) -> bool:
         """Whether outputs can be returned as image/png."""
         return png.is_image(self.manifest.shape, self.manifest.pixel_range)

@@ -26,7 +26,7 @@ class StreamedRows:
     """Up to BATCH_ROWS consecutive rows."""
 
     first: int  # number of the first row
-    x: Floats  # [B, D], raw units; medians replace faulty values, and missing values that the model cannot impute
+    x: Floats  # [B, D], raw units; medians replace faulty rows, and missing values that the model cannot score
     missing: npt.NDArray[np.bool_]  # [B, D] whether the source has no value
     faults: dict[int, str]  # by position in x: why the row cannot be scored
     time: list[float | str | None] | None  # [B] Unix seconds, or the text as it is if it is not a timestamp
@@ -51,6 +51,7 @@ class RowStream:
     raw: RawTable = field(repr=False)
     medians: Floats = field(repr=False)  # [D]
     may_be_missing: npt.NDArray[np.bool_] = field(repr=False)  # [D] whether values were missing in training
+    keeps_gaps: bool = False  # whether NaN stays in the place of a missing value
     known: Conditions | None = None  # the conditions that the model knows
 
     @property
@@ -103,7 +104,10 @@ class RowStream:
             faults.setdefault(position, self._too_many_missing(imputed[position]))
         for position, column in np.argwhere(infinite).tolist():
             faults.setdefault(position, self._infinite(column, float(values[position, column])))
-        x = np.where(infinite | imputed, self.medians, x)
+        if self.keeps_gaps:
+            x[list(faults)] = self.medians
+        else:
+            x = np.where(infinite | imputed, self.medians, x)
 
         def cells(name: str | None) -> list[Any] | None:
             return None if name is None else details.cells[name][start : start + len(values)]
@@ -172,6 +176,7 @@ def stream_for_model(
     time: str | None = None,
     group: str | None = None,
     escape: str | None = None,
+    keeps_gaps: bool = False,
 ) -> RowStream:
     """Open the rows in `source` in the form that the model of `manifest` takes.
 
@@ -181,6 +186,7 @@ def stream_for_model(
         time: name of the column of times; by default that of the training rows, or TIME, if the source has it.
         group: name of the column of groups; by default that of the training rows, or GROUP, if the source has it.
         escape: as for `read_for_model`.
+        keeps_gaps: leave NaN in the place of missing values, because the model can score rows with missing values.
 
     Raises:
         DataError: the source cannot be used, or lacks the column `time` or `group`.
@@ -206,6 +212,7 @@ def stream_for_model(
         raw=raw,
         medians=np.array([feature.median for feature in manifest.features], np.float32),
         may_be_missing=np.array([feature.missing > 0 for feature in manifest.features]),
+        keeps_gaps=keeps_gaps,
         known=known,
     )
 

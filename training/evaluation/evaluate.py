@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models.artifact import Artifact
+from models.artifact import score as score_with_gaps
 from training.data.row_store import Floats
 from training.data.table import Table
 from training.data.windows import TableWindows, refuse_short_windows, windows_for_model
@@ -162,7 +163,7 @@ def _sum_over_rows(artifact: Artifact, table: Table, windows: TableWindows | Non
     with torch.inference_mode():
         for numbers, rows, inputs in batches(table, windows):
             x = torch.from_numpy(inputs).to(artifact.device)
-            score = artifact.module.score(x)[0].cpu().numpy()
+            score = score_with_gaps(artifact.module, x)[0].cpu().numpy()
             refuse_overflow(score, numbers, table.source)
             latents = artifact.module.encode(x)[0]
             sums.add(

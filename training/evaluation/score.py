@@ -12,6 +12,7 @@ import orjson
 import torch
 
 from models.artifact import Artifact
+from models.artifact import score as score_with_gaps
 from models.manifest import Manifest, Window
 from models.silences import Silences
 from training.data.row_store import Floats
@@ -57,7 +58,7 @@ def score_rows(artifact: Artifact, x: Floats, alpha: float, extrapolated: bool =
     See `severity_at` for `extrapolated`.
     """
     with torch.inference_mode():
-        score, parts, contribution, expected = artifact.module.score(torch.from_numpy(x).to(artifact.device))
+        score, parts, contribution, expected = score_with_gaps(artifact.module, torch.from_numpy(x).to(artifact.device))
         p_value = artifact.module.p_value(score)
         severity = severity_at(artifact, score, alpha, extrapolated)
     return Scores(

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from models import artifact
 from models.baseline import START_ROWS, Baseline, choose_start_set
 from models.manifest import MAX_GROUP_NAME, MAX_GROUPS
 from models.pipeline import Pipeline
@@ -183,7 +184,7 @@ def _scores(pipeline: Pipeline, x: RowStore, rows: Indices) -> Floats:
     with torch.inference_mode():
         for start in range(0, len(rows), block):
             some = np.ascontiguousarray(x.take(rows[start : start + block]), np.float32)
-            found[start : start + block] = pipeline.score(torch.from_numpy(some))[0].double().numpy()
+            found[start : start + block] = artifact.score(pipeline, torch.from_numpy(some))[0].double().numpy()
     return found
 
 
@@ -194,7 +195,7 @@ def _scores_as_pool(pipeline: Pipeline, data: PreparedData, rows: Indices) -> Fl
     with torch.inference_mode():
         for start in range(0, len(rows), block):
             inputs = inputs_of_pool(data, rows[start : start + block])
-            found[start : start + block] = pipeline.score(inputs)[0].double().numpy()
+            found[start : start + block] = artifact.score(pipeline, inputs)[0].double().numpy()
     return found
 
 

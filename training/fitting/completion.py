@@ -4,10 +4,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.artifact import MAX_COMPLETED_VALUES
 from models.calibration import Calibration
 from models.completion import CANDIDATES, CHAINS, Chains, CompletingNetwork, CompletingPCA, CompletingPipeline
 from models.core import Core
 from models.explanation import Explanation
+from models.gap_scores import GapScores, no_gap_scores
 from models.observation import Observation
 from models.pca import PCA
 from models.pipeline import Pipeline
@@ -21,8 +23,11 @@ MIN_DEVIATION = 0.01  # smallest noise of a feature around the decoder's output,
 INTERVAL = 0.9  # share of the missing values that are within their intervals
 MISSING_SHARES = (0.1, 0.2, 0.3, 0.5)  # which share of the values is taken out of calibration rows
 CALIBRATED_ROWS = 400  # at most so many rows calibrate the intervals; each takes about a millisecond
+BATCH = 4096  # complete rows per forward pass
 LEAST_VALUES = 60  # a feature with fewer values has no interval of its own; of 60, three are outside on each side
-MAX_BATCH_VALUES = 1 << 18  # rows times features that are completed at once; each needs 64 numbers
+GAP_LEVELS = 4  # numbers of missing values, up to half of the features, for which the scale of the scores is fitted
+GAP_ROWS = 500  # at most so many rows fit the scale of the scores at each level
+LEAST_GAP_ROWS = 20  # with fewer complete rows, the scores of rows with missing values stay as they are
 
 
 def with_completion_of_rows(pipeline: Pipeline, data: PreparedData, seed: int) -> Pipeline:
@@ -47,11 +52,38 @@ def with_completion(pipeline: Pipeline, held_out: Tensor, calibration: Tensor, s
         pipeline.scaling, pipeline.core, pipeline.prior, pipeline.calibration, pipeline.explanation,
         pipeline.observation, pipeline.policy,
     )  # fmt: skip
+    completing: CompletingPipeline
     if isinstance(pipeline.core, PCA):
-        return CompletingPCA(*parts).eval()
-    completing = CompletingNetwork(*parts, chains=_new_chains(pipeline, held_out, seed)).eval()
-    _calibrate(completing, calibration[:CALIBRATED_ROWS], seed)
+        completing = CompletingPCA(*parts).eval()
+    else:
+        completing = network = CompletingNetwork(*parts, chains=_new_chains(pipeline, held_out, seed)).eval()
+        _calibrate(network, calibration[:CALIBRATED_ROWS], seed)
+    # If calibration rows have gaps, their scores depend on the scale, and must be exchangeable with those of new rows.
+    has_gaps = bool(calibration.isnan().any())
+    completing.gap_scores = fit_gap_scores(completing, held_out if has_gaps else calibration, seed)
     return completing
+
+
+def fit_gap_scores(pipeline: CompletingPipeline, rows: Tensor, seed: int) -> GapScores:
+    """Return the scale of the scores of rows with missing values, fitted to the complete rows among `rows` [N, D].
+
+    Values are taken out of the rows at random.
+    """
+    random, width = random_stream(seed, VALIDATION), rows.shape[1]
+    complete = rows[~rows.isnan().any(dim=1)][:GAP_ROWS]  # [n, D]
+    if len(complete) < LEAST_GAP_ROWS or width < 2:
+        return no_gap_scores()
+    counts = sorted({max(1, round(width * level / (2 * GAP_LEVELS))) for level in range(1, GAP_LEVELS + 1)})
+    scores = []
+    with torch.no_grad():
+        scores.append(torch.cat([pipeline.score(part)[0] for part in complete.split(BATCH)]))
+        for count in counts:
+            ranks = torch.rand(complete.shape, generator=random).argsort(dim=1).argsort(dim=1)  # [n, D]
+            gaps = torch.where(ranks < count, torch.nan, complete)
+            parts = gaps.split(max(1, MAX_COMPLETED_VALUES // width))
+            scores.append(torch.cat([pipeline.expected_score(part)[0] for part in parts]))
+    shares = torch.tensor([0, *counts]).float() / width  # [L]
+    return GapScores(shares, torch.stack(scores).sort(dim=1).values)
 
 
 def _new_chains(pipeline: Pipeline, held_out: Tensor, seed: int) -> Chains:
@@ -91,7 +123,7 @@ def _calibrate(pipeline: CompletingNetwork, rows: Tensor, seed: int) -> None:
     taken[taken.all(dim=1), 0] = False  # a row without any value says nothing
     gaps = torch.where(taken, torch.nan, rows)
     with torch.no_grad():
-        estimates = [pipeline.estimate(part) for part in gaps.split(max(1, MAX_BATCH_VALUES // width))]
+        estimates = [pipeline.estimate(part) for part in gaps.split(max(1, MAX_COMPLETED_VALUES // width))]
         mean, deviation = (torch.cat(parts) for parts in zip(*estimates, strict=True))  # [M, D], [M, D]
         error = ((pipeline.scaling(rows) - mean) / deviation).double().numpy()  # [M, D]
     counted = (taken & ~rows.isnan()).numpy()  # [M, D]

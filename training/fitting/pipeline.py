@@ -129,10 +129,23 @@ def fit_pipeline(
         row_scaling = None if data.windows is None else data.windows.scaling
         policy = fit_policy(data.policy.rules, data.rows.table.names, scaling, explanation, row_scaling)
     pipeline = Pipeline(scaling, core, prior, calibration, explanation, observation, policy).eval()
-    reporter.stage("calibrating the estimates of missing values")
-    pipeline = with_completion_of_rows(pipeline, data, config.seed)
-    if policy is not None:
+    return _with_completion(pipeline, config, data, reporter, for_scores)
+
+
+def _with_completion(
+    pipeline: Pipeline, config: TrainConfig, data: PreparedData, reporter: Reporter, for_scores: bool
+) -> Pipeline:
+    """Return `pipeline`, so that it can complete rows and score rows with missing values, with its final calibration.
+
+    With `for_scores`, a pipeline that scores complete rows only is not changed.
+    """
+    if pipeline.policy is not None:
         fit_usual_score(pipeline, data.held_out)
+    has_gaps = data.fill is not None and data.windows is None
+    if has_gaps or not for_scores:
+        reporter.stage("calibrating the estimates of missing values")
+        pipeline = with_completion_of_rows(pipeline, data, config.seed)
+    if pipeline.policy is not None or has_gaps:
         set_calibration(pipeline, score_rows(pipeline, data.calibration))
     return pipeline
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models import artifact
 from models.calibration import Calibration
 from models.explanation import correlation_of
 from models.pipeline import Pipeline
@@ -142,7 +143,7 @@ def fit_usual_score(pipeline: Pipeline, rows: Tensor) -> None:
 def score_rows(pipeline: Pipeline, rows: Tensor) -> Tensor:
     """Return the scores [N] of rows [N, D] in raw units."""
     with torch.no_grad():
-        return torch.cat([pipeline.score(x)[0] for x in rows.split(BATCH)])
+        return torch.cat([artifact.score(pipeline, x)[0] for x in rows.split(BATCH)])
 
 
 def set_calibration(pipeline: Pipeline, scores: Tensor) -> None:

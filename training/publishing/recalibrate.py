@@ -254,7 +254,7 @@ def _scores(
         for start in range(0, len(rows), BATCH_ROWS):
             some = rows[start : start + BATCH_ROWS]
             x = torch.from_numpy((table.inputs if windows is None else windows).take(some)).to(device)
-            scores[start : start + len(some)] = model.score(x)[0].cpu().numpy()
+            scores[start : start + len(some)] = artifact.score(model, x)[0].cpu().numpy()
             progress.advance(len(some))
     refuse_overflow(scores, rows, table.source)
     return scores
@@ -269,7 +269,9 @@ def _with_policy(module: torch.jit.ScriptModule, parent: Artifact, rules: Policy
     of_rows = module if window is None else module.pipeline
     policy = fit_policy(rules, names, of_rows.scaling, of_rows.explanation, None if window is None else module.scaling)
     class_ = COMPLETING.get(of_rows.original_name, Pipeline)
-    chains = {"chains": of_rows.chains} if hasattr(of_rows, "chains") else {}
+    further = {name: getattr(of_rows, name) for name in ("chains", "gap_scores") if hasattr(of_rows, name)}
+    if hasattr(of_rows, "precision"):
+        further["score_form"] = of_rows.centre, of_rows.precision
     pipeline = class_(
         of_rows.scaling,
         of_rows.core,
@@ -278,7 +280,7 @@ def _with_policy(module: torch.jit.ScriptModule, parent: Artifact, rules: Policy
         of_rows.explanation,
         of_rows.observation,
         policy,
-        **chains,
+        **further,
     ).eval()
     if hasattr(of_rows, "baseline"):
         pipeline.add_module("baseline", of_rows.baseline)

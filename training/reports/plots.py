@@ -21,6 +21,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from models import artifact
 from models.core import Core
 from models.likelihood import GaussianLikelihood
 from models.manifest import Manifest
@@ -249,7 +250,7 @@ def latent_map(model: PlottedModel) -> Figure:
         axis.set_title(f"latents of {model.title}, by label")
         return figure
     with torch.inference_mode():
-        score = model.pipeline.score(model.inputs)[0].numpy()
+        score = artifact.score(model.pipeline, model.inputs)[0].numpy()
     finite = score.astype(np.float64).clip(max=np.finfo(np.float32).max)
     dots = axis.scatter(
         latents[:, 0], latents[:, 1], s=22, c=score, cmap="viridis", linewidths=0, vmax=np.quantile(finite, 0.98)

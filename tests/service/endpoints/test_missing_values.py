@@ -1,7 +1,9 @@
 """Rows with missing values: where they are allowed, how they are imputed, and how responses report them."""
 
 import io
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from models import artifact
 from models.calibration import Calibration
 from models.pipeline import Pipeline
 from models.prior import gaussian_prior
@@ -24,6 +27,7 @@ from tests.data import values
 from tests.service.hosts import HOST_FEATURES, host_table
 from tests.service.published import publish
 from tests.service.running import post, running
+from training.fitting.completion import with_completion
 from training.fitting.pca import fit_pca
 
 OPTIONAL = (1, 3)  # columns with missing values in training
@@ -57,6 +61,24 @@ def client(tmp_path_factory: pytest.TempPathFactory, medians: np.ndarray) -> Ite
     core = fit_pca(scaling(x).double(), 2).float()
     calibration = Calibration(core.score(scaling(x))[0])
     publish(root, "hosts", Pipeline(scaling, core, gaussian_prior(torch.ones(2)), calibration), x, HOST_FEATURES, [4])
+    with running(create_app(Settings(artifacts=root))) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with one model, hosts, which scores rows with missing values."""
+    root, x = tmp_path_factory.mktemp("gaps"), torch.from_numpy(values(host_table()))
+    scaling = standardise(x)
+    core = fit_pca(scaling(x).double(), 2).float()
+    plain = Pipeline(scaling, core, gaussian_prior(torch.ones(2)), Calibration(core.score(scaling(x))[0]))
+    publish(root, "hosts", with_completion(plain, x[:200], x[200:], seed=0), x, HOST_FEATURES, [4])
+    return root
+
+
+@pytest.fixture(scope="module")
+def scoring(root: Path) -> Iterator[httpx.Client]:
+    """Return a client of a service with the model of `root`."""
     with running(create_app(Settings(artifacts=root))) as client:
         yield client
 
@@ -237,3 +259,47 @@ def test_row_is_refused_if_every_value_is_missing(client: httpx.Client) -> None:
         with pytest.raises(InvalidRows, match="every value of the row is missing"):
             read()
     assert client.post("/anomaly", json={"records": [{"host": "a"}]}).json()["got"] == "0 of them"
+
+
+WHOLE = dict(zip(HOST_FEATURES, GOOD, strict=True))
+RECORDS = [{"cpu": 0.5, "disk~io": 0.7}, WHOLE, {"memory/used": 110.0, "load": -2.0}]
+
+
+def test_rows_with_gaps_get_the_scores_that_the_module_computes_for_them(scoring: httpx.Client, root: Path) -> None:
+    module = artifact.load(root / "hosts" / "1" / "model.pt").module
+    names = list(HOST_FEATURES)
+    x = torch.tensor([[record.get(name, np.nan) for name in names] for record in RECORDS])
+    score, parts, contribution, expected = artifact.score(module, x)
+    results = post(scoring, "/anomaly", {"records": RECORDS, "explain": 4})["results"]
+    for index, result in enumerate(results):
+        assert result["score"] == pytest.approx(float(score[index]), rel=1e-5)
+        assert result["p_value"] == pytest.approx(float(module.p_value(score)[index]), rel=1e-5)
+        assert list(result["parts"].values()) == pytest.approx(parts[index].tolist(), rel=1e-4, abs=1e-5)
+        for feature in result["features"]:
+            column = names.index(feature["name"])
+            assert feature["contribution"] == pytest.approx(float(contribution[index, column]), rel=1e-4, abs=1e-5)
+            assert feature["expected"] == pytest.approx(float(expected[index, column]), rel=1e-4)
+            if feature["name"] not in RECORDS[index]:
+                assert (feature["value"], feature["contribution"]) == (None, 0.0)
+    assert [len(result.get("imputed", [])) for result in results] == [2, 0, 2]
+
+
+def test_rows_with_gaps_get_the_same_verdicts_in_a_stream_as_in_a_request(scoring: httpx.Client) -> None:
+    whole = post(scoring, "/anomaly", {"records": RECORDS})["results"]
+    headers = dict.fromkeys(("content-type", "accept"), "application/x-ndjson")
+    lines = "".join(json.dumps(record) + "\n" for record in RECORDS)
+    answer = scoring.post("/anomaly", content=lines, headers=headers)
+    streamed = [json.loads(line) for line in answer.text.splitlines() if '"score"' in line]
+    assert [each["score"] for each in streamed] == pytest.approx([each["score"] for each in whole], rel=1e-5)
+    assert [each["is_anomaly"] for each in streamed] == [each["is_anomaly"] for each in whole]
+
+
+def test_request_of_many_rows_with_gaps_is_answered_in_order(scoring: httpx.Client) -> None:
+    records = [{"cpu": 0.01 * index, "disk~io": 0.7} if index % 3 else RECORDS[1] for index in range(300)]
+    answer = post(scoring, "/anomaly", {"records": records, "explain": 0})
+    single = [
+        post(scoring, "/anomaly", {"records": [records[index]]})["results"][0]["score"] for index in (1, 149, 299)
+    ]
+    scores = [result["score"] for result in answer["results"]]
+    assert [scores[index] for index in (1, 149, 299)] == pytest.approx(single, rel=1e-5)
+    assert len(set(scores[::3])) == 1
