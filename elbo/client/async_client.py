@@ -12,6 +12,7 @@ from elbo.client import calls, results
 from elbo.client.calls import Call, Options
 from elbo.client.connections import MAX_CONNECTIONS, AsyncSocketTransport
 from elbo.client.errors import NotFound, NotReady
+from elbo.client.http1 import Received
 from elbo.client.options import (
     AnomalyOptions,
     BacktestOptions,
@@ -36,6 +37,7 @@ from elbo.client.settings import (
     Settings,
     Verify,
     proxy_of,
+    received,
     refusal,
     result,
     ssl_context_of,
@@ -269,15 +271,24 @@ class AsyncClient:
         attempts = self._settings.attempts(call, options)
         while True:
             try:
-                response = await self._transport.handle_async_request(self._settings.request(call, attempts))
-                await response.aread()
+                response = await self._exchange(call, attempts.seconds_left())
             except httpx.TransportError as error:
                 wait = attempts.wait_after_failure(error)
             else:
-                if response.status_code == 200:
+                if response.status == 200:
                     return result(call, response)
                 wait = attempts.wait_after_refusal(refusal(response))
             await asyncio.sleep(wait)
+
+    async def _exchange(self, call: Call[Any], seconds: float | None) -> Received:
+        """Send `call` once, and return the response. The client's own transport needs no objects of httpx."""
+        if isinstance(self._transport, AsyncSocketTransport):
+            head = self._settings.head(call, seconds)
+            reader = await self._transport.exchange(self._settings.origin, head, call.body or b"", seconds)
+            return reader.received()
+        response = await self._transport.handle_async_request(self._settings.request(call, seconds))
+        await response.aread()
+        return received(response)
 
     async def _by_row(self, make: Callable[[Array, str | None, Options], Call[R]], rows: Rows, options: Options) -> R:
         """Return the result for rows that are computed independently of each other."""

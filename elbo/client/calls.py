@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote, urlencode
 
-import httpx
 import numpy as np
 
 from elbo.client import results
@@ -25,6 +24,7 @@ from elbo.client.formats import (
     load_safetensors,
     to_float32,
 )
+from elbo.client.http1 import Received
 from elbo.client.results import Array
 from elbo.client.rows import Frame, Record, Rows, is_frame, is_records, to_array, to_records
 
@@ -47,7 +47,7 @@ class Call(Generic[T]):
         is_safe: whether the request changes nothing on the server, so that it may be repeated.
     """
 
-    parse: Callable[[httpx.Response], T]
+    parse: Callable[[Received], T]
     path: str
     body: bytes | None = None
     content_type: str = JSON
@@ -77,7 +77,7 @@ def _sent(options: Options) -> dict[str, Any]:
 
 
 def _array_call(
-    parse: Callable[[httpx.Response], T],
+    parse: Callable[[Received], T],
     path: str,
     array: Array,
     options: Options,
@@ -89,7 +89,7 @@ def _array_call(
 
 
 def _json_call(
-    parse: Callable[[httpx.Response], T],
+    parse: Callable[[Received], T],
     path: str,
     content: Mapping[str, Any],
     model: str | None,
@@ -236,7 +236,7 @@ def _of(reference: str, part: str = "") -> str:
 # Responses
 
 
-def _reply(response: httpx.Response, content: Mapping[str, Any], **values: Any) -> dict[str, Any]:
+def _reply(response: Received, content: Mapping[str, Any], **values: Any) -> dict[str, Any]:
     """Return the fields of a `Reply` and `values`. `content` has the fields or the metadata of the response.
 
     Raises:
@@ -246,14 +246,14 @@ def _reply(response: httpx.Response, content: Mapping[str, Any], **values: Any) 
         name, version = str(content["model"]), int(content["version"])
     except (KeyError, ValueError) as error:
         raise InvalidReply(f"the response names no model and version: {error}") from error
-    warning = content.get("warning") or response.headers.get("elbo-warning")
-    identifier = response.headers.get("x-request-id", "")
+    warning = content.get("warning") or response.header(b"elbo-warning") or None
+    identifier = response.header(b"x-request-id")
     return {"model": name, "version": version, "request_id": identifier, "warning": warning, **values}
 
 
-def _arrays(response: httpx.Response) -> tuple[dict[str, Array], dict[str, Any]]:
+def _arrays(response: Received) -> tuple[dict[str, Array], dict[str, Any]]:
     """Return the arrays and the other fields of a safetensors or JSON response."""
-    if response.headers.get("content-type", "").startswith(SAFETENSORS):
+    if response.header(b"content-type").startswith(SAFETENSORS):
         tensors, metadata = load_safetensors(response.content)
         return tensors, dict(metadata)
     content = load_json(response.content)
@@ -262,11 +262,11 @@ def _arrays(response: httpx.Response) -> tuple[dict[str, Array], dict[str, Any]]
 
 
 def _made(
-    kind: type[R], response: httpx.Response, tensors: Mapping[str, Array], metadata: Mapping[str, Any], **values: Any
+    kind: type[R], response: Received, tensors: Mapping[str, Array], metadata: Mapping[str, Any], **values: Any
 ) -> R:
     """Return a result of the class `kind`. Raises InvalidReply if the response lacks one of its arrays."""
     given = {**tensors, **_reply(response, metadata, **values)}
-    names = [each.name for each in fields(kind)]
+    names: tuple[str, ...] = kind.__match_args__  # of its fields
     if missing := [name for name in names if name not in given]:
         raise InvalidReply(f"the response has no {', '.join(missing)}")
     return kind(**{name: given[name] for name in names})
@@ -276,43 +276,43 @@ def _optional(content: Mapping[str, Any], name: str) -> int | None:
     return int(content[name]) if content.get(name) is not None else None
 
 
-def _parse_encoded(response: httpx.Response) -> results.Encoded:
+def _parse_encoded(response: Received) -> results.Encoded:
     tensors, metadata = _arrays(response)
     seed, imputed = _optional(metadata, "seed"), _optional(metadata, "imputed") or 0
     return _made(results.Encoded, response, tensors, metadata, seed=seed, imputed=imputed)
 
 
-def _parse_decoded(response: httpx.Response) -> results.Decoded:
-    name, _, version = response.headers.get("elbo-model", "").rpartition("@")
+def _parse_decoded(response: Received) -> results.Decoded:
+    name, _, version = response.header(b"elbo-model").rpartition("@")
     metadata = {"model": name, "version": version}
     return _made(results.Decoded, response, {"outputs": load_npy(response.content)}, metadata)
 
 
-def _parse_reconstructed(response: httpx.Response) -> results.Reconstructed:
+def _parse_reconstructed(response: Received) -> results.Reconstructed:
     tensors, metadata = _arrays(response)
     return _made(results.Reconstructed, response, tensors, metadata, imputed=_optional(metadata, "imputed") or 0)
 
 
-def _parse_sampled(response: httpx.Response) -> results.Sampled:
+def _parse_sampled(response: Received) -> results.Sampled:
     tensors, metadata = _arrays(response)
     seed, conditions = _optional(metadata, "seed"), metadata.get("conditions")
     return _made(results.Sampled, response, tensors, metadata, seed=seed, conditions=conditions)
 
 
-def _parse_path(response: httpx.Response) -> results.LatentPath:
+def _parse_path(response: Received) -> results.LatentPath:
     return _made(results.LatentPath, response, *_arrays(response))
 
 
-def _parse_imputed(response: httpx.Response) -> results.Imputed:
+def _parse_imputed(response: Received) -> results.Imputed:
     tensors, metadata = _arrays(response)
     return _made(results.Imputed, response, tensors, metadata, imputed=_optional(metadata, "imputed") or 0)
 
 
-def _parse_scores(response: httpx.Response) -> results.Scores:
+def _parse_scores(response: Received) -> results.Scores:
     return _made(results.Scores, response, *_arrays(response))
 
 
-def _parse_neighbours(response: httpx.Response) -> results.Neighbours:
+def _parse_neighbours(response: Received) -> results.Neighbours:
     content = load_json(response.content)
     numbers = {
         "indices": np.array(content.get("indices", []), np.int64),
@@ -346,7 +346,7 @@ def row_error(content: Mapping[str, Any]) -> results.RowError:
     return results.RowError(content["row"], content["detail"], content.get("pointer"))
 
 
-def _parse_verdicts(response: httpx.Response) -> results.Verdicts:
+def _parse_verdicts(response: Received) -> results.Verdicts:
     content = load_json(response.content)
     names = ("rows", "anomalies", "failed", "unknown_fields", "alpha", "threshold")
     values: dict[str, Any] = {name: content.get(name) for name in names}
@@ -355,7 +355,7 @@ def _parse_verdicts(response: httpx.Response) -> results.Verdicts:
     return results.Verdicts(**_reply(response, content, **values))
 
 
-def _parse_feedback(response: httpx.Response) -> results.FeedbackReply:
+def _parse_feedback(response: Received) -> results.FeedbackReply:
     content = load_json(response.content)
     errors = tuple(map(row_error, content["errors"]))
     return results.FeedbackReply(
@@ -367,18 +367,18 @@ def _parse_feedback(response: httpx.Response) -> results.FeedbackReply:
     )
 
 
-def _parse_backtest(response: httpx.Response) -> results.BacktestReply:
+def _parse_backtest(response: Received) -> results.BacktestReply:
     content = load_json(response.content)
     return results.BacktestReply(**_reply(response, content), report=content)
 
 
-def _parse_peers(response: httpx.Response) -> results.Peers:
+def _parse_peers(response: Received) -> results.Peers:
     content = load_json(response.content)
     values = {name: content[name] for name in ("time", "compared", "others", "limit")}
     return results.Peers(**_reply(response, content, **values), groups=tuple(content["groups"]))
 
 
-def _parse_held_out(response: httpx.Response) -> results.HeldOut:
+def _parse_held_out(response: Received) -> results.HeldOut:
     content = load_json(response.content)
     labels, names = content.get("labels"), content.get("label_names")
     return results.HeldOut(
@@ -390,13 +390,13 @@ def _parse_held_out(response: httpx.Response) -> results.HeldOut:
     )
 
 
-def _parse_calibration(response: httpx.Response) -> results.CalibrationScores:
+def _parse_calibration(response: Received) -> results.CalibrationScores:
     content = load_json(response.content)
     scores = to_float32(content["scores"])
     return results.CalibrationScores(**_reply(response, content), rows=content["rows"], scores=scores)
 
 
-def _parse_models(response: httpx.Response) -> results.Models:
+def _parse_models(response: Received) -> results.Models:
     content = load_json(response.content)
     return results.Models(
         content.get("default"), tuple(map(_model, content.get("models", ()))), tuple(content.get("failures", ()))

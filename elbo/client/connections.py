@@ -5,19 +5,16 @@ pool and its streams. These transports take about 0.1 ms, because they support o
 HTTP/1.1 over TCP or TLS, whole request bodies, and whole response bodies. For proxies, HTTP/2 or trio, the clients take
 httpx's transports instead.
 
-A request may have the extension `deadline`, a time on the clock `time.monotonic`. Without it, the timeout `read` of
-httpx limits the time from the request to the end of the response.
+The timeout `read` of httpx limits the time from the request to the end of the response, not each read.
 """
 
 import asyncio
 import select
 import socket
 import ssl
-import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import NamedTuple
 
 import httpx
@@ -26,6 +23,7 @@ from elbo.client.http1 import ResponseReader, request_head
 
 RECEIVE_BYTES = 2**18
 IDLE_SECONDS = 60.0  # shorter than the server's ELBO_KEEP_ALIVE_SECONDS, 130 s by default
+CONNECT_SECONDS = 5.0
 MAX_CONNECTIONS = 100
 
 
@@ -37,37 +35,25 @@ class Origin(NamedTuple):
     is_tls: bool
 
 
-def origin_of(request: httpx.Request) -> Origin:
-    """Return the origin of `request`. Raises UnsupportedProtocol."""
-    url = request.url
+def origin_of(url: httpx.URL) -> Origin:
+    """Return the origin of `url`. Raises UnsupportedProtocol."""
     if url.scheme not in ("http", "https"):
-        raise httpx.UnsupportedProtocol(f"expected an address with http:// or https://, got {url}", request=request)
+        raise httpx.UnsupportedProtocol(f"expected an address with http:// or https://, got {url}")
     is_tls = url.scheme == "https"
     return Origin(url.host, url.port or (443 if is_tls else 80), is_tls)
 
 
-def _end_of(request: httpx.Request, phase: str) -> float | None:
-    """Return the time on the clock `time.monotonic` when `phase` times out; None for never."""
-    deadline: float | None = request.extensions.get("deadline")
-    seconds = (request.extensions.get("timeout") or {}).get(phase)
-    if seconds is None:
-        return deadline
-    end = time.monotonic() + float(seconds)
-    return end if deadline is None else min(end, deadline)
-
-
-def _left(end: float | None, expired: httpx.TimeoutException) -> float | None:
-    """Return the seconds until `end`; None for no limit. Raises `expired` if the time is over."""
-    if end is None:
-        return None
-    seconds = end - time.monotonic()
-    if seconds <= 0:
-        raise expired
+def _seconds_of(request: httpx.Request) -> float | None:
+    """Return the seconds that a request of httpx may take."""
+    seconds: float | None = (request.extensions.get("timeout") or {}).get("read")
     return seconds
 
 
-def response_of(reader: ResponseReader, request: httpx.Request) -> httpx.Response:
-    """Return the response that `reader` has read."""
+def _connect_seconds(seconds: float | None) -> float:
+    return CONNECT_SECONDS if seconds is None else min(CONNECT_SECONDS, seconds)
+
+
+def _response(reader: ResponseReader, request: httpx.Request) -> httpx.Response:
     extensions = {"http_version": b"HTTP/1.1", "reason_phrase": reader.reason}
     stream = httpx.ByteStream(reader.take())
     return httpx.Response(reader.status, headers=reader.headers, stream=stream, request=request, extensions=extensions)
@@ -106,32 +92,36 @@ class Connection:
         self._poll.modify(self.socket, events)
         return bool(self._poll.poll(None if seconds is None else 1000 * seconds))
 
-    def exchange(self, request: httpx.Request, head: bytes, body: bytes) -> ResponseReader:
-        """Send a request, and return its response.
+    def exchange(self, head: bytes, body: bytes, seconds: float | None) -> ResponseReader:
+        """Send a request, and return its response, which arrives within `seconds`.
 
         Raises:
             httpx.WriteTimeout, httpx.ReadTimeout, httpx.ReadError, httpx.RemoteProtocolError: there is no response.
         """
-        end = _end_of(request, "read")
+        end = None if seconds is None else time.monotonic() + seconds
         failure: OSError | None = None
+        self.socket.settimeout(seconds)
         try:
-            self.socket.settimeout(_left(end, httpx.WriteTimeout("the request could not be sent in time")))
             self.socket.sendall(head + body)
         except TimeoutError as error:
-            raise httpx.WriteTimeout("the request could not be sent in time", request=request) from error
+            raise httpx.WriteTimeout("the request could not be sent in time") from error
         except OSError as error:
             failure = error  # the server may have refused the request before it has read all of it
-        reader = ResponseReader(request.method)
-        expired = httpx.ReadTimeout("the response did not arrive in time", request=request)
+        # "GET" stands for any method but HEAD, which this client does not use.
+        reader = ResponseReader("HEAD" if head.startswith(b"HEAD ") else "GET")
         try:
-            while not reader.is_complete:
-                self.socket.settimeout(_left(end, expired))
+            while True:
                 reader.feed(self.socket.recv(RECEIVE_BYTES))
+                if reader.is_complete:
+                    break
+                if end is not None:
+                    self.socket.settimeout(_left(end))
         except TimeoutError as error:
-            raise expired from error
+            raise httpx.ReadTimeout("the response did not arrive in time") from error
         except OSError as error:
-            raise httpx.ReadError(f"the connection broke: {failure or error}", request=request) from error
-        reader.keeps_alive = reader.keeps_alive and failure is None
+            raise httpx.ReadError(f"the connection broke: {failure or error}") from error
+        if failure:
+            reader.keeps_alive = False
         return reader
 
     def close(self) -> None:
@@ -140,74 +130,75 @@ class Connection:
             self.socket.close()
 
 
+def _left(end: float) -> float:
+    """Return the seconds until `end`. Raises TimeoutError if the time is over."""
+    seconds = end - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError
+    return seconds
+
+
 class SocketTransport(httpx.BaseTransport):
-    """A transport of httpx over sockets. Threads may share it.
+    """A transport of httpx over sockets. Threads may share it; each has a connection of its own while it waits.
 
     Args:
         ssl_context: how to verify the server; by default as Python does.
-        max_connections: most connections at a time; further requests wait.
     """
 
-    def __init__(self, ssl_context: ssl.SSLContext | None = None, max_connections: int = MAX_CONNECTIONS) -> None:
+    def __init__(self, ssl_context: ssl.SSLContext | None = None) -> None:
         self._ssl_context = ssl_context
-        self._slots = threading.Semaphore(max_connections)
         self._idle: dict[Origin, deque[Connection]] = {}
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Send `request` and return the response, whose body has been read."""
-        origin, head, body = origin_of(request), request_head(request), request.read()
-        with self._slot(request):
-            connection = self._connection(origin, request)
-            try:
-                reader = connection.exchange(request, head, body)
-            except BaseException:
-                connection.close()
-                raise
-            if reader.keeps_alive:
-                connection.idle_since = time.monotonic()
-                self._idle.setdefault(origin, deque()).append(connection)
-            else:
-                connection.close()
-        return response_of(reader, request)
+        body = request.read()
+        reader = self.exchange(origin_of(request.url), request_head(request), body, _seconds_of(request))
+        return _response(reader, request)
 
-    @contextmanager
-    def _slot(self, request: httpx.Request) -> Iterator[None]:
-        end = _end_of(request, "pool")
-        expired = httpx.PoolTimeout("all connections of the client are in use", request=request)
-        if not self._slots.acquire(timeout=_left(end, expired)):
-            raise expired
+    def exchange(self, origin: Origin, head: bytes, body: bytes, seconds: float | None) -> ResponseReader:
+        """Send a request, and return its response. Raises the errors of `connect` and `Connection.exchange`."""
+        started = time.monotonic()
+        connection = self._idle_connection(origin)
+        if connection is None:
+            connection = self.connect(origin, seconds)
+            seconds = None if seconds is None else max(0.001, seconds - (time.monotonic() - started))
         try:
-            yield
-        finally:
-            self._slots.release()
+            reader = connection.exchange(head, body, seconds)
+        except BaseException:
+            connection.close()
+            raise
+        if reader.keeps_alive:
+            connection.idle_since = time.monotonic()
+            self._idle.setdefault(origin, deque()).append(connection)
+        else:
+            connection.close()
+        return reader
 
-    def _connection(self, origin: Origin, request: httpx.Request) -> Connection:
-        """Return an idle connection that the server has not closed, or a new connection."""
+    def _idle_connection(self, origin: Origin) -> Connection | None:
+        """Return an idle connection that the server has not closed; None if there is none."""
         idle = self._idle.get(origin)
         while idle:
             try:
                 connection = idle.pop()
             except IndexError:  # another thread has taken it
-                break
+                return None
             if connection.is_usable():
                 return connection
             connection.close()
-        return self.connect(origin, request)
+        return None
 
-    def connect(self, origin: Origin, request: httpx.Request) -> Connection:
+    def connect(self, origin: Origin, seconds: float | None) -> Connection:
         """Return a new connection, which the caller closes.
 
         Raises:
             httpx.ConnectError, httpx.ConnectTimeout: there is no connection.
         """
-        expired = httpx.ConnectTimeout(f"{origin.host}:{origin.port} did not respond in time", request=request)
-        seconds = _left(_end_of(request, "connect"), expired)
         try:
-            return Connection(origin, self._ssl_context, seconds)
+            return Connection(origin, self._ssl_context, _connect_seconds(seconds))
         except TimeoutError as error:
-            raise expired from error
+            raise httpx.ConnectTimeout(f"{origin.host}:{origin.port} did not respond in time") from error
         except OSError as error:
-            raise httpx.ConnectError(str(error), request=request) from error
+            raise httpx.ConnectError(str(error)) from error
 
     def close(self) -> None:
         """Close all idle connections."""
@@ -229,12 +220,12 @@ class AsyncConnection:
         is_fresh = time.monotonic() - self.idle_since <= IDLE_SECONDS
         return is_fresh and not self.reader.at_eof() and not self.writer.is_closing()
 
-    async def exchange(self, request: httpx.Request, head: bytes, body: bytes) -> ResponseReader:
-        """Send a request, and return its response. Raises the errors of `Connection.exchange`."""
+    async def exchange(self, head: bytes, body: bytes, seconds: float | None) -> ResponseReader:
+        """Send a request, and return its response, which arrives within `seconds`. Raises as `Connection.exchange`."""
         failure: OSError | None = None
-        reader = ResponseReader(request.method)
+        reader = ResponseReader("HEAD" if head.startswith(b"HEAD ") else "GET")
         try:
-            async with asyncio.timeout_at(_loop_time(_end_of(request, "read"))):
+            async with asyncio.timeout(seconds):
                 try:
                     self.writer.write(head + body)
                     await self.writer.drain()
@@ -243,10 +234,11 @@ class AsyncConnection:
                 while not reader.is_complete:
                     reader.feed(await self.reader.read(RECEIVE_BYTES))
         except TimeoutError as error:
-            raise httpx.ReadTimeout("the response did not arrive in time", request=request) from error
+            raise httpx.ReadTimeout("the response did not arrive in time") from error
         except OSError as error:
-            raise httpx.ReadError(f"the connection broke: {failure or error}", request=request) from error
-        reader.keeps_alive = reader.keeps_alive and failure is None
+            raise httpx.ReadError(f"the connection broke: {failure or error}") from error
+        if failure:
+            reader.keeps_alive = False
         return reader
 
     def close(self) -> None:
@@ -255,13 +247,13 @@ class AsyncConnection:
             self.writer.transport.abort()
 
 
-def _loop_time(end: float | None) -> float | None:
-    """Convert a time on the clock `time.monotonic` to the clock of the event loop."""
-    return None if end is None else asyncio.get_running_loop().time() + end - time.monotonic()
-
-
 class AsyncSocketTransport(httpx.AsyncBaseTransport):
-    """A transport of httpx over asyncio's streams. Its arguments are those of `SocketTransport`."""
+    """A transport of httpx over asyncio's streams.
+
+    Args:
+        ssl_context: how to verify the server; by default as Python does.
+        max_connections: most connections at a time; further requests wait.
+    """
 
     def __init__(self, ssl_context: ssl.SSLContext | None = None, max_connections: int = MAX_CONNECTIONS) -> None:
         self._ssl_context = ssl_context
@@ -270,16 +262,24 @@ class AsyncSocketTransport(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send `request` and return the response, whose body has been read."""
-        origin, head, body = origin_of(request), request_head(request), await request.aread()
+        body = await request.aread()
+        reader = await self.exchange(origin_of(request.url), request_head(request), body, _seconds_of(request))
+        return _response(reader, request)
+
+    async def exchange(self, origin: Origin, head: bytes, body: bytes, seconds: float | None) -> ResponseReader:
+        """Send a request, and return its response. Raises the errors of `SocketTransport.exchange` and PoolTimeout."""
+        end = None if seconds is None else time.monotonic() + seconds
         try:
-            async with asyncio.timeout_at(_loop_time(_end_of(request, "pool"))):
+            async with asyncio.timeout(seconds):
                 await self._slots.acquire()
         except TimeoutError as error:
-            raise httpx.PoolTimeout("all connections of the client are in use", request=request) from error
+            raise httpx.PoolTimeout("all connections of the client are in use") from error
         try:
-            connection = await self._connection(origin, request)
+            connection = self._idle_connection(origin)
+            if connection is None:
+                connection = await self.connect(origin, seconds)
             try:
-                reader = await connection.exchange(request, head, body)
+                reader = await connection.exchange(head, body, None if end is None else end - time.monotonic())
             except BaseException:
                 connection.close()
                 raise
@@ -290,31 +290,30 @@ class AsyncSocketTransport(httpx.AsyncBaseTransport):
             self._idle.setdefault(origin, deque()).append(connection)
         else:
             connection.close()
-        return response_of(reader, request)
+        return reader
 
-    async def _connection(self, origin: Origin, request: httpx.Request) -> AsyncConnection:
-        """Return an idle connection that the server has not closed, or a new connection."""
+    def _idle_connection(self, origin: Origin) -> AsyncConnection | None:
+        """Return an idle connection that the server has not closed; None if there is none."""
         idle = self._idle.get(origin)
         while idle:
             connection = idle.pop()
             if connection.is_usable():
                 return connection
             connection.close()
-        return await self.connect(origin, request)
+        return None
 
-    async def connect(self, origin: Origin, request: httpx.Request) -> AsyncConnection:
+    async def connect(self, origin: Origin, seconds: float | None) -> AsyncConnection:
         """Return a new connection, which the caller closes. Raises the errors of `SocketTransport.connect`."""
         context: ssl.SSLContext | None = None
         if origin.is_tls:
             context = self._ssl_context or ssl.create_default_context()
         try:
-            async with asyncio.timeout_at(_loop_time(_end_of(request, "connect"))):
+            async with asyncio.timeout(_connect_seconds(seconds)):
                 streams = await asyncio.open_connection(origin.host, origin.port, ssl=context, limit=RECEIVE_BYTES)
         except TimeoutError as error:
-            message = f"{origin.host}:{origin.port} did not respond in time"
-            raise httpx.ConnectTimeout(message, request=request) from error
+            raise httpx.ConnectTimeout(f"{origin.host}:{origin.port} did not respond in time") from error
         except OSError as error:
-            raise httpx.ConnectError(str(error), request=request) from error
+            raise httpx.ConnectError(str(error)) from error
         return AsyncConnection(*streams)
 
     async def aclose(self) -> None:

@@ -99,5 +99,7 @@ def to_float32(values: npt.ArrayLike) -> Array:
     Raises:
         TypeError, ValueError: the values are not numbers.
     """
+    if isinstance(values, np.ndarray) and values.dtype == np.float32 and values.flags.c_contiguous:
+        return values
     with np.errstate(over="ignore"):
         return np.asarray(values, np.float32, order="C")

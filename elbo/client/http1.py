@@ -1,10 +1,26 @@
 """HTTP/1.1 without input and output: write the head of a request, and read a response from the bytes that arrive."""
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import httpx
 
 Headers = list[tuple[bytes, bytes]]
+
+
+class Received(NamedTuple):
+    """A whole response. The names of the headers are in lower case."""
+
+    status: int
+    reason: str
+    headers: dict[bytes, bytes]
+    content: bytes
+
+    def header(self, name: bytes) -> str:
+        """Return the value of a header; "" if it is absent."""
+        return self.headers.get(name, b"").decode("latin-1")
+
+
 MAX_HEAD_BYTES = 2**17
 MAX_LINE_BYTES = 2**14  # of a chunk size with its extensions, or of a trailer
 _NO_BODY = (204, 304)
@@ -21,7 +37,7 @@ def request_head(request: httpx.Request) -> bytes:
 
 
 class ResponseReader:
-    """Reads one response.
+    """Reads one response. `headers` has the names in lower case.
 
     Call `feed` with the bytes that arrive, and with b"" at the end of the connection, until `is_complete`. After each
     call, `take` returns the bytes of the body that have arrived since the last call. Informational responses (1xx) are
@@ -50,6 +66,10 @@ class ResponseReader:
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._body.clear()
         return body
+
+    def received(self) -> Received:
+        """Return the whole response, once it is complete and nothing of its body was taken."""
+        return Received(self.status, self.reason.decode("latin-1"), dict(self.headers), self.take())
 
     def feed(self, data: bytes) -> None:
         """Read `data`; b"" is the end of the connection.
@@ -99,7 +119,7 @@ class ResponseReader:
             name, colon, value = line.partition(b":")
             if not colon or not name or name != name.strip():
                 raise httpx.RemoteProtocolError(f"expected a header, got {line[:60]!r}")
-            headers.append((name, value.strip(b" \t")))
+            headers.append((name.lower(), value.strip(b" \t")))
         if status == b"101":
             raise httpx.RemoteProtocolError("the server switched to another protocol, which nobody asked for")
         if status[:1] != b"1":
@@ -111,12 +131,11 @@ class ResponseReader:
         """Find out from the headers how the body ends (RFC 9112, section 6.3)."""
         lengths, codings, options = set(), [], b""
         for name, value in self.headers:
-            key = name.lower()
-            if key == b"content-length":
+            if name == b"content-length":
                 lengths.add(value)
-            elif key == b"transfer-encoding":
+            elif name == b"transfer-encoding":
                 codings.append(value.lower())
-            elif key == b"connection":
+            elif name == b"connection":
                 options += value.lower() + b","
         self.keeps_alive = b"close" not in options if is_1_1 else b"keep-alive" in options
         if not self._has_body or self.status in _NO_BODY:

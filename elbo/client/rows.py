@@ -34,12 +34,17 @@ Rows = npt.ArrayLike | Frame | Sequence[Record]
 
 def is_frame(rows: object) -> TypeGuard[Frame]:
     """Return whether `rows` is a data frame of pandas or polars."""
-    return hasattr(rows, "columns") and hasattr(rows, "to_numpy")
+    return not isinstance(rows, np.ndarray) and hasattr(rows, "columns") and hasattr(rows, "to_numpy")
 
 
 def is_records(rows: object) -> TypeGuard[Sequence[Record]]:
     """Return whether `rows` is a list of objects by feature name."""
-    return isinstance(rows, Sequence) and len(rows) > 0 and isinstance(rows[0], Mapping)
+    return (
+        not isinstance(rows, np.ndarray)
+        and isinstance(rows, Sequence)
+        and len(rows) > 0
+        and isinstance(rows[0], Mapping)
+    )
 
 
 def to_array(rows: Any) -> Array:

@@ -11,14 +11,15 @@ from urllib.request import getproxies, proxy_bypass
 import httpx
 
 from elbo.client.calls import Call, Options
+from elbo.client.connections import CONNECT_SECONDS, origin_of
 from elbo.client.errors import ElboHTTPError, InvalidReply, from_response
+from elbo.client.http1 import Received, request_head
 from elbo.client.results import Array, Model
 from elbo.client.retries import Attempts, Retries, parse_retry_after
 from elbo.client.rows import split
 
 T = TypeVar("T")
 DEFAULT_TIMEOUT = 30.0
-CONNECT_SECONDS = 5.0
 CHUNK_ROWS = 2048
 DESCRIPTION_SECONDS = 10.0  # for which the features of a model are remembered; a new version is used after this time
 Verify = ssl.SSLContext | str | bool
@@ -63,6 +64,8 @@ class Settings:
         if key:
             self._headers.append((b"authorization", b"Bearer " + key.encode()))
         self._headers += [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+        self.origin = origin_of(url)
+        self._head_start = lru_cache(maxsize=256)(self._write_head_start)
         self._descriptions: dict[str | None, tuple[float, Model]] = {}
 
     def attempts(self, call: Call[Any], options: Options) -> Attempts:
@@ -70,12 +73,11 @@ class Settings:
         seconds = options.get("timeout", self.timeout)
         return Attempts(self.retries, call.is_safe, seconds, self.base_url)
 
-    def request(self, call: Call[Any], attempts: Attempts) -> httpx.Request:
-        """Return the request of an attempt. It tells the server how long the client waits."""
+    def request(self, call: Call[Any], seconds: float | None) -> httpx.Request:
+        """Return a request that may take `seconds`. It tells the server how long the client waits."""
         headers = [*self._headers, (b"accept", call.accept.encode())]
-        left = attempts.seconds_left()
-        if left is not None:
-            headers.append((b"x-request-timeout", b"%.3f" % max(left, 0.001)))
+        if seconds is not None:
+            headers.append((b"x-request-timeout", b"%.3f" % max(seconds, 0.001)))
         if call.body is not None:
             headers.append((b"content-type", call.content_type.encode()))
             headers.append((b"content-length", b"%d" % len(call.body)))
@@ -84,8 +86,22 @@ class Settings:
             _url(self.base_url, call.path),
             headers=headers,
             stream=httpx.ByteStream(call.body or b""),
-            extensions=timeouts(left, attempts.deadline),
+            extensions=timeouts(seconds),
         )
+
+    def head(self, call: Call[Any], seconds: float | None) -> bytes:
+        """Return the head of a request that may take `seconds`, as `request` would write it."""
+        start = self._head_start(call.path, call.accept, call.content_type if call.body is not None else "")
+        limit = b"" if seconds is None else b"x-request-timeout: %.3f\r\n" % max(seconds, 0.001)
+        length = b"" if call.body is None else b"content-length: %d\r\n" % len(call.body)
+        return start + limit + length + b"\r\n"
+
+    def _write_head_start(self, path: str, accept: str, content_type: str) -> bytes:
+        """Return the lines of a head that are the same for many requests."""
+        call: Call[Any] = Call(lambda _: None, path, b"" if content_type else None, content_type, accept)
+        request = self.request(call, None)
+        request.headers.pop("content-length", None)
+        return request_head(request).removesuffix(b"\r\n")
 
     def stream_head(self, path: str, media_type: str, seconds: float | None) -> httpx.Request:
         """Return the request that begins a stream, whose body the caller sends in chunks."""
@@ -128,24 +144,26 @@ class Settings:
                 yield part, options
 
 
-def timeouts(seconds: float | None, deadline: float | None = None) -> dict[str, Any]:
-    """Return the extensions of a request that may take `seconds`, and end at `deadline`."""
+def timeouts(seconds: float | None) -> dict[str, Any]:
+    """Return the extensions of a request that may take `seconds`."""
     connect = CONNECT_SECONDS if seconds is None else min(CONNECT_SECONDS, seconds)
-    return {
-        "timeout": {"connect": connect, "read": seconds, "write": seconds, "pool": seconds},
-        "deadline": deadline,
-    }
+    return {"timeout": {"connect": connect, "read": seconds, "write": seconds, "pool": seconds}}
 
 
-def refusal(response: httpx.Response) -> ElboHTTPError:
+def received(response: httpx.Response) -> Received:
+    """Return a response of httpx that has been read."""
+    headers = {name.lower(): value for name, value in response.headers.raw}
+    return Received(response.status_code, response.reason_phrase, headers, response.content)
+
+
+def refusal(response: Received) -> ElboHTTPError:
     """Return the exception for a response that is no success."""
-    retry_after = parse_retry_after(response.headers.get("retry-after"))
-    identifier = response.headers.get("x-request-id", "")
-    reason = response.reason_phrase or str(response.status_code)
-    return from_response(response.status_code, response.content, identifier, retry_after, reason)
+    retry_after = parse_retry_after(response.header(b"retry-after"))
+    reason = response.reason or str(response.status)
+    return from_response(response.status, response.content, response.header(b"x-request-id"), retry_after, reason)
 
 
-def result(call: Call[T], response: httpx.Response) -> T:
+def result(call: Call[T], response: Received) -> T:
     """Return the result of a successful response. Raises InvalidReply."""
     try:
         return call.parse(response)

@@ -22,8 +22,6 @@ from elbo.client.connections import (
     AsyncSocketTransport,
     Connection,
     SocketTransport,
-    origin_of,
-    response_of,
 )
 from elbo.client.errors import ConnectionFailed, InvalidReply, TimedOut, from_problem
 from elbo.client.formats import NDJSON, dump_json, load_json
@@ -51,15 +49,13 @@ class VerdictReader:
     """Reads the response of a stream. `verdicts` has the verdicts that were not taken yet.
 
     Args:
-        request: the request that began the stream.
         address: the address of the server, for messages.
     """
 
-    def __init__(self, request: httpx.Request, address: str) -> None:
+    def __init__(self, address: str) -> None:
         self.verdicts: deque[Verdict | RowError] = deque()
         self.received = 0
         self.summary: StreamSummary | None = None
-        self._request = request
         self._address = address
         self._reader = ResponseReader("POST")
         self._rest = b""
@@ -105,10 +101,7 @@ class VerdictReader:
         ) from error
 
     def _refuse(self) -> NoReturn:
-        response = response_of(self._reader, self._request)
-        response.stream = httpx.ByteStream(b"".join(self._refused))
-        response.read()
-        raise refusal(response)
+        raise refusal(self._reader.received()._replace(content=b"".join(self._refused)))
 
     def _read_line(self, text: bytes) -> None:
         content = load_json(text)
@@ -148,7 +141,7 @@ class AnomalyStream(Iterator[Verdict | RowError]):
         self._settings = settings
         self._transport = transport
         self._request = settings.stream_head(path, NDJSON, seconds)
-        self._reader = VerdictReader(self._request, settings.base_url)
+        self._reader = VerdictReader(settings.base_url)
         self._rows = iter(rows)
         self._credit = ahead
         self._seconds = seconds
@@ -194,7 +187,7 @@ class AnomalyStream(Iterator[Verdict | RowError]):
         attempts = Attempts(self._settings.retries, False, self._seconds, self._settings.base_url)
         while self._connection is None:
             try:
-                self._connection = self._transport.connect(origin_of(self._request), self._request)
+                self._connection = self._transport.connect(self._settings.origin, self._seconds)
             except httpx.TransportError as error:
                 time.sleep(attempts.wait_after_failure(error))
         self._connection.socket.setblocking(False)
@@ -289,7 +282,7 @@ class AsyncAnomalyStream(AsyncIterator[Verdict | RowError]):
         self._settings = settings
         self._transport = transport
         self._request = settings.stream_head(path, NDJSON, seconds)
-        self._reader = VerdictReader(self._request, settings.base_url)
+        self._reader = VerdictReader(settings.base_url)
         self._rows = rows
         self._credit = asyncio.Semaphore(ahead)
         self._seconds = seconds
@@ -340,7 +333,7 @@ class AsyncAnomalyStream(AsyncIterator[Verdict | RowError]):
         attempts = Attempts(self._settings.retries, False, self._seconds, self._settings.base_url)
         while self._connection is None:
             try:
-                self._connection = await self._transport.connect(origin_of(self._request), self._request)
+                self._connection = await self._transport.connect(self._settings.origin, self._seconds)
             except httpx.TransportError as error:
                 await asyncio.sleep(attempts.wait_after_failure(error))
         self._connection.writer.write(request_head(self._request))

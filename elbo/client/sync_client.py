@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 from elbo.client import calls, results
 from elbo.client.calls import Call, Options
-from elbo.client.connections import MAX_CONNECTIONS, SocketTransport
+from elbo.client.connections import SocketTransport
 from elbo.client.errors import NotFound, NotReady
+from elbo.client.http1 import Received
 from elbo.client.options import (
     AnomalyOptions,
     BacktestOptions,
@@ -36,6 +37,7 @@ from elbo.client.settings import (
     Settings,
     Verify,
     proxy_of,
+    received,
     refusal,
     result,
     ssl_context_of,
@@ -67,7 +69,6 @@ class Client:
         trust_env: whether HTTP_PROXY, NO_PROXY, SSL_CERT_FILE and the like apply, as in httpx.
         transport: a transport of httpx, instead of the client's own; for example, httpx.HTTPTransport(uds=...).
         headers: further headers of every request.
-        max_connections: most connections at a time.
         chunk_rows: arrays with more rows are sent in several requests, at most this many rows each. It must not be
             above the server's ELBO_MAX_ROWS.
     """
@@ -85,7 +86,6 @@ class Client:
         trust_env: bool = True,
         transport: httpx.BaseTransport | None = None,
         headers: Mapping[str, str] | None = None,
-        max_connections: int = MAX_CONNECTIONS,
         chunk_rows: int = CHUNK_ROWS,
     ) -> None:
         self._settings = Settings(base_url, model, key, timeout, retries, headers, chunk_rows)
@@ -95,7 +95,7 @@ class Client:
                 verified: Verify = context or verify
                 transport = httpx.HTTPTransport(verify=verified, proxy=proxy, trust_env=trust_env)
             else:
-                transport = SocketTransport(context, max_connections)
+                transport = SocketTransport(context)
         self._transport = transport
 
     def __enter__(self) -> Self:
@@ -266,15 +266,23 @@ class Client:
         attempts = self._settings.attempts(call, options)
         while True:
             try:
-                response = self._transport.handle_request(self._settings.request(call, attempts))
-                response.read()
+                response = self._exchange(call, attempts.seconds_left())
             except httpx.TransportError as error:
                 wait = attempts.wait_after_failure(error)
             else:
-                if response.status_code == 200:
+                if response.status == 200:
                     return result(call, response)
                 wait = attempts.wait_after_refusal(refusal(response))
             time.sleep(wait)
+
+    def _exchange(self, call: Call[Any], seconds: float | None) -> Received:
+        """Send `call` once, and return the response. The client's own transport needs no objects of httpx."""
+        if isinstance(self._transport, SocketTransport):
+            head = self._settings.head(call, seconds)
+            return self._transport.exchange(self._settings.origin, head, call.body or b"", seconds).received()
+        response = self._transport.handle_request(self._settings.request(call, seconds))
+        response.read()
+        return received(response)
 
     def _by_row(self, make: Callable[[Array, str | None, Options], Call[R]], rows: Rows, options: Options) -> R:
         """Return the result for rows that are computed independently of each other."""
@@ -311,6 +319,8 @@ class Client:
     def _in_parts(self, make: Callable[[Array, str | None, Options], Call[R]], array: Array, options: Options) -> R:
         """Return the result for `array`, from one request for each part of its rows. One version computes all parts."""
         model, parts = self._model(options), []
+        if len(array) <= self._settings.chunk_rows:
+            return self._send(make(array, model, options), options)
         for part, part_options in self._settings.parts(array, options):
             parts.append(self._send(make(part, model, part_options), options))
             model = f"{parts[0].model}@{parts[0].version}"
