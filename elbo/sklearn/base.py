@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from elbo.model import Model
     from models.pipeline import Pipeline
     from training.config import Kind, TrainConfig
+    from training.data.table import Table
     from training.train import FittedModel
 
 Array = npt.NDArray[np.float64]
@@ -120,7 +121,7 @@ class ElboEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn publis
         with defaults, _as_value_error(), in_terms_of_python(), self._reporter() as report:
             table = read_table(InMemory(x, name="X"))
             if hasattr(self, "feature_names_in_"):
-                table = replace(table, names=list(self.feature_names_in_))
+                table = _with_titles(table, self.feature_names_in_.tolist())
             return fit_model(self._config(), table, report)
 
     def _config(self) -> "TrainConfig":
@@ -204,6 +205,22 @@ class ElboEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn publis
         with torch.inference_mode():
             parts = [method(rows.double()) for rows in torch.from_numpy(x).split(BATCH_ROWS)]
             return torch.cat(parts).numpy()
+
+
+def _with_titles(table: "Table", titles: Sequence[str]) -> "Table":
+    """Return `table` with the names and units in the titles of its columns, as Elbo reads them in files and frames.
+
+    Raises:
+        ValueError: two columns have the same name.
+    """
+    from models.columns import parse_title
+
+    columns = [parse_title(title) for title in titles]
+    names = [column.name for column in columns]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"Input X has two columns with the name {twice!r} (units in brackets are no part of it)")
+    return replace(table, names=names, units=[column.unit for column in columns])
 
 
 @contextmanager

@@ -44,7 +44,8 @@ class Detector(OutlierMixin, ElboEstimator):  # type: ignore[misc]  # scikit-lea
         """Fit the model to X [N, D], and calibrate it. `y` is ignored.
 
         Args:
-            X: array or frame, at least 10 rows. NaN is a missing value: the model takes the median of the column.
+            X: array or frame, at least 10 rows. NaN is a missing value: the score is the expected
+                score of the complete row.
 
         Raises:
             ValueError: X or a parameter is invalid. The message says what to do.
@@ -73,8 +74,10 @@ class Detector(OutlierMixin, ElboEstimator):  # type: ignore[misc]  # scikit-lea
         It is minus the score that the server gives for the row.
         """
         check_is_fitted(self)
+        from models import artifact
+
         x, _ = self._read(X)
-        return -self._run(lambda rows: self._pipeline.core.score(self._pipeline.scaling(rows))[0], x)
+        return -self._run(lambda rows: artifact.score(self._pipeline, rows)[0], x)
 
     def decision_function(self, X: Any) -> Array:
         """Return by how much the rows X [N, D] are inside the threshold, [N]: negative for outliers."""

@@ -192,7 +192,7 @@ def test_missing_values_are_accepted_only_in_columns_that_have_some_in_training(
     x = pd.DataFrame(normal_rows(200, 0), columns=list("abcde"))
     x.loc[::7, "b"] = np.nan
     fitted = PCADetector(calibration="split").fit(x)
-    assert np.isfinite(fitted.score_samples(x)).all()
+    np.testing.assert_allclose(-fitted.score_samples(x), fitted.model_.score(x), rtol=1e-4, atol=1e-5)
     x.loc[0, "c"] = np.nan
     with pytest.raises(ValueError, match="Input X contains NaN in feature c, in which no training row"):
         fitted.predict(x)
@@ -247,8 +247,11 @@ def test_transformer_publishes_a_model_that_encodes_alike(tmp_path: Path) -> Non
     x = pd.DataFrame(normal_rows(100, 0), columns=["a", "b", "c", "d", "e [%]"])
     transformer = PCATransformer(latents=2).fit(x)
     model = elbo.load(transformer.publish(tmp_path, name="web"))
-    assert [feature.name for feature in model.artifact.manifest.features] == list(x.columns)
-    np.testing.assert_allclose(model.encode(x.to_numpy()), transformer.transform(x), rtol=1e-4, atol=1e-5)
+    features = model.artifact.manifest.features
+    assert [(feature.name, feature.unit) for feature in features][3:] == [("d", None), ("e", "%")]
+    np.testing.assert_allclose(model.encode(x), transformer.transform(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="Input X has two columns with the name 'e'"):
+        PCATransformer().fit(x.rename(columns={"a": "e [s]"}))
 
 
 def test_verbose_1_shows_the_progress_and_0_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
