@@ -6,6 +6,7 @@ Each function returns a `Call`, which both clients send in their own way.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote, urlencode
 
@@ -60,9 +61,16 @@ class Call(Generic[T]):
 
 def _path(path: str, model: str | None, options: Options | None = None) -> str:
     """Return `path` with the model and the options as its query."""
+    if not options:
+        return _path_of_model(path, model)
     pairs = [("model", model)] if model else []
-    pairs += [(name, _option(value)) for name, value in (options or {}).items() if name not in _CLIENT_OPTIONS]
+    pairs += [(name, _option(value)) for name, value in options.items() if name not in _CLIENT_OPTIONS]
     return f"{path}?{urlencode(pairs, quote_via=quote)}" if pairs else path
+
+
+@lru_cache(maxsize=256)
+def _path_of_model(path: str, model: str | None) -> str:
+    return f"{path}?{urlencode({'model': model}, quote_via=quote)}" if model else path
 
 
 def _option(value: Any) -> str:

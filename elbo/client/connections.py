@@ -21,7 +21,7 @@ import httpx
 
 from elbo.client.http1 import ResponseReader, request_head
 
-RECEIVE_BYTES = 2**18
+RECEIVE_BYTES = 2**16  # malloc would map and unmap a larger buffer for each response
 IDLE_SECONDS = 60.0  # shorter than the server's ELBO_KEEP_ALIVE_SECONDS, 130 s by default
 CONNECT_SECONDS = 5.0
 MAX_CONNECTIONS = 100

@@ -22,7 +22,7 @@ T = TypeVar("T")
 DEFAULT_TIMEOUT = 30.0
 CHUNK_ROWS = 2048
 DESCRIPTION_SECONDS = 10.0  # for which the features of a model are remembered; a new version is used after this time
-Verify = ssl.SSLContext | str | bool
+Verify = ssl.SSLContext | bool
 
 
 @lru_cache(maxsize=512)

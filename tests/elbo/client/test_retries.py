@@ -234,7 +234,7 @@ def test_connection_that_the_server_has_closed_is_not_used_again() -> None:
         asyncio.run(scenario(server))
 
 
-def test_connections_are_kept_and_shared_by_threads() -> None:
+def test_connection_is_kept_open_for_further_calls() -> None:
     with scripted(MODELS) as server, Client(server.address) as elbo:
         for _ in range(10):
             elbo.models()

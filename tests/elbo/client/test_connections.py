@@ -1,0 +1,118 @@
+"""Ways to the server: HTTPS, a proxy from the environment, a path before the endpoints, many threads."""
+
+import asyncio
+import shutil
+import ssl
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from elbo.client import AsyncClient, Client, ConnectionFailed, Retries
+from tests.conftest import require
+from tests.elbo.client.scripted import respond, scripted
+from tests.service.hosts import host_rows
+from tests.service.process import ServerProcess, server_starter
+from tests.service.running import post
+
+pytestmark = pytest.mark.slow
+ROWS = np.array(host_rows(40), np.float32)
+MODELS = respond("200 OK", b'{"default": null, "models": [], "failures": []}')
+
+
+@pytest.fixture(scope="module")
+def https(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerProcess, ssl.SSLContext]]:
+    """Yield a server with a certificate, and the context that trusts the certificate."""
+    require(shutil.which("openssl"), "the test needs the program openssl")
+    folder = tmp_path_factory.mktemp("tls")
+    certificate, key = folder / "server.pem", folder / "server.key"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-keyout", str(key), "-out", str(certificate), "-days", "2", "-subj", "/CN=server"]
+    subprocess.run([*command, "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
+    with server_starter() as start:
+        server = start(models, TLS_CERTIFICATE=certificate, TLS_KEY=key, DEFAULT_MODEL="hosts")
+        yield server, ssl.create_default_context(cafile=str(certificate))
+
+
+def test_calls_and_streams_work_over_https(https: tuple[ServerProcess, ssl.SSLContext]) -> None:
+    server, context = https
+    address, rows = f"https://127.0.0.1:{server.port}", host_rows(3000)
+
+    async def scenario() -> tuple[Any, int]:
+        async with AsyncClient(address, verify=context) as elbo:
+            stream = elbo.anomaly_stream(rows, observe=False)
+            return (await elbo.encode(ROWS)).latents, len([each async for each in stream])
+
+    latents, count = asyncio.run(scenario())
+    with Client(address, verify=context) as elbo:
+        assert np.allclose(elbo.encode(ROWS).latents, latents, atol=1e-6)
+        assert [each.row for each in elbo.anomaly_stream(rows, observe=False)] == list(range(3000))
+    assert count == 3000
+
+
+def test_server_whose_certificate_is_not_trusted_gets_no_request(https: tuple[ServerProcess, ssl.SSLContext]) -> None:
+    server, _ = https
+    with Client(f"https://127.0.0.1:{server.port}", key="secret", retries=Retries(attempts=1)) as elbo:
+        with pytest.raises(ConnectionFailed, match="certificate verify failed") as raised:
+            elbo.encode(ROWS)
+        assert raised.value.sent is False
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_proxy_of_the_environment_gets_the_requests(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    async def scenario(**options: Any) -> None:
+        async with AsyncClient("http://elbo.invalid:8000", **options) as elbo:
+            await elbo.models()
+
+    def call(**options: Any) -> None:
+        with Client("http://elbo.invalid:8000", **options) as elbo:
+            elbo.models()
+
+    with scripted(MODELS) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.address)
+        monkeypatch.delenv("no_proxy", raising=False)
+        asyncio.run(scenario()) if kind == "async" else call()
+        assert proxy.received[0].startswith(b"GET http://elbo.invalid:8000/models HTTP/1.1\r\n")
+        with pytest.raises(ConnectionFailed):
+            call(trust_env=False, retries=Retries(attempts=1))
+        monkeypatch.setenv("no_proxy", "elbo.invalid")
+        with pytest.raises(ConnectionFailed):
+            call(retries=Retries(attempts=1))
+        assert len(proxy.received) == 1
+
+
+def test_path_of_the_address_comes_before_the_endpoints() -> None:
+    with scripted(MODELS) as server, Client(f"{server.address}/tools/elbo/", headers={"X-Team": "a"}) as elbo:
+        elbo.models()
+        head = server.received[0].lower()
+        assert head.startswith(b"get /tools/elbo/models http/1.1\r\n")
+        assert b"x-team: a\r\n" in head
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:8000", "ftp://elbo", "http://", ""])
+def test_address_that_is_not_http_is_refused_at_once(address: str) -> None:
+    with pytest.raises(ValueError, match="expected an address such as"):
+        Client(address)
+
+
+def test_threads_share_a_client_and_get_their_own_results(address: str, plain: httpx.Client) -> None:
+    latents = np.array(post(plain, "/encode?model=hosts", {"inputs": ROWS.tolist()})["latents"])
+    with Client(address, "hosts") as elbo, ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda number: elbo.encode(ROWS[number % 40][None]).latents, range(200)))
+    assert np.allclose(np.concatenate(found), latents[np.arange(200) % 40], atol=1e-5)
+
+
+def test_async_client_has_no_more_connections_than_allowed() -> None:
+    async def scenario(address: str) -> None:
+        async with AsyncClient(address, max_connections=3) as elbo:
+            await asyncio.gather(*(elbo.models() for _ in range(20)))
+
+    with scripted(MODELS) as server:
+        asyncio.run(scenario(server.address))
+        assert len(server.received) == 20
+        assert len(server._connections) <= 3
