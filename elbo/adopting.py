@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elbo.errors import ElboWarning
-from elbo.model import Model
+from elbo.model import Model, artifact_folder
 from elbo.sources import Data, as_source
 from models.columns import parse_title
 from models.keys import PrivateKey, read_private_key
@@ -35,7 +35,7 @@ def adopt(
     calibration_rows: Data,
     *,
     name: str,
-    artifacts: "str | os.PathLike[str]" = "artifacts",
+    artifacts: "str | os.PathLike[str] | None" = None,
     fit_rows: Data | None = None,
     scaler: Any = None,
     prior: PriorOption = None,
@@ -61,7 +61,7 @@ def adopt(
         calibration_rows: normal rows that did not train the network, in raw units, of any type that `elbo.fit` takes.
             At least 38 are needed, or 29 with `fit_rows`.
         name: name under which the model is published.
-        artifacts: artifact folder.
+        artifacts: artifact folder; default: ELBO_ARTIFACTS, or "artifacts".
         fit_rows: rows that may have trained the network, in raw units.
         scaler: converts raw units to the units that the module takes: a scaler of scikit-learn, (mean, scale), or a
             module with forward and inverse.
@@ -96,7 +96,7 @@ def adopt(
         module,
         rows,
         name=name,
-        artifacts=Path(artifacts),
+        artifacts=artifact_folder(artifacts),
         fit_rows=others,
         scaler=scaler,
         prior=prior,

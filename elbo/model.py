@@ -80,13 +80,18 @@ def load(
         ArtifactError: there is no such model, or it fails a verification. `models.errors` lists the reasons.
         DeviceMissing: cuda was asked for, and this machine has none.
     """
-    path = _artifact_path(reference, Path(artifacts or os.environ.get("ELBO_ARTIFACTS") or "artifacts"))
+    path = _artifact_path(reference, artifact_folder(artifacts))
     setting = os.environ.get("ELBO_TRUSTED_KEYS") if keys is None else keys
     trusted = setting if isinstance(setting, TrustedKeys) else trusted_keys(os.fspath(setting) if setting else None)
     content = read_sealed(path)
     if trusted is not None:
         trusted.verify(content, path, *identify(path))
     return Model.from_bytes(content, path=path, device=artifact.choose_device(device))
+
+
+def artifact_folder(given: "str | os.PathLike[str] | None") -> Path:
+    """Return the artifact folder: `given`, or ELBO_ARTIFACTS, or "artifacts", as on the command line."""
+    return Path(given or os.environ.get("ELBO_ARTIFACTS") or "artifacts")
 
 
 def _artifact_path(reference: "str | os.PathLike[str]", artifacts: Path) -> Path:
@@ -479,7 +484,7 @@ class Model:
 
     def save(
         self,
-        artifacts: "str | os.PathLike[str]" = "artifacts",
+        artifacts: "str | os.PathLike[str] | None" = None,
         name: str | None = None,
         *,
         key: "PrivateKey | str | os.PathLike[str] | None" = None,
@@ -490,7 +495,7 @@ class Model:
         A server whose artifact folder is `artifacts` serves the new version within seconds.
 
         Args:
-            artifacts: the artifact folder.
+            artifacts: the artifact folder; default: ELBO_ARTIFACTS, or "artifacts".
             name: publish under another name.
             key: signs the version: a private key, or the path of one (`elbo keygen`).
             replace_features: publish even if the newest version of this name has other features.
@@ -506,7 +511,7 @@ class Model:
         return save(
             self._content,
             self._artifact,
-            Path(artifacts),
+            artifact_folder(artifacts),
             name or self.name,
             private,
             replace_features=replace_features,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from prometheus_client.core import Metric
 
+import elbo
 from docs import generate
 from elbo import cli
 from service.app import create_app
@@ -154,11 +155,14 @@ def test_help_fits_the_width_of_the_page() -> None:
     assert max(map(len, generate.commands().splitlines())) <= generate.HELP_COLUMNS + 1
 
 
-def test_every_module_of_the_python_reference_exists() -> None:
-    modules = re.findall(r"^::: ([\w.]+)$", (PAGES / "python.md").read_text(), re.MULTILINE)
+def test_every_module_and_public_name_of_the_python_reference_exists() -> None:
+    listed = re.findall(r"^::: ([\w.]+)$", (PAGES / "python.md").read_text(), re.MULTILINE)
+    names = {f"elbo.{name}" for name in elbo.__all__}
+    modules = [each for each in listed if each not in names]
     assert len(modules) >= 5
     for module in modules:
         assert Path(ROOT, *module.split(".")).with_suffix(".py").is_file()
+    assert names - {"elbo.__version__", "elbo.ElboError"} <= set(listed)
 
 
 def test_example_of_a_verdict_has_only_fields_that_the_schema_defines(document: dict[str, Any]) -> None:
