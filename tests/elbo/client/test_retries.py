@@ -54,6 +54,7 @@ FAST = Retries(first_seconds=0.01)
 MODELS = respond("200 OK", b'{"default": null, "models": [], "failures": []}')
 COUNTS = respond("200 OK", b'{"model": "a", "version": 1, "rows": 1, "anomalies": 0, "failed": 0, "unknown_fields": 0}')
 BUSY = respond("429 Too Many Requests", b'{"code": "overloaded", "detail": "busy"}', "Retry-After: 1")
+BAD_GATEWAY = respond("502 Bad Gateway", b"<html>nginx</html>")
 NOT_READY = respond("503 Service Unavailable", b'{"code": "not_ready", "detail": "no model"}')
 CUT_OFF = respond_raw(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n" + b'{"models": [')
 CUT_CHUNK = respond_raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\n" + b'{"models": [')
@@ -97,7 +98,7 @@ def test_waits_double_up_to_the_longest_and_never_end_before_the_server_asks() -
     assert all(retries.wait(1, 3.0) >= 3.0 for _ in range(20))
 
 
-@pytest.mark.parametrize("failure", [hang_up, CUT_OFF, CUT_CHUNK, NOT_READY])
+@pytest.mark.parametrize("failure", [hang_up, CUT_OFF, CUT_CHUNK, NOT_READY, BAD_GATEWAY])
 def test_safe_request_is_repeated_after_a_failure_that_may_pass(call: Caller, failure: Answer) -> None:
     with scripted(failure, failure, MODELS) as server:
         assert call(server.address, "models").models == ()
@@ -123,7 +124,7 @@ def test_request_is_not_repeated_if_the_server_asks_for_more_time_than_is_left(c
         assert len(server.received) == 1
 
 
-@pytest.mark.parametrize("failure", [hang_up, CUT_OFF, CUT_CHUNK, NOT_READY, BUSY])
+@pytest.mark.parametrize("failure", [hang_up, CUT_OFF, CUT_CHUNK, NOT_READY, BAD_GATEWAY, BUSY])
 @pytest.mark.parametrize("method", ["anomaly", "score", "feedback"])
 def test_request_that_may_have_an_effect_reaches_the_server_once(call: Caller, failure: Answer, method: str) -> None:
     arguments = ["normal", [{"cpu": 1.0}]] if method == "feedback" else [[[1.0]]]
