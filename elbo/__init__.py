@@ -12,6 +12,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from elbo import client, pyod, sklearn
     from elbo.adopting import adopt
     from elbo.fitting import fit
     from elbo.model import Model, load
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["ElboError", "Model", "__version__", "adopt", "fit", "load"]
+__all__ = ["ElboError", "Model", "__version__", "adopt", "client", "fit", "load", "pyod", "sklearn"]
 
 _MODULES = {
     "ElboError": "models.errors",
@@ -28,6 +29,7 @@ _MODULES = {
     "fit": "elbo.fitting",
     "load": "elbo.model",
 }
+_SUBMODULES = ("client", "pyod", "sklearn")
 
 
 if not TYPE_CHECKING:  # otherwise, type checkers would accept every name
@@ -38,11 +40,12 @@ if not TYPE_CHECKING:  # otherwise, type checkers would accept every name
             from importlib.metadata import version
 
             value: Any = version("elbo")
-        elif name in _MODULES:
+        elif name in _MODULES or name in _SUBMODULES:
             from importlib import import_module
 
             try:
-                value = getattr(import_module(_MODULES[name]), name)
+                module = import_module(_MODULES.get(name, f"elbo.{name}"))
+                value = module if name in _SUBMODULES else getattr(module, name)
             except ModuleNotFoundError as error:
                 raise _missing_package(name, error) from error
         else:

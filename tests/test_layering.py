@@ -80,7 +80,17 @@ MAY_IMPORT = {
     "service.__main__": "models.errors server settings",
 }
 # What the __init__.py of a package imports: for type checkers, and by name when a public name is first used.
-PUBLIC = {"elbo": ["elbo.adopting", "elbo.fitting", "elbo.model", "models.errors"]}
+PUBLIC = {
+    "elbo": [
+        "elbo.adopting",
+        "elbo.client",
+        "elbo.fitting",
+        "elbo.model",
+        "elbo.pyod",
+        "elbo.sklearn",
+        "models.errors",
+    ]
+}
 PACKAGES = ("models", "training", "service", "elbo")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 

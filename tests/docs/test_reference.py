@@ -157,11 +157,12 @@ def test_help_fits_the_width_of_the_page() -> None:
 
 def test_every_module_and_public_name_of_the_python_reference_exists() -> None:
     listed = re.findall(r"^::: ([\w.]+)$", (PAGES / "python.md").read_text(), re.MULTILINE)
-    names = {f"elbo.{name}" for name in elbo.__all__}
+    names = {f"elbo.{name}" for name in elbo.__all__} - {"elbo.client", "elbo.pyod", "elbo.sklearn"}
     modules = [each for each in listed if each not in names]
     assert len(modules) >= 5
     for module in modules:
-        assert Path(ROOT, *module.split(".")).with_suffix(".py").is_file()
+        path = Path(ROOT, *module.split("."))
+        assert path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
     assert names - {"elbo.__version__", "elbo.ElboError"} <= set(listed)
 
 
