@@ -3,7 +3,7 @@
     python examples/client.py http://127.0.0.1:8000    # a server that serves the model "web" of this script
     python examples/client.py                          # trains "web", and serves it on a free port
 
-`elbo.client` needs neither torch nor the model: `pip install elbo` is enough where the first form runs.
+`elbo.client` needs neither torch nor the model: `pip install elbo polars` is enough where the first form runs.
 """
 
 import socket
