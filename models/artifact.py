@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.jit._recursive import create_script_module
+from torch.jit._recursive import create_script_module, infer_methods_to_compile, make_stub
 
 from models.archive_check import open_archive
 from models.baseline import Baseline
@@ -168,6 +168,29 @@ def trace_methods(module: nn.Module, examples: Mapping[str, Tensor]) -> torch.ji
     with _deprecations_silenced():
         traced: torch.jit.ScriptModule = torch.jit.trace_module(module, dict(examples), check_trace=False)
     return traced
+
+
+def script_methods(module: nn.Module, names: Sequence[str]) -> torch.jit.ScriptModule:
+    """Compile the methods `names` of `module`. Unlike `torch.jit.export`, this marks nothing in the module's class."""
+
+    def stubs(part: nn.Module) -> list[Any]:
+        if part is not module:
+            return list(infer_methods_to_compile(part))
+        return [make_stub(getattr(module, name), name) for name in names]
+
+    with _deprecations_silenced():
+        scripted: torch.jit.ScriptModule = create_script_module(module, stubs, share_types=False)
+    return scripted
+
+
+def copy_script(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    """Return a copy of `module` on the CPU."""
+    buffer = io.BytesIO()
+    with _deprecations_silenced():
+        torch.jit.save(module, buffer)
+        buffer.seek(0)
+        copied: torch.jit.ScriptModule = torch.jit.load(buffer, map_location="cpu")
+    return copied
 
 
 def define_module(

@@ -19,3 +19,7 @@ class AdoptionError(ElboError):
     """A module from elsewhere cannot become an artifact. The message names the cause, its line, and what to do."""
 
     code = "adoption_error"
+
+
+class RowsMadeConstant(AdoptionError):
+    """Python computed a number from the number of rows, and the tracer made it a constant."""

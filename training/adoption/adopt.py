@@ -21,10 +21,11 @@ from training.adoption.copying import copy_module, weights_of
 from training.adoption.draws import without_noise
 from training.adoption.inspection import Functions, Named, Spread, inspect_module
 from training.adoption.rows import prepare_rows
+from training.adoption.scripted import Interpreted
 from training.adoption.statistics import BATCH, PriorOption, build_pipeline
 from training.adoption.tracing import TOLERANCE, compile_functions
 from training.data.moments import compute_moments
-from training.errors import AdoptionError
+from training.errors import AdoptionError, RowsMadeConstant
 from training.evaluation.metrics import squared_error
 from training.evaluation.worth import MIN_ROWS, is_worse, threshold_warning, trimmed_mean
 from training.fitting.latents import describe_latents
@@ -172,7 +173,7 @@ def _adopt(
             "encode= and decode="
         )
     _check_precision(module, functions, u)
-    network, notes = compile_functions(functions, u)
+    network, notes = _compile(functions, module, inner, u, named, spread)
     report.stage("computing the score statistics")
     pipeline = build_pipeline(functions, network, scaling, data, prior, seed, trained_on_fit_rows=trained_on_fit_rows)
     _compare_with_module(pipeline, functions, rows, u)
@@ -254,6 +255,32 @@ def _results(functions: Functions, u: Tensor) -> list[Tensor]:
         return [functions.reconstruct_rows(u)[0]]
     code = functions.encode_rows(u)[0]
     return [code, functions.decode_rows(code)]
+
+
+def _compile(
+    functions: Functions,
+    module: nn.Module,
+    inner: tuple[int, ...],
+    u: Tensor,
+    named: tuple[Named, Named],
+    spread: Spread | None,
+) -> tuple[torch.jit.ScriptModule, list[str]]:
+    """Return the compiled functions, by way of TorchScript if a number in Python stands for the number of rows.
+
+    Raises:
+        AdoptionError: neither works. The message is that of the way without TorchScript.
+    """
+    try:
+        return compile_functions(functions, u)
+    except RowsMadeConstant:
+        try:
+            names = [name for name in ("forward", "encode", "decode") if callable(getattr(module, name, None))]
+            scripted = Interpreted(artifact.script_methods(functions.module, names))
+            again = inspect_module(scripted, module, inner, u, encode=named[0], decode=named[1], spread=spread)
+            return compile_functions(again, u)
+        except Exception:  # noqa: BLE001, S110 - torch raises many types for what it cannot script
+            pass
+        raise
 
 
 def _compare_with_module(pipeline: Any, functions: Functions, x: Tensor, u: Tensor) -> None:

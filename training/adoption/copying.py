@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from models.artifact import copy_script
+from training.adoption.scripted import Interpreted
 from training.errors import AdoptionError
 
 LIGHTNING_REFERENCES = ("_trainer", "trainer", "_fabric")  # they lead to the data loaders and to other processes
@@ -30,13 +32,14 @@ def copy_module(module: nn.Module, *, as_float32: bool = True) -> nn.Module:
     module = _unwrap(module)
     _check_weights(module)
     found = _copy(module).eval()
-    if not isinstance(found, torch.jit.ScriptModule):  # which has neither parametrisations nor requires_grad_
-        _remove_parametrisations(found.requires_grad_(False))
+    for parameter in found.parameters():
+        parameter.requires_grad_(False)
+    _remove_parametrisations(found)
     found = found.cpu()
     if as_float32:
         found = found.float()
         _convert_attributes(found)
-    return found
+    return Interpreted(found) if isinstance(found, torch.jit.ScriptModule) else found
 
 
 def weights_of(module: nn.Module) -> list[Tensor]:
@@ -74,9 +77,7 @@ def _check_weights(module: nn.Module) -> None:
 
 def _copy(module: nn.Module) -> nn.Module:
     if isinstance(module, torch.jit.ScriptModule):
-        with torch.no_grad():  # otherwise the weights of the copy would be results of a computation
-            script: nn.Module = copy.deepcopy(module)
-        return script
+        return copy_script(module)
     memo: dict[int, Any] = {}
     for each in module.modules():
         for name in LIGHTNING_REFERENCES:
@@ -125,8 +126,7 @@ def _remove_parametrisations(module: nn.Module) -> None:
     """Replace the weights that torch computes from other weights before each call by their values."""
     for each in module.modules():
         if parametrize.is_parametrized(each):
-            for name in list(each.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(each, name, leave_parametrized=True)
+            _fix_parametrised_weights(each)
         for hook in list(each._forward_pre_hooks.values()):
             name = getattr(hook, "name", None)
             with warnings.catch_warnings():
@@ -135,7 +135,19 @@ def _remove_parametrisations(module: nn.Module) -> None:
                     nn.utils.remove_weight_norm(each, name)
                 elif type(hook).__name__ == "SpectralNorm" and name:
                     nn.utils.remove_spectral_norm(each, name)
-    module.requires_grad_(False)
+
+
+def _fix_parametrised_weights(module: nn.Module) -> None:
+    """Replace the parametrised weights of `module` by their values.
+
+    `parametrize.remove_parametrizations` would also delete them from the class, which the user's module shares.
+    """
+    with torch.no_grad():
+        values = {name: getattr(module, name).detach().clone() for name in list(module.parametrizations)}  # type: ignore[arg-type]
+    module.__class__ = type(module).__bases__[0]  # the class before the first parametrisation
+    del module._modules["parametrizations"]
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
 def _convert_attributes(module: nn.Module) -> None:

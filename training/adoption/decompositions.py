@@ -46,6 +46,14 @@ def batch_norm(write: Writer, given: Mapping[str, Any], sizes: Shape) -> Text:
     return write.call("add", scaled, offset.float().reshape(shape))
 
 
+def gelu_by_tanh(write: Writer, given: Mapping[str, Any]) -> Text:
+    """Write the approximation of GELU by tanh (Hendrycks & Gimpel 2016, "Gaussian error linear units", section 2)."""
+    x = given["self"]
+    cubic = write.call("mul", write.call("mul", write.call("mul", x, x), x), 0.044715)
+    inner = write.call("tanh", write.call("mul", write.call("add", x, cubic), math.sqrt(2.0 / math.pi)))
+    return write.call("mul", write.call("mul", x, 0.5), write.call("add", inner, 1.0))
+
+
 def attention(write: Writer, given: Mapping[str, Any], sizes: Shape, key_sizes: Shape) -> Text:
     """Write scaled dot-product attention (Vaswani et al. 2017, "Attention is all you need", eq. 1).
 

@@ -1,5 +1,6 @@
 """Run a module without noise: draws of normal noise give their mean, and other random numbers are refused."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
-from training.adoption.user_code import current_line
+from training.adoption.user_code import current_line, is_of_user
 from training.errors import AdoptionError
 
 NORMAL = {torch.randn_like: torch.zeros_like, torch.randn: torch.zeros}
@@ -17,6 +18,10 @@ RANDOM = frozenset({
     torch.rand, torch.rand_like, torch.randint, torch.randint_like, torch.randperm, torch.bernoulli,
     torch.multinomial, torch.poisson, Tensor.bernoulli, Tensor.bernoulli_, Tensor.uniform_, Tensor.random_,
     Tensor.exponential_, Tensor.cauchy_, Tensor.geometric_, Tensor.log_normal_, Tensor.multinomial,
+})  # fmt: skip
+DROPOUTS = frozenset({
+    "dropout", "dropout_", "alpha_dropout", "alpha_dropout_", "feature_dropout", "feature_dropout_",
+    "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d",
 })  # fmt: skip
 # What turns a number of a tensor into a number of Python, on which a branch or a loop could then depend.
 READS = {
@@ -40,6 +45,7 @@ class WithoutNoise(TorchFunctionMode):
 
     Attributes:
         lines: the lines of the user's code that drew normal noise.
+        constants: the lines of the user's code that took the length of a tensor, which a tracer makes a constant.
     """
 
     def __init__(self, weights: Sequence[Tensor] = (), checks_reads: bool = False) -> None:
@@ -47,6 +53,7 @@ class WithoutNoise(TorchFunctionMode):
         self._weights = {tensor.data_ptr() for tensor in weights}
         self._checks_reads = checks_reads
         self.lines: list[str] = []
+        self.constants: list[str] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -72,9 +79,23 @@ class WithoutNoise(TorchFunctionMode):
                 f"{current_line()} draws random numbers ({name}), so the same row would get different results: leave "
                 "them out in evaluation mode (if self.training), or name functions without them (encode=, decode=)"
             )
+        if getattr(func, "__name__", "") in DROPOUTS:
+            self._refuse_dropout(args, named)
+        if func is Tensor.__len__:
+            self.constants.append(current_line())
         if self._checks_reads and func in READS:
             self._refuse_read(func, args)
         return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _refuse_dropout(args: Sequence[Any], named: Mapping[str, Any]) -> None:
+        rate = args[1] if len(args) > 1 else named.get("p", 0.5)
+        is_on = named.get("training", named.get("train", args[2] if len(args) > 2 else True))
+        if is_on is True and rate:
+            raise AdoptionError(
+                f"{current_line()} drops values at random in evaluation mode: pass training=self.training, or use "
+                "torch.nn.Dropout"
+            )
 
     @staticmethod
     def _mean_of_normal(args: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
@@ -99,10 +120,6 @@ class WithoutNoise(TorchFunctionMode):
 
 def innermost_user_line() -> str:
     """Return the line of the user's code that called torch, or an empty string if torch itself reads the value."""
-    import sys
-
-    from training.adoption.user_code import is_of_user
-
     frame = sys._getframe(3)
     file = frame.f_code.co_filename
     return current_line() if is_of_user(file) else ""

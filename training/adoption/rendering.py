@@ -21,7 +21,7 @@ from training.adoption.decompositions import Text
 from training.adoption.user_code import shown_line
 from training.errors import AdoptionError
 
-FLOAT = 6  # torch.float32, as TorchScript numbers it
+FLOAT, BOOLEAN = 6, 11  # torch.float32 and torch.bool, as TorchScript numbers them
 # Operators whose result may share memory with their argument.
 VIEWS = frozenset({
     "view", "reshape", "select", "slice", "narrow", "transpose", "permute", "squeeze", "unsqueeze", "expand",
@@ -35,13 +35,15 @@ IDENTITIES = frozenset({
 DROPOUTS = frozenset(["dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "dropout_"])
 RENAMED = {"view": "reshape", "concat": "cat", "concatenate": "cat", "swapaxes": "transpose", "swapdims": "transpose",
            "moveaxis": "movedim", "multiply": "mul", "divide": "div", "subtract": "sub", "true_divide": "div",
-           "negative": "neg", "absolute": "abs", "__and__": "logical_and", "__or__": "logical_or", "swish": "silu",
+           "negative": "neg", "absolute": "abs", "swish": "silu",
            "greater": "gt", "less": "lt", "arctan": "atan", "special_expit": "sigmoid", "_reshape_alias": "reshape",
            "unsafe_split": "split", "unsafe_chunk": "chunk", "_softmax": "softmax", "rsub": "sub"}  # fmt: skip
 CONVERSIONS = frozenset({
     "prim::NumToTensor", "aten::Int", "aten::item", "aten::IntImplicit", "aten::FloatImplicit", "aten::Float",
     "aten::ScalarImplicit", "prim::unchecked_cast",
 })  # fmt: skip
+OF_BOOLEANS = {"bitwise_not": "logical_not", "bitwise_and": "logical_and", "bitwise_or": "logical_or",
+               "__and__": "logical_and", "__or__": "logical_or"}  # fmt: skip
 NEW = {"zeros": "new_zeros", "ones": "new_ones", "full": "new_full", "empty": "new_zeros"}
 ARITHMETIC = {"add": "+", "sub": "-", "rsub": "-", "mul": "*", "floor_divide": "//", "floordiv": "//", "div": "//"}
 RESHAPES = frozenset({"view", "reshape", "unflatten", "flatten", "_reshape_alias", "view_as", "reshape_as"})
@@ -207,7 +209,7 @@ class Renderer:
         else:
             names = [self._new_name() for _ in outputs]
             self._lines.append(f"{', '.join(names)}{',' if len(names) == 1 else ''} = {given.text}")
-            parts = [Computed(name, is_fresh=False) for name in names]
+            parts = [Computed(name, is_fresh=given.is_fresh) for name in names]
         for output, part in zip(outputs, parts, strict=True):
             self._values[output.debugName()] = part
 
@@ -226,7 +228,7 @@ class Renderer:
             self._arithmetic(node, name, values)
         elif all(map(_is_known, values)):
             self._compute(node, name, arguments, values)
-        elif name in DECOMPOSED:
+        elif name in DECOMPOSED or (name == "gelu" and _plain(given["approximate"]) == "tanh"):
             self._decompose(node, name, given)
         else:
             self._emit(node, *self._rewritten(node, name, arguments, given))
@@ -248,6 +250,10 @@ class Renderer:
             return "to", [values[0], Known(_scalar_type(node.output()))], {}
         if name == "rsub":
             return "sub", [values[1], values[0]], {}
+        if name == "pad":
+            return _padding_operator(node, given)
+        if name in OF_BOOLEANS and _scalar_type(node.output()) == BOOLEAN:
+            return OF_BOOLEANS[name], values, {}
         return RENAMED.get(name, name), *_split(arguments, values, node)
 
     def _without_writing(self, node: Any, name: str, values: list[Value]) -> tuple[str, list[Value]]:
@@ -305,7 +311,9 @@ class Renderer:
         known = {key: _as_argument(value) for key, value in given.items()}
         sizes = next(node.inputs()).type().sizes()
         try:
-            if name == "batch_norm":
+            if name == "gelu":
+                results = [decompositions.gelu_by_tanh(self, known)]
+            elif name == "batch_norm":
                 results = [decompositions.batch_norm(self, known, sizes)]
             elif name == "scaled_dot_product_attention":
                 results = [decompositions.attention(self, known, sizes, node.inputsAt(1).type().sizes())]
@@ -370,9 +378,9 @@ class Renderer:
         names = [self._new_name() for _ in outputs]
         self._lines.append(f"{', '.join(names)} = {call}")
         for output, result in zip(outputs, names, strict=True):
-            is_size = name == "size"
+            is_size, is_view = name == "size", node.kind().removeprefix("aten::") in VIEWS
             self._values[output.debugName()] = Computed(
-                result, is_fresh=name not in VIEWS, is_number=is_size, is_zero=name in ("new_zeros", "zeros_like")
+                result, is_fresh=not is_view, is_number=is_size, is_zero=name in ("new_zeros", "zeros_like")
             )
         if name in VIEWS:  # from now on, a write into the viewed tensor would change the view
             viewed = next(node.inputs()).debugName()
@@ -535,6 +543,19 @@ def _convolution(given: Mapping[str, Value]) -> tuple[str, list[Value], dict[str
     if is_transposed:
         return name, [*first, padding, given["output_padding"], given["groups"], given["dilation"]], {}
     return name, [*first, padding, given["dilation"], given["groups"]], {}
+
+
+def _padding_operator(node: Any, given: Mapping[str, Value]) -> tuple[str, list[Value], dict[str, Value]]:
+    """Return the call of the operator that pads in the mode that `pad` names."""
+    mode, pad, value = (_plain(given[key]) for key in ("mode", "pad", "value"))
+    if mode == "constant":
+        return "constant_pad_nd", [given["self"], Known(pad), Known(float(value or 0.0))], {}
+    if mode == "reflect" and len(pad) <= 4:
+        return f"reflection_pad{len(pad) // 2}d", [given["self"], Known(pad)], {}
+    raise AdoptionError(
+        f"{place_of(node)} pads in the mode {mode}: expected constant, or reflect for one or two axes; write it with "
+        "torch.cat"
+    )
 
 
 def _padding(mode: str, kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:

@@ -17,7 +17,7 @@ from training.adoption.draws import without_noise
 from training.adoption.inspection import Functions
 from training.adoption.rendering import Code, Renderer, Shape
 from training.adoption.user_code import line_of_error, shown_line
-from training.errors import AdoptionError
+from training.errors import AdoptionError, RowsMadeConstant
 
 TRACED_ROWS = (3, 5)  # a size that is the same for both numbers of rows does not depend on this number
 OTHER_ROWS = (1, 2, 7, 16)  # numbers of rows with which the compiled functions are compared
@@ -118,7 +118,7 @@ def _trace(
     traced: _Traced, examples: Mapping[str, Tensor], others: Mapping[str, Tensor]
 ) -> tuple[torch.jit.ScriptModule, list[str]]:
     """Return the compiled functions, and the lines at which the tracer made a constant of a number."""
-    with without_noise(), warnings.catch_warnings(record=True) as caught, _errors_of_user("trace"):
+    with without_noise() as mode, warnings.catch_warnings(record=True) as caught, _errors_of_user("trace"):
         warnings.simplefilter("always")
         script, other = (trace_methods(traced, dict(each)) for each in (examples, others))
     shown = (shown_line(each.filename, each.lineno) for each in caught if issubclass(each.category, TracerWarning))
@@ -127,7 +127,9 @@ def _trace(
         graph, other_graph = (getattr(each, name).inlined_graph for each in (script, other))
         shapes = _constant_sizes(graph, other_graph)
         Renderer(code, script, shapes).render(name, graph)
-    return define_module(Network(), code.weights, code.methods), [line for line in dict.fromkeys(shown) if line]
+    return define_module(Network(), code.weights, code.methods), [
+        line for line in dict.fromkeys([*mode.constants, *shown]) if line
+    ]
 
 
 def _constant_sizes(graph: Any, other: Any) -> dict[str, Shape]:
@@ -172,7 +174,7 @@ def _compare(
                 found = {name: _as_tuple(getattr(compiled, name)(inputs[name])) for name in names}
             except RuntimeError as error:
                 reason = str(error).strip().splitlines()[-1][:150]
-                raise AdoptionError(
+                raise RowsMadeConstant(
                     f"the compiled module fails on {count} rows ({reason}): the number of rows was made a "
                     f"constant{where}; use x.shape[0] or -1 instead of len(x), int(...) or a fixed number of rows"
                 ) from error
@@ -180,8 +182,13 @@ def _compare(
             for ours, theirs in zip(found[name], expected[name], strict=True):
                 is_other = ours.shape != theirs.shape
                 difference = math.inf if is_other else _relative_error(ours, theirs)
+                if is_other:
+                    raise RowsMadeConstant(
+                        f"{name} gives another shape on {count} rows when compiled: the number of rows was made a "
+                        f"constant{where}; use x.shape[0] or -1 instead of len(x), int(...) or a fixed number of rows"
+                    )
                 if difference > TOLERANCE:
-                    detail = "another shape" if is_other else f"relative difference {difference:.2g}"
+                    detail = f"relative difference {difference:.2g}"
                     raise AdoptionError(
                         f"{name} gives other results when compiled than in Python, on {count} rows ({detail}): a "
                         f"number was made a constant{where}; leave out what depends on the number or the values of rows"

@@ -7,7 +7,8 @@ from types import TracebackType
 
 import torch
 
-OWN_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+ROOT = Path(__file__).resolve().parents[2]
+OWN_FOLDERS = (str(Path(torch.__file__).parent), *(f"{ROOT / folder}/" for folder in ("training", "models", "elbo")))
 MAX_LINE = 100  # characters of a line that a message repeats
 
 

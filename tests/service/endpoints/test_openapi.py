@@ -5,33 +5,17 @@ from typing import Any
 from urllib.parse import urljoin
 
 import httpx
-import jsonschema  # type: ignore[import-untyped] # installed with check-jsonschema, has no types
 import pytest
 
 from service.endpoints.examples import EXAMPLES, TEXTS
-from service.endpoints.inference import ANOMALY, DECODE, ENCODE, IMPUTE, INTERPOLATE, RECONSTRUCT, SAMPLE
-from service.endpoints.pipeline import RequestSpec
+from tests.service.openapi import SPECS, content, validate
 
-SPECS: dict[str, RequestSpec[Any, Any]] = {
-    "/encode": ENCODE,
-    "/decode": DECODE,
-    "/reconstruct": RECONSTRUCT,
-    "/sample": SAMPLE,
-    "/interpolate": INTERPOLATE,
-    "/impute": IMPUTE,
-    "/anomaly": ANOMALY,
-}
 POSTS = list(SPECS)
 
 
 @pytest.fixture(scope="module")
 def document(client: httpx.Client) -> dict[str, Any]:
     found: dict[str, Any] = client.get("/openapi.json").json()
-    return found
-
-
-def content(document: dict[str, Any], path: str) -> dict[str, Any]:
-    found: dict[str, Any] = document["paths"][path]["post"]["requestBody"]["content"]
     return found
 
 
@@ -114,10 +98,6 @@ def test_every_body_has_at_least_three_examples_with_summaries(document: dict[st
 
 
 CASES = [(path, name) for path, spec in SPECS.items() for name in EXAMPLES[spec.schema]]
-
-
-def validate(document: dict[str, Any], value: Any, schema: dict[str, Any]) -> None:
-    jsonschema.validate(value, {**schema, "components": document["components"]}, jsonschema.Draft202012Validator)
 
 
 @pytest.mark.parametrize("model", ["pca", "ae", "vae"])

@@ -19,7 +19,7 @@ from service.app import create_app
 from service.endpoints.examples import EXAMPLES
 from service.settings import Settings
 from tests.data import ROOT
-from tests.service.endpoints.test_openapi import SPECS, content, validate
+from tests.service.openapi import SPECS, content, validate
 from tests.service.running import post, running
 from tests.training.adoption.designs import DESIGNS, WITHOUT_LATENTS, digits, trained
 from training.adoption.adopt import adopt
