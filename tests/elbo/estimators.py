@@ -13,10 +13,10 @@ from elbo.sklearn import (
 )
 
 # The checks fit each estimator about a hundred times. Few epochs and one fit each keep them fast, as scikit-learn does
-# for its own estimators. PCADetector has its defaults.
+# for its own estimators.
 FAST: dict[str, Any] = {"epochs": 2, "hidden": (4,)}
 DETECTORS = [
-    PCADetector(),
+    PCADetector(calibration="split"),
     AutoencoderDetector(calibration="split", **FAST),
     VAEDetector(calibration="split", **FAST),
     EnsembleDetector(calibration="split", **FAST),
