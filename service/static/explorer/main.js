@@ -3,6 +3,7 @@
 import { describeModel, listModels } from "./lib/api.js";
 import { UserError } from "./lib/errors.js";
 import { KEY_ERRORS } from "./lib/key.js";
+import { hasLatents } from "./lib/model.js";
 import { state } from "./lib/state.js";
 import { initTheme } from "./theme.js";
 import { announce, h } from "./ui/dom.js";
@@ -19,6 +20,7 @@ const VIEWS = {
   quizzes: () => import("./views/quizzes.js"),
 };
 const POLL_INTERVAL = 3000; // ms between two looks for new models
+const NEED_LATENTS = ["latent", "reconstruct", "pca"]; // views that show nothing without an encoder and a decoder
 const WITHOUT_MODEL_CHOICE = ["models", "quizzes"];
 const main = document.getElementById("view");
 const modelSelect = document.getElementById("model");
@@ -45,6 +47,7 @@ async function render(moveFocus = false) {
     if (thisRender !== lastRender) return;
     const content = mount(view.title, name, moveFocus);
     if (!model && name !== "quizzes") content.append(noModelMessage());
+    else if (model && NEED_LATENTS.includes(name) && !hasLatents(model)) content.append(noLatentsMessage(model));
     else destroyView = view.render(content, viewContext(described)) ?? null;
   } catch (error) {
     if (thisRender === lastRender) main.replaceChildren(errorMessage(error));
@@ -97,6 +100,12 @@ const noModelMessage = () =>
     " or ",
     h("code", {}, "elbo train"),
     "; the model appears here within seconds.",
+  );
+
+const noLatentsMessage = (model) =>
+  emptyMessage(
+    `${model.name} only reconstructs and scores rows, because its network was adopted without an encoder and a ` +
+      "decoder. The anomaly view shows what it can do.",
   );
 
 function navigate(values) {

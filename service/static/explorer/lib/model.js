@@ -5,7 +5,11 @@ export const KIND_NAMES = {
   ae: "autoencoder",
   vae: "variational autoencoder",
   ensemble: "ensemble",
+  adopted: "adopted network",
 };
+
+/** Whether the model encodes rows and decodes latents. An adopted network may only reconstruct and score rows. */
+export const hasLatents = (model) => model.latents > 0;
 
 /** The name of the model's kind in words. A kind that this page does not know is returned unchanged. */
 export const kindName = (model) => KIND_NAMES[model.kind] ?? model.kind;

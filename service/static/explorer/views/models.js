@@ -2,7 +2,7 @@
 
 import { describeModel, sampleImages, sampleRows } from "../lib/api.js";
 import { number } from "../lib/format.js";
-import { featureName, isImage, kindName } from "../lib/model.js";
+import { featureName, hasLatents, isImage, kindName } from "../lib/model.js";
 import { button } from "../ui/controls.js";
 import { definition, h, scrollable } from "../ui/dom.js";
 import { AsyncPanel } from "../ui/messages.js";
@@ -77,16 +77,18 @@ function useCaseItem([name, text, view], navigate) {
 }
 
 function modelCard(model, isDefault, navigate) {
-  const command = `curl -X POST '${location.origin}/sample?model=${model.name}&n=2'`;
-  const samples = new Samples(model);
-  const explore = () => navigate({ view: "latent", model: model.name });
+  const command = hasLatents(model)
+    ? `curl -X POST '${location.origin}/sample?model=${model.name}&n=2'`
+    : `curl '${location.origin}/models/${model.name}'`;
+  const samples = hasLatents(model) ? new Samples(model) : null;
+  const explore = () => navigate({ view: hasLatents(model) ? "latent" : "anomaly", model: model.name });
   return h(
     "article",
     { class: "card model" },
     h("h3", {}, model.name, " ", h("small", {}, `version ${model.version}${isDefault ? ", default model" : ""}`)),
     h("p", { class: "muted" }, kindName(model)),
     model.warnings.map((warning) => h("p", { class: "warning" }, warning)),
-    samples.element,
+    samples?.element ?? h("p", { class: "muted" }, "It only reconstructs and scores rows."),
     h("dl", {}, facts(model)),
     h("pre", { tabindex: "0" }, h("code", {}, command)),
     h(
@@ -94,7 +96,7 @@ function modelCard(model, isDefault, navigate) {
       { class: "controls" },
       button("Explore", explore, { class: "primary", "aria-label": `explore ${model.name}` }),
       copyButton(command, model.name),
-      samples.button,
+      samples?.button ?? null,
     ),
   );
 }

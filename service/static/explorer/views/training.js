@@ -16,6 +16,10 @@ const ELBO =
   "on log p(x), and training maximises it.";
 
 export function render(container, { model }) {
+  if (model.kind === "adopted") {
+    container.append(h("p", { class: "lead" }, ADOPTED_INTRODUCTION), modelCard(model));
+    return;
+  }
   container.append(introduction(model), algorithmAndCurves(model), activityCard(model), modelCard(model));
 }
 
@@ -44,6 +48,9 @@ function modelCard(model) {
 const PCA_INTRODUCTION =
   "PCA is computed in one step: the eigenvectors of the covariance matrix span the subspace with the least squared " +
   "error of the reconstruction.";
+const ADOPTED_INTRODUCTION =
+  "This network was trained elsewhere, so how it was trained is not known. Elbo has fitted its anomaly score, its " +
+  "calibration and its prior.";
 const AUTOENCODER_INTRODUCTION =
   "An autoencoder learns by gradient descent: it minimises the squared error between rows and their reconstructions.";
 const ENSEMBLE_INTRODUCTION =
