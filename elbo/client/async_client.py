@@ -55,14 +55,14 @@ class AsyncClient:
         base_url: address of the server.
         model: the model of all calls.
         key: the API key.
-        timeout: seconds for a call, with all its attempts; None for no limit.
-        retries: how often and how fast to repeat; see `Retries`.
+        timeout: seconds for each request, with all its attempts; None for no limit.
+        retries: how often and how fast requests are repeated.
         verify: how to verify the server's certificate, as in httpx.
         cert: the client's certificate, as in httpx.
-        trust_env: whether HTTP_PROXY, NO_PROXY, SSL_CERT_FILE and the like apply, as in httpx.
+        trust_env: whether HTTP_PROXY, NO_PROXY, SSL_CERT_FILE and similar variables apply, as in httpx.
         transport: an async transport of httpx, instead of the client's own. With trio, pass httpx.AsyncHTTPTransport().
-        headers: further headers of every request.
-        max_connections: most connections at a time.
+        headers: headers to add to every request.
+        max_connections: most requests at a time, not counting streams; further requests wait.
         chunk_rows: arrays with more rows are sent in several requests, at most this many rows each.
         concurrency: most requests at a time for one such array.
     """
@@ -120,7 +120,7 @@ class AsyncClient:
         return await self._in_parts(calls.decode, to_array(latents), options)
 
     async def reconstruct(self, rows: Rows, **options: Unpack[RowOptions]) -> results.Reconstructed:
-        """Return the reconstructions [N, D] of rows, and the mean squared error of each row."""
+        """Return the reconstructions [N, D] of rows, and the mean squared error [N] of each row."""
         return await self._by_row(calls.reconstruct, rows, options)
 
     async def sample(self, n: int = 1, **options: Unpack[SampleOptions]) -> results.Sampled:
@@ -136,7 +136,7 @@ class AsyncClient:
         return await self._send(calls.edit(point, direction, self._model(options), options), options)
 
     async def impute(self, rows: Rows, **options: Unpack[CallOptions]) -> results.Imputed:
-        """Return rows whose missing values (NaN, None, absent) are estimated, with the uncertainty of each value."""
+        """Return rows with estimates of their missing values (NaN, None, absent), and the uncertainty of each value."""
         if is_frame(rows) or is_records(rows):
             return await self._send(calls.impute(rows, self._model(options), options), options)
         return await self._in_parts(calls.impute, to_array(rows), options)
@@ -148,29 +148,29 @@ class AsyncClient:
         latents: npt.ArrayLike | None = None,
         **options: Unpack[NeighbourOptions],
     ) -> results.Neighbours:
-        """Return the held-out rows of the training data that are nearest to `rows`, or to `latents`."""
+        """Return the held-out rows that are nearest to each of `rows` [N, D], or of `latents` [N, K]."""
+        vectors = None if latents is None else to_array(latents)
+
+        def send(array: Array | None, model: str | None) -> Awaitable[results.Neighbours]:
+            return self._send(calls.neighbours(array, vectors, model, options), options)
+
         if rows is None:
-            vectors = None if latents is None else to_array(latents)
-            return await self._send(calls.neighbours(None, vectors, self._model(options), options), options)
-
-        def make(array: Array, model: str | None, options: Options) -> Call[results.Neighbours]:
-            return calls.neighbours(array, None, model, options)
-
-        return await self._named(rows, options, lambda array, pinned: self._send(make(array, pinned, options), options))
+            return await send(None, self._model(options))
+        return await self._named(rows, options, send)
 
     # Anomalies
 
     async def anomaly(self, rows: Rows, **options: Unpack[AnomalyOptions]) -> results.Verdicts:
         """Return the verdict on each row, and the features that contribute most.
 
-        Unless `observe=False`, the rows are live traffic: they can raise alerts. Such a request is never sent twice.
+        Unless `observe=False`, the rows can be live traffic, which raises alerts: the request is never sent twice.
         """
         return await self._send(calls.anomaly(rows, self._model(options), options), options)
 
     async def score(self, rows: Rows, **options: Unpack[ScoreOptions]) -> results.Scores:
         """Return the score, the p-value and the severity of each row as arrays, which is faster than `anomaly`.
 
-        Unless `observe=False`, the rows are live traffic, as in `anomaly`.
+        Unless `observe=False`, the rows can be live traffic, as in `anomaly`.
         """
         return await self._by_row(calls.score, rows, options)
 
@@ -184,8 +184,8 @@ class AsyncClient:
         """Return an iterator over the verdicts on `rows`, in their order, while `rows` is read.
 
         A row is an object by feature name, or a list of numbers. `rows` is never read more than `ahead` rows before the
-        verdicts that were taken from the iterator. An async iterable is read while verdicts are awaited, so a live
-        source of rows gets each verdict at once. `timeout` is the longest wait for a verdict.
+        verdicts that were taken from the iterator. An async iterable is read while the program awaits verdicts, so the
+        verdict on a row of a live source arrives at once. `timeout` is the longest wait in seconds for a verdict.
 
         Raises:
             TypeError: the client has a proxy or a transport of its own, which cannot read while it writes.
@@ -204,7 +204,7 @@ class AsyncClient:
         rows: Frame | Sequence[Record] | None = None,
         **options: Unpack[FeedbackOptions],
     ) -> results.FeedbackReply:
-        """Say that rows were normal, or an incident: their scores enter or leave the calibration of their group.
+        """Report that rows were normal, or an incident: their scores enter or leave the calibration of their group.
 
         The request is never sent twice.
         """
@@ -227,7 +227,7 @@ class AsyncClient:
         return await self._send(calls.models(), options)
 
     async def model(self, reference: str | None = None, **options: Unpack[CallOptions]) -> results.Model:
-        """Return a model version with its features; by default the model of the client."""
+        """Return the model version that `reference` names, with its features; by default, the model of the client."""
         return await self._send(calls.model(reference or await self._reference(options)), options)
 
     async def card(self, **options: Unpack[CallOptions]) -> str:
@@ -243,11 +243,11 @@ class AsyncClient:
         return await self._send(calls.calibration(await self._reference(options)), options)
 
     async def health(self, **options: Unpack[CallOptions]) -> bool:
-        """Return True while the server runs. Raises ConnectionFailed if it does not."""
+        """Return True if the server runs. Raises ConnectionFailed or TimedOut if it does not respond."""
         return await self._send(calls.probe("/livez"), options)
 
     async def ready(self, **options: Unpack[CallOptions]) -> bool:
-        """Return whether the server accepts requests: it serves a model and does not shut down."""
+        """Return whether the server accepts requests: it serves a model, and is not shutting down."""
         try:
             return await self._send(calls.probe("/readyz"), options)
         except NotReady:
@@ -260,14 +260,14 @@ class AsyncClient:
         return model
 
     async def _reference(self, options: Options) -> str:
-        """Return the reference of the model of a call. Raises NotReady if the server has no default model."""
-        reference = self._model(options) or (await self.models()).default
+        """Return the model of a call as name or name@version. Raises NotReady if the server has no default model."""
+        reference = self._model(options) or (await self._send(calls.models(), options)).default
         if reference is None:
             raise NotReady(503, "not_ready", "the server has no default model: pass model=...")
         return reference
 
     async def _send(self, call: Call[T], options: Options) -> T:
-        """Send `call` until it succeeds, or must not be sent again. Return its result."""
+        """Send `call`, again after failures that may pass, and return its result."""
         attempts = self._settings.attempts(call, options)
         while True:
             try:
@@ -281,7 +281,7 @@ class AsyncClient:
             await asyncio.sleep(wait)
 
     async def _exchange(self, call: Call[Any], seconds: float | None) -> Received:
-        """Send `call` once, and return the response. The client's own transport needs no objects of httpx."""
+        """Send `call` once, and return the response. Without httpx's objects, the client's own transport is faster."""
         if isinstance(self._transport, AsyncSocketTransport):
             head = self._settings.head(call, seconds)
             reader = await self._transport.exchange(self._settings.origin, head, call.body or b"", seconds)
@@ -291,7 +291,7 @@ class AsyncClient:
         return received(response)
 
     async def _by_row(self, make: Callable[[Array, str | None, Options], Call[R]], rows: Rows, options: Options) -> R:
-        """Return the result for rows that are computed independently of each other."""
+        """Return the result for `rows`, which the server computes independently of each other."""
         return await self._named(
             rows, options, lambda array, pinned: self._in_parts(make, array, {**options, "model": pinned})
         )
@@ -299,8 +299,8 @@ class AsyncClient:
     async def _named(self, rows: Rows, options: Options, send: Callable[[Array, str | None], Awaitable[R]]) -> R:
         """Return what `send` returns for the array [N, D] of `rows` and the model to ask.
 
-        The columns of frames and records are put into the order of the model's features. The model is then asked for as
-        name@version, because another version may have another order.
+        The columns of frames and records are put into the order of the features of one version. `send` gets this
+        version as name@version, because another version may have another order.
         """
         reference = self._model(options)
         if not (is_frame(rows) or is_records(rows)):
@@ -312,7 +312,7 @@ class AsyncClient:
         except NotFound:
             if not self._settings.forget(reference):
                 raise
-        known = await self._described(reference, options)  # the version is served no more
+        known = await self._described(reference, options)  # the version that was remembered is no longer served
         return await send(to_ordered_array(rows, known.features, known.name), f"{known.name}@{known.version}")
 
     async def _described(self, reference: str | None, options: Options) -> results.Model:
@@ -327,8 +327,8 @@ class AsyncClient:
     ) -> R:
         """Return the result for `array`, from one request for each part of its rows. One version computes all parts.
 
-        The first request tells the version. The others then run at the same time, at most `concurrency` of them. If one
-        fails, the others are cancelled.
+        The response to the first request names the version. The other requests then run at the same time, at most
+        `concurrency` of them. If one fails, the rest are cancelled.
         """
         parts = list(self._settings.parts(array, options))
         first = await self._send(make(parts[0][0], self._model(options), parts[0][1]), options)

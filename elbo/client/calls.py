@@ -1,6 +1,6 @@
-"""The requests of the client and the results of their responses, without input and output.
+"""Build requests and parse responses, without input and output.
 
-Each function returns a `Call`, which both clients send in their own way.
+Each public function that is named after a method of the clients returns the `Call` that the method sends.
 """
 
 import json
@@ -45,7 +45,7 @@ class Call(Generic[T]):
         body: the body; None for GET.
         content_type: media type of the body.
         accept: media type of the response.
-        is_safe: whether the request changes nothing on the server, so that it may be repeated.
+        is_safe: whether the request may be sent again although the server may have received it: see `retries`.
     """
 
     parse: Callable[[Received], T]
@@ -74,7 +74,7 @@ def _path_of_model(path: str, model: str | None) -> str:
 
 
 def _option(value: Any) -> str:
-    """Return an option as the server reads it in a query: a text as it is, any other value as JSON."""
+    """Return an option as the server reads it in a query: text unquoted, any other value as JSON."""
     is_plain = isinstance(value, str) and not value.startswith('"')
     return value if is_plain else json.dumps(value, ensure_ascii=False, default=float)
 
@@ -141,13 +141,13 @@ def interpolate(start: Any, end: Any, model: str | None, options: Options) -> Ca
 
 
 def edit(point: Any, direction: str, model: str | None, options: Options) -> Call[results.LatentPath]:
-    """Return the request for a row that is moved towards a label."""
+    """Return the request for a row that moves towards the label `direction`."""
     content = {**_end(point), "direction": direction, **_sent(options)}
     return _json_call(_parse_path, "/edit", content, model)
 
 
 def _end(point: Any) -> dict[str, Any]:
-    """Return a point of the latent space: {"latent": ...} as it is, anything else as a row."""
+    """Return the JSON of a point of the latent space. A point that is no mapping is a row: {"input": row}."""
     if isinstance(point, Mapping):
         return {name: _values(value) for name, value in point.items()}
     return {"input": _values(point)}
@@ -167,7 +167,7 @@ def impute(rows: Rows, model: str | None, options: Options) -> Call[results.Impu
 def neighbours(
     rows: Array | None, latents: Array | None, model: str | None, options: Options
 ) -> Call[results.Neighbours]:
-    """Return the request for the nearest held-out rows of rows [N, D] or of latents [N, K]."""
+    """Return the request for the held-out rows that are nearest to rows [N, D] or to latents [N, K]."""
     named = {"inputs": rows, "latents": latents}
     content = {name: value for name, value in named.items() if value is not None}
     return _json_call(_parse_neighbours, "/neighbours", {**content, **_sent(options)}, model, JSON)
@@ -190,7 +190,7 @@ def stream_path(model: str | None, options: Options) -> str:
 def feedback(
     verdict: str, rows: Frame | Sequence[Record] | None, model: str | None, options: Options
 ) -> Call[results.FeedbackReply]:
-    """Return the request that says what a person knows about rows."""
+    """Return the request that says whether rows were normal or an incident."""
     records = {} if rows is None else {"records": to_records(rows)}
     content = {"verdict": verdict, **records, **_sent(options)}
     return _json_call(_parse_feedback, "/feedback", content, model, JSON, is_safe=False)
@@ -233,7 +233,7 @@ def card(reference: str) -> Call[str]:
 
 
 def probe(path: str) -> Call[bool]:
-    """Return the request to a health probe. It asks for the state now, so a refusal is not repeated."""
+    """Return the request to a health probe. It is not safe, because a caller wants the state now, not after retries."""
     return Call(lambda response: "status" in load_json(response.content), path, is_safe=False)
 
 
@@ -245,7 +245,7 @@ def _of(reference: str, part: str = "") -> str:
 
 
 def _reply(response: Received, content: Mapping[str, Any], **values: Any) -> dict[str, Any]:
-    """Return the fields of a `Reply` and `values`. `content` has the fields or the metadata of the response.
+    """Return the fields of a `Reply`, and `values`. `content` has the JSON fields or the safetensors metadata.
 
     Raises:
         InvalidReply: the response names no model.
@@ -274,7 +274,7 @@ def _made(
 ) -> R:
     """Return a result of the class `kind`. Raises InvalidReply if the response lacks one of its arrays."""
     given = {**tensors, **_reply(response, metadata, **values)}
-    names: tuple[str, ...] = kind.__match_args__  # of its fields
+    names: tuple[str, ...] = kind.__match_args__  # names of the fields of the dataclass
     if missing := [name for name in names if name not in given]:
         raise InvalidReply(f"the response has no {', '.join(missing)}")
     return kind(**{name: given[name] for name in names})
@@ -331,7 +331,7 @@ def _parse_neighbours(response: Received) -> results.Neighbours:
 
 
 def verdict(content: Mapping[str, Any]) -> results.Verdict:
-    """Return the verdict in one object of the results. Raises KeyError."""
+    """Return the verdict in one object of `results`. Raises KeyError."""
     features = tuple(
         results.Contribution(each["name"], each["value"], each["expected"], each["contribution"])
         for each in content["features"]
@@ -350,7 +350,7 @@ def verdict(content: Mapping[str, Any]) -> results.Verdict:
 
 
 def row_error(content: Mapping[str, Any]) -> results.RowError:
-    """Return the error in one object of the errors. Raises KeyError."""
+    """Return the error in one object of `errors`. Raises KeyError."""
     return results.RowError(content["row"], content["detail"], content.get("pointer"))
 
 
@@ -419,7 +419,7 @@ def _model(content: dict[str, Any]) -> results.Model:
 
 
 def joined(parts: Sequence[R]) -> R:
-    """Return the result of one request for all rows, from the results of several requests for parts of the rows.
+    """Join the results of requests for parts of the rows into the result of one request for all rows.
 
     Raises:
         InvalidReply: the parts are of different versions.
@@ -430,7 +430,8 @@ def joined(parts: Sequence[R]) -> R:
     versions = {(part.model, part.version) for part in parts}
     if len(versions) > 1:
         raise InvalidReply(
-            f"a new version was published meanwhile, and computed a part of the rows: {sorted(versions)}"
+            f"a new version was published during the call, and computed a part of the rows: {sorted(versions)}; "
+            "repeat the call"
         )
     values: dict[str, Any] = {}
     for each in fields(first):

@@ -1,6 +1,6 @@
-"""Which requests are repeated, and after which time.
+"""Decide whether a request is repeated, and after which time.
 
-A safe request computes something and changes nothing: it may be repeated whenever it fails for a reason that may pass.
+A safe request computes something and changes nothing. It may be repeated whenever it fails for a reason that may pass.
 An unsafe request changes what the server knows: rows of /anomaly that count towards alerts, and feedback. It is
 repeated only if no byte of it was sent, because the connection could not be opened. Not even 429 proves that an unsafe
 request had no effect: the server also refuses with 429 if it has no room for the response to rows that it has already
@@ -30,7 +30,8 @@ class Retries:
         attempts: most attempts of a request, the first included; 1 never repeats.
         first_seconds: longest wait before the second attempt. It doubles with each attempt, and the actual wait is
             drawn uniformly from its upper half, so that clients do not return together.
-        most_seconds: longest wait before an attempt, unless the server asks for a longer one with Retry-After.
+        most_seconds: longest wait before an attempt. If the server asks for a time with Retry-After, the client waits
+            for that time first.
     """
 
     attempts: int = 4
@@ -38,7 +39,7 @@ class Retries:
     most_seconds: float = 5.0
 
     def wait(self, attempt: int, retry_after: float | None) -> float:
-        """Return the seconds to wait after the attempt number `attempt`, from 1. At least `retry_after`."""
+        """Return the seconds to wait after attempt number `attempt`, from 1: `retry_after` and a random time."""
         longest = min(self.most_seconds, self.first_seconds * 2.0 ** (attempt - 1))
         seconds = longest * random.uniform(0.5, 1.0)  # noqa: S311 - spreads clients; nothing secret
         return seconds if retry_after is None else retry_after + seconds
@@ -97,20 +98,21 @@ class Attempts:
     def _give_up(self, error: httpx.TransportError, sent: bool) -> NoReturn:
         reason = str(error) or type(error).__name__
         tries = f" (attempt {self._count})" if self._count > 1 else ""
+        advice = "is the server running, and is this its address?"
+        if isinstance(error, httpx.ConnectTimeout):  # after CONNECT_SECONDS, which `timeout` cannot raise
+            raise TimedOut(f"no connection to {self._address}: {reason}{tries}; {advice}") from error
         if isinstance(error, httpx.TimeoutException):
             limit = "" if self._seconds is None else f" within {self._seconds:g} s"
-            raise TimedOut(
-                f"no response from {self._address}{limit}: {reason}{tries}; raise timeout=, or send fewer rows"
-            ) from error
-        advice = "is the server running, and is this its address?"
+            cure = "max_connections=" if isinstance(error, httpx.PoolTimeout) else "timeout=, or send fewer rows"
+            raise TimedOut(f"no response from {self._address}{limit}: {reason}{tries}; raise {cure}") from error
         if sent and not self._is_safe:
-            advice = "the request may have had an effect, so it was not sent again"
+            advice = "the server may have received the request, so it was not sent again"
         elif sent:
             advice = "the server's log may say why"
         raise ConnectionFailed(f"no response from {self._address}: {reason}{tries}; {advice}", sent=sent) from error
 
     def wait_after_refusal(self, error: ElboHTTPError) -> float:
-        """Return the seconds to wait before the next attempt, after a refusal. Raises `error` if there is none."""
+        """Return the seconds to wait before the next attempt, after a refusal. Raises `error` if no attempt follows."""
         may_pass = isinstance(error, TooManyRequests | NotReady) or error.status == 502
         wait = self._next(error.retry_after) if may_pass and self._is_safe else None
         if wait is None:

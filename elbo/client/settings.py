@@ -1,4 +1,4 @@
-"""What both clients share: the address, the key, the timeout, and how requests and refusals look."""
+"""Code that both clients share: settings, requests, refusals, proxies and certificates."""
 
 import ssl
 import time
@@ -11,7 +11,7 @@ from urllib.request import getproxies, proxy_bypass
 import httpx
 
 from elbo.client.calls import Call, Options
-from elbo.client.connections import CONNECT_SECONDS, origin_of
+from elbo.client.connections import connect_seconds, origin_of
 from elbo.client.errors import ElboHTTPError, InvalidReply, from_response
 from elbo.client.http1 import Received, request_head
 from elbo.client.results import Array, Model
@@ -21,7 +21,7 @@ from elbo.client.rows import split
 T = TypeVar("T")
 DEFAULT_TIMEOUT = 30.0
 CHUNK_ROWS = 2048
-DESCRIPTION_SECONDS = 10.0  # for which the features of a model are remembered; a new version is used after this time
+DESCRIPTION_SECONDS = 10.0  # the features of a model are remembered for this time; then a new version is used
 Verify = ssl.SSLContext | bool
 
 
@@ -64,6 +64,10 @@ class Settings:
         if key:
             self._headers.append((b"authorization", b"Bearer " + key.encode()))
         self._headers += [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+        for name, value in self._headers:
+            if set(b"\r\n\0") & set(name + value):
+                source = "key" if name == b"authorization" else f"the header {name.decode()!r}"
+                raise ValueError(f"{source} contains a line break or a NUL: remove it, for example with .strip()")
         self.origin = origin_of(url)
         self._head_start = lru_cache(maxsize=256)(self._write_head_start)
         self._descriptions: dict[str | None, tuple[float, Model]] = {}
@@ -74,7 +78,7 @@ class Settings:
         return Attempts(self.retries, call.is_safe, seconds, self.base_url)
 
     def request(self, call: Call[Any], seconds: float | None) -> httpx.Request:
-        """Return a request that may take `seconds`. It tells the server how long the client waits."""
+        """Return a request that may take `seconds`. The header X-Request-Timeout tells the server so."""
         headers = [*self._headers, (b"accept", call.accept.encode())]
         if seconds is not None:
             headers.append((b"x-request-timeout", b"%.3f" % max(seconds, 0.001)))
@@ -103,8 +107,8 @@ class Settings:
         request.headers.pop("content-length", None)
         return request_head(request).removesuffix(b"\r\n")
 
-    def stream_head(self, path: str, media_type: str, seconds: float | None) -> httpx.Request:
-        """Return the request that begins a stream, whose body the caller sends in chunks."""
+    def stream_request(self, path: str, media_type: str, seconds: float | None) -> httpx.Request:
+        """Return a request whose body the caller sends in chunks."""
         headers = [
             *self._headers,
             (b"accept", media_type.encode()),
@@ -119,7 +123,7 @@ class Settings:
         self._descriptions[reference] = time.monotonic(), model
 
     def remembered(self, reference: str | None) -> Model | None:
-        """Return the remembered model that `reference` names, if it is not too old."""
+        """Return the model that `reference` names, if it was remembered at most DESCRIPTION_SECONDS ago."""
         moment, model = self._descriptions.get(reference, (0.0, None))
         return model if model and time.monotonic() - moment < DESCRIPTION_SECONDS else None
 
@@ -145,19 +149,18 @@ class Settings:
 
 
 def timeouts(seconds: float | None) -> dict[str, Any]:
-    """Return the extensions of a request that may take `seconds`."""
-    connect = CONNECT_SECONDS if seconds is None else min(CONNECT_SECONDS, seconds)
-    return {"timeout": {"connect": connect, "read": seconds, "write": seconds, "pool": seconds}}
+    """Return the extensions of httpx for a request that may take `seconds`."""
+    return {"timeout": {"connect": connect_seconds(seconds), "read": seconds, "write": seconds, "pool": seconds}}
 
 
 def received(response: httpx.Response) -> Received:
-    """Return a response of httpx that has been read."""
+    """Return the parts of a response of httpx whose body has been read."""
     headers = {name.lower(): value for name, value in response.headers.raw}
     return Received(response.status_code, response.reason_phrase, headers, response.content)
 
 
 def refusal(response: Received) -> ElboHTTPError:
-    """Return the exception for a response that is no success."""
+    """Return the exception for a response with another status than 200."""
     retry_after = parse_retry_after(response.header(b"retry-after"))
     reason = response.reason or str(response.status)
     return from_response(response.status, response.content, response.header(b"x-request-id"), retry_after, reason)
@@ -182,7 +185,7 @@ def proxy_of(base_url: str, trust_env: bool) -> str | None:
 
 
 def ssl_context_of(base_url: str, verify: Verify, cert: Any, trust_env: bool) -> ssl.SSLContext | None:
-    """Return how to verify the server, as httpx does; None for http://."""
-    if not base_url.startswith("https:"):
+    """Return the context that verifies the server, as httpx makes it; None for http://."""
+    if httpx.URL(base_url).scheme != "https":
         return None
     return httpx.create_ssl_context(verify=verify, cert=cert, trust_env=trust_env)

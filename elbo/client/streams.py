@@ -140,7 +140,7 @@ class AnomalyStream(Iterator[Verdict | RowError]):
         _check_ahead(ahead)
         self._settings = settings
         self._transport = transport
-        self._request = settings.stream_head(path, NDJSON, seconds)
+        self._request = settings.stream_request(path, NDJSON, seconds)
         self._reader = VerdictReader(settings.base_url)
         self._rows = iter(rows)
         self._credit = ahead
@@ -281,7 +281,7 @@ class AsyncAnomalyStream(AsyncIterator[Verdict | RowError]):
         _check_ahead(ahead)
         self._settings = settings
         self._transport = transport
-        self._request = settings.stream_head(path, NDJSON, seconds)
+        self._request = settings.stream_request(path, NDJSON, seconds)
         self._reader = VerdictReader(settings.base_url)
         self._rows = rows
         self._credit = asyncio.Semaphore(ahead)

@@ -52,23 +52,25 @@ class Client:
     """A client of an Elbo server. It keeps its connections open, and threads may share it.
 
     Rows are arrays [N, D] (NumPy, PyTorch, lists), data frames of pandas or polars, or records: lists of objects by
-    feature name. The columns of frames and records may be in any order; columns that are not features are left out,
-    except in `anomaly`, `anomaly_stream`, `feedback` and `backtest`, which use the time and the group.
+    feature name. The columns of frames and records may be in any order. Columns that are not features are ignored,
+    except for the time, the group and the conditions in `anomaly`, `anomaly_stream`, `feedback` and `backtest`.
+    `impute` refuses them.
 
-    Every method raises the exceptions of `elbo.client.errors`.
+    Every method raises the exceptions of `elbo.client.errors`, and TypeError or ValueError for unusable arguments.
 
     Args:
         base_url: address of the server, such as "http://127.0.0.1:8000". It may have a path.
         model: the model of all calls: name or name@version; by default the server's default model.
         key: the API key.
-        timeout: seconds for a call, with all its attempts; None for no limit. The server gets this limit, too, and
-            stops computing when it has passed.
-        retries: how often and how fast to repeat; see `Retries`.
+        timeout: seconds for each request, with all its attempts; None for no limit. The server gets this limit, too,
+            and stops computing when it has passed. A call sends more than one request if an array has more than
+            `chunk_rows` rows, and if the client has to ask for the features or the name of the model.
+        retries: how often and how fast requests are repeated.
         verify: True to verify the server's certificate, False not to, or an SSL context, as in httpx.
         cert: the client's certificate, as in httpx.
-        trust_env: whether HTTP_PROXY, NO_PROXY, SSL_CERT_FILE and the like apply, as in httpx.
+        trust_env: whether HTTP_PROXY, NO_PROXY, SSL_CERT_FILE and similar variables apply, as in httpx.
         transport: a transport of httpx, instead of the client's own; for example, httpx.HTTPTransport(uds=...).
-        headers: further headers of every request.
+        headers: headers to add to every request.
         chunk_rows: arrays with more rows are sent in several requests, at most this many rows each. It must not be
             above the server's ELBO_MAX_ROWS.
     """
@@ -121,7 +123,7 @@ class Client:
         return self._in_parts(calls.decode, to_array(latents), options)
 
     def reconstruct(self, rows: Rows, **options: Unpack[RowOptions]) -> results.Reconstructed:
-        """Return the reconstructions [N, D] of rows, and the mean squared error of each row."""
+        """Return the reconstructions [N, D] of rows, and the mean squared error [N] of each row."""
         return self._by_row(calls.reconstruct, rows, options)
 
     def sample(self, n: int = 1, **options: Unpack[SampleOptions]) -> results.Sampled:
@@ -137,7 +139,7 @@ class Client:
         return self._send(calls.edit(point, direction, self._model(options), options), options)
 
     def impute(self, rows: Rows, **options: Unpack[CallOptions]) -> results.Imputed:
-        """Return rows whose missing values (NaN, None, absent) are estimated, with the uncertainty of each value."""
+        """Return rows with estimates of their missing values (NaN, None, absent), and the uncertainty of each value."""
         if is_frame(rows) or is_records(rows):
             return self._send(calls.impute(rows, self._model(options), options), options)
         return self._in_parts(calls.impute, to_array(rows), options)
@@ -149,29 +151,29 @@ class Client:
         latents: npt.ArrayLike | None = None,
         **options: Unpack[NeighbourOptions],
     ) -> results.Neighbours:
-        """Return the held-out rows of the training data that are nearest to `rows`, or to `latents`."""
+        """Return the held-out rows that are nearest to each of `rows` [N, D], or of `latents` [N, K]."""
+        vectors = None if latents is None else to_array(latents)
+
+        def send(array: Array | None, model: str | None) -> results.Neighbours:
+            return self._send(calls.neighbours(array, vectors, model, options), options)
+
         if rows is None:
-            vectors = None if latents is None else to_array(latents)
-            return self._send(calls.neighbours(None, vectors, self._model(options), options), options)
-
-        def make(array: Array, model: str | None, options: Options) -> Call[results.Neighbours]:
-            return calls.neighbours(array, None, model, options)
-
-        return self._named(rows, options, lambda array, pinned: self._send(make(array, pinned, options), options))
+            return send(None, self._model(options))
+        return self._named(rows, options, send)
 
     # Anomalies
 
     def anomaly(self, rows: Rows, **options: Unpack[AnomalyOptions]) -> results.Verdicts:
         """Return the verdict on each row, and the features that contribute most.
 
-        Unless `observe=False`, the rows are live traffic: they can raise alerts. Such a request is never sent twice.
+        Unless `observe=False`, the rows can be live traffic, which raises alerts: the request is never sent twice.
         """
         return self._send(calls.anomaly(rows, self._model(options), options), options)
 
     def score(self, rows: Rows, **options: Unpack[ScoreOptions]) -> results.Scores:
         """Return the score, the p-value and the severity of each row as arrays, which is faster than `anomaly`.
 
-        Unless `observe=False`, the rows are live traffic, as in `anomaly`.
+        Unless `observe=False`, the rows can be live traffic, as in `anomaly`.
         """
         return self._by_row(calls.score, rows, options)
 
@@ -182,7 +184,7 @@ class Client:
 
         A row is an object by feature name, or a list of numbers. `rows` is never read more than `ahead` rows before the
         verdicts that were taken from the iterator. With `ahead=1`, each verdict arrives before the next row is read,
-        as a live source of rows needs. `timeout` is the longest time without progress.
+        as a live source of rows needs. `timeout` is the longest time in seconds without progress.
 
         Raises:
             TypeError: the client has a proxy or a transport of its own, which cannot read while it writes.
@@ -201,7 +203,7 @@ class Client:
         rows: Frame | Sequence[Record] | None = None,
         **options: Unpack[FeedbackOptions],
     ) -> results.FeedbackReply:
-        """Say that rows were normal, or an incident: their scores enter or leave the calibration of their group.
+        """Report that rows were normal, or an incident: their scores enter or leave the calibration of their group.
 
         The request is never sent twice.
         """
@@ -222,7 +224,7 @@ class Client:
         return self._send(calls.models(), options)
 
     def model(self, reference: str | None = None, **options: Unpack[CallOptions]) -> results.Model:
-        """Return a model version with its features; by default the model of the client."""
+        """Return the model version that `reference` names, with its features; by default, the model of the client."""
         return self._send(calls.model(reference or self._reference(options)), options)
 
     def card(self, **options: Unpack[CallOptions]) -> str:
@@ -238,11 +240,11 @@ class Client:
         return self._send(calls.calibration(self._reference(options)), options)
 
     def health(self, **options: Unpack[CallOptions]) -> bool:
-        """Return True while the server runs. Raises ConnectionFailed if it does not."""
+        """Return True if the server runs. Raises ConnectionFailed or TimedOut if it does not respond."""
         return self._send(calls.probe("/livez"), options)
 
     def ready(self, **options: Unpack[CallOptions]) -> bool:
-        """Return whether the server accepts requests: it serves a model and does not shut down."""
+        """Return whether the server accepts requests: it serves a model, and is not shutting down."""
         try:
             return self._send(calls.probe("/readyz"), options)
         except NotReady:
@@ -255,14 +257,14 @@ class Client:
         return model
 
     def _reference(self, options: Options) -> str:
-        """Return the reference of the model of a call. Raises NotReady if the server has no default model."""
-        reference = self._model(options) or self.models().default
+        """Return the model of a call as name or name@version. Raises NotReady if the server has no default model."""
+        reference = self._model(options) or self._send(calls.models(), options).default
         if reference is None:
             raise NotReady(503, "not_ready", "the server has no default model: pass model=...")
         return reference
 
     def _send(self, call: Call[T], options: Options) -> T:
-        """Send `call` until it succeeds, or must not be sent again. Return its result."""
+        """Send `call`, again after failures that may pass, and return its result."""
         attempts = self._settings.attempts(call, options)
         while True:
             try:
@@ -276,7 +278,7 @@ class Client:
             time.sleep(wait)
 
     def _exchange(self, call: Call[Any], seconds: float | None) -> Received:
-        """Send `call` once, and return the response. The client's own transport needs no objects of httpx."""
+        """Send `call` once, and return the response. Without httpx's objects, the client's own transport is faster."""
         if isinstance(self._transport, SocketTransport):
             head = self._settings.head(call, seconds)
             return self._transport.exchange(self._settings.origin, head, call.body or b"", seconds).received()
@@ -285,7 +287,7 @@ class Client:
         return received(response)
 
     def _by_row(self, make: Callable[[Array, str | None, Options], Call[R]], rows: Rows, options: Options) -> R:
-        """Return the result for rows that are computed independently of each other."""
+        """Return the result for `rows`, which the server computes independently of each other."""
         return self._named(
             rows, options, lambda array, pinned: self._in_parts(make, array, {**options, "model": pinned})
         )
@@ -293,8 +295,8 @@ class Client:
     def _named(self, rows: Rows, options: Options, send: Callable[[Array, str | None], R]) -> R:
         """Return what `send` returns for the array [N, D] of `rows` and the model to ask.
 
-        The columns of frames and records are put into the order of the model's features. The model is then asked for as
-        name@version, because another version may have another order.
+        The columns of frames and records are put into the order of the features of one version. `send` gets this
+        version as name@version, because another version may have another order.
         """
         reference = self._model(options)
         if not (is_frame(rows) or is_records(rows)):
@@ -306,7 +308,7 @@ class Client:
         except NotFound:
             if not self._settings.forget(reference):
                 raise
-        known = self._described(reference, options)  # the version is served no more
+        known = self._described(reference, options)  # the version that was remembered is no longer served
         return send(to_ordered_array(rows, known.features, known.name), f"{known.name}@{known.version}")
 
     def _described(self, reference: str | None, options: Options) -> results.Model:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from elbo.client import AsyncClient, Client, ConnectionFailed, Retries
+from elbo.client.settings import ssl_context_of
 from tests.conftest import require
 from tests.elbo.client.scripted import respond, scripted
 from tests.service.hosts import host_rows
@@ -61,6 +62,13 @@ def test_server_whose_certificate_is_not_trusted_gets_no_request(https: tuple[Se
         with pytest.raises(ConnectionFailed, match="certificate verify failed") as raised:
             elbo.encode(ROWS)
         assert raised.value.sent is False
+
+
+def test_scheme_in_capitals_is_https_and_verified_as_the_client_says() -> None:
+    context = ssl.create_default_context()
+    for scheme in ("https", "HTTPS"):
+        assert ssl_context_of(f"{scheme}://127.0.0.1", context, None, True) is context
+    assert ssl_context_of("http://127.0.0.1", context, None, True) is None
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])

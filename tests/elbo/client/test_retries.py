@@ -4,14 +4,17 @@ A scripted server counts the requests that reach it. The last tests use a real s
 """
 
 import asyncio
+import contextlib
 import signal
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import numpy as np
@@ -210,6 +213,48 @@ def test_server_that_sends_a_byte_now_and_then_times_out(call: Caller) -> None:
         with pytest.raises(TimedOut):
             call(server.address, "models", timeout=0.5)
         assert time.monotonic() - started < 4
+
+
+@pytest.mark.parametrize("call", ["sync", "async"], indirect=True)
+def test_server_that_reads_slowly_times_out_once_for_sending_and_receiving(call: Caller) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def read_late() -> None:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                time.sleep(1.0)  # the client cannot send all of its request before
+                while connection.recv(2**20):
+                    pass
+
+        thread = threading.Thread(target=read_late)
+        thread.start()
+        address, started = f"http://127.0.0.1:{listener.getsockname()[1]}", time.monotonic()
+        with pytest.raises(TimedOut):
+            call(address, "encode", np.zeros((2000, 5000), np.float32), timeout=1.5)
+        assert time.monotonic() - started < 2.3
+        thread.join()
+
+
+def test_message_about_a_server_that_accepts_no_connection_does_not_advise_a_longer_timeout(
+    call: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create_connection(*_arguments: Any, **_options: Any) -> NoReturn:
+        raise TimeoutError
+
+    async def open_connection(*_arguments: Any, **_options: Any) -> NoReturn:
+        raise TimeoutError
+
+    monkeypatch.setattr(socket, "create_connection", create_connection)
+    monkeypatch.setattr(asyncio, "open_connection", open_connection)
+    with pytest.raises(TimedOut, match=r"^no connection to http://10\.0\.0\.1:8000: .*attempt 4.*server running"):
+        call("http://10.0.0.1:8000", "models")
+
+
+@pytest.mark.parametrize("options", [{"key": "secret\n"}, {"headers": {"X-Team": "a\r\nb"}}])
+def test_header_with_a_line_break_is_refused_when_the_client_is_created(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"(key|X-Team|x-team).* contains a line break") as raised:
+        Client("http://127.0.0.1:8000", **options)
+    assert "secret" not in str(raised.value)
 
 
 def test_connection_that_the_server_has_closed_is_not_used_again() -> None:
