@@ -1,9 +1,11 @@
-"""Clients of an Elbo server, sync and async. They need httpx, NumPy and orjson, and neither torch nor Elbo's models.
+"""Clients of an Elbo server, sync and async. They need httpx, NumPy and orjson, but neither torch nor an artifact.
 
 from elbo.client import Client
 
 with Client("http://127.0.0.1:8000", model="web") as elbo:
     verdicts = elbo.anomaly([{"cpu": 97, "latency": 900, "errors": 3}], observe=False)
+
+`AsyncClient` has the same methods, to be awaited.
 """
 
 from elbo.client.async_client import AsyncClient

@@ -4,9 +4,9 @@ ElboClientError
 ├── ConnectionFailed      there is no complete response: the server cannot be reached, or the connection broke
 ├── TimedOut              there is no response within the timeout
 │   └── ServerTimedOut    408, 504: the server gave up (also an ElboHTTPError)
-├── InvalidReply          the response is not one of Elbo's
+├── InvalidReply          the response does not have the form of Elbo's responses
 └── ElboHTTPError         the server refused the request
-    ├── BadRequest        400, 405, 406, 413, 415, 422
+    ├── BadRequest        400, 405, 406, 413, 415, 422, and any other status below 500
     ├── NotAuthorised     401, 403
     ├── NotFound          404
     ├── NotSupported      409
@@ -22,13 +22,13 @@ import orjson
 
 
 class ElboClientError(Exception):
-    """Base of all exceptions that the client raises. `str(error)` is one line that says what to do."""
+    """Base of the exceptions that the client raises for failed requests. `str(error)` is one line that says why."""
 
 
 class ConnectionFailed(ElboClientError):
     """There is no complete response: the server cannot be reached, or the connection broke.
 
-    `sent`: whether a part of the request may have reached the server.
+    `sent` says whether the server may have received a part of the request.
     """
 
     def __init__(self, message: str, *, sent: bool) -> None:
@@ -41,7 +41,7 @@ class TimedOut(ElboClientError):
 
 
 class InvalidReply(ElboClientError):
-    """The response is not one of Elbo's: is the address that of an Elbo server, and not of a login page?"""
+    """The response does not have the form of Elbo's responses. Perhaps a login page or another server sent it."""
 
 
 class ElboHTTPError(ElboClientError):
@@ -55,8 +55,8 @@ class ElboHTTPError(ElboClientError):
         pointer: JSON pointer to the invalid value, such as "/inputs/3/17".
         expected: what would have been valid.
         got: what the request had instead.
-        hint: what to do.
-        retry_after: the seconds after which the server expects to accept the request.
+        hint: what to do, as the server says.
+        retry_after: seconds after which the server expects to accept the request; None if it does not say.
     """
 
     def __init__(
@@ -96,7 +96,10 @@ class ElboHTTPError(ElboClientError):
 
 
 class BadRequest(ElboHTTPError):
-    """The request is not valid: its rows, a field, its format or its size (400, 405, 406, 413, 415, 422)."""
+    """The request is not valid: its rows, a field, its format or its size (400, 405, 406, 413, 415, 422).
+
+    Redirects and all other statuses below 500 raise this exception, too.
+    """
 
 
 class NotAuthorised(ElboHTTPError):
@@ -129,7 +132,7 @@ class TooManyRequests(ElboHTTPError):
 
 
 class ServerError(ElboHTTPError):
-    """The server or a proxy before it failed (5xx); the server's log has the details under the request id."""
+    """The server, or a proxy before it, failed (5xx). The server's log has the details under the request id."""
 
 
 class NotReady(ServerError):
@@ -157,12 +160,12 @@ _BY_STATUS: dict[int, type[ElboHTTPError]] = {
 
 
 def class_for(status: int) -> type[ElboHTTPError]:
-    """Return the class of the exception for an HTTP status of 400 or more."""
+    """Return the class of the exception for an HTTP status that is not 200."""
     return _BY_STATUS.get(status, BadRequest if status < 500 else ServerError)
 
 
 def from_problem(problem: Mapping[str, Any], retry_after: float | None = None) -> ElboHTTPError:
-    """Return the exception for a problem of the server, as RFC 9457 describes it."""
+    """Return the exception for `problem`, the problem details (RFC 9457) of a response or of a line of a stream."""
     status = int(problem.get("status", 500))
     optional = {name: problem.get(name) for name in ("pointer", "expected", "got", "hint")}
     return class_for(status)(
@@ -178,9 +181,9 @@ def from_problem(problem: Mapping[str, Any], retry_after: float | None = None) -
 def from_response(
     status: int, content: bytes, request_id: str, retry_after: float | None, reason: str
 ) -> ElboHTTPError:
-    """Return the exception for a response with an HTTP status of 400 or more, or a redirect.
+    """Return the exception for a response with an HTTP status that is not 200.
 
-    A response that is not Elbo's, such as that of a proxy, has the code "unknown".
+    The exception for a response that another program sent, such as a proxy, has the code "unknown".
     """
     try:
         problem = orjson.loads(content)

@@ -17,7 +17,7 @@ JSON = "application/json"
 NPY = "application/x-npy"
 SAFETENSORS = "application/x-safetensors"
 NDJSON = "application/x-ndjson"
-_PREFIX_BYTES = 8  # of a safetensors file: the length of its header
+_PREFIX_BYTES = 8  # a safetensors file begins with the length of its header, uint64
 _METADATA = "__metadata__"
 
 
@@ -56,23 +56,45 @@ def load_safetensors(content: bytes) -> tuple[dict[str, Array], Mapping[str, str
 
 
 def _tensor(content: bytes, start: int, entry: Mapping[str, Any]) -> Array:
-    """Return one tensor as an array that may be written to. Raises KeyError and ValueError."""
+    """Return one tensor as a writable array. Raises KeyError and ValueError."""
     if entry["dtype"] != "F32":
         raise ValueError(f"expected F32, got {entry['dtype']}")
     first, last = entry["data_offsets"]
     if start + last > len(content):
-        raise ValueError(f"it is cut off: expected {start + last} bytes, got {len(content)}")
+        raise ValueError(f"the file is cut off: expected {start + last} bytes, got {len(content)}")
     tensor: Array = np.frombuffer(content, "<f4", (last - first) // 4, start + first).reshape(entry["shape"])
     return tensor.copy()
 
 
 def dump_json(value: object) -> bytes:
-    """Return `value` as JSON. NumPy arrays become lists, NaN becomes null, and times become ISO 8601."""
+    """Return `value` as JSON. NumPy arrays become lists, NaN becomes null, and times become ISO 8601.
+
+    Infinity becomes 1e999, which the server reports as an error of its row. orjson writes null for it, which the server
+    would take for a missing value.
+    """
+    content = _dump(value)
+    return _dump(_with_infinities(value)) if b"null" in content else content
+
+
+def _dump(value: object) -> bytes:
     return orjson.dumps(value, default=_plain, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
 
 
+def _with_infinities(value: Any) -> Any:
+    """Return `value` with a fragment of JSON in place of each infinite number."""
+    if isinstance(value, float | np.floating):
+        return orjson.Fragment(b"1e999" if value > 0 else b"-1e999") if np.isinf(value) else value
+    if isinstance(value, Mapping):
+        return {name: _with_infinities(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_infinities(each) for each in value]
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f" and np.isinf(value).any():
+        return _with_infinities(value.tolist())
+    return value
+
+
 def _plain(value: Any) -> Any:
-    """Return an object that JSON has for a value of pandas, polars or NumPy."""
+    """Return what JSON has for a value of pandas, polars or NumPy: null, text, a number or a list."""
     if value != value:  # NaN and NaT
         return None
     if hasattr(value, "isoformat"):
@@ -94,7 +116,8 @@ def load_json(content: bytes) -> dict[str, Any]:
 
 
 def to_float32(values: npt.ArrayLike) -> Array:
-    """Return `values` as a C-ordered float32 array. Numbers beyond float32 become infinite; the server names them.
+    """Return `values` as a C-ordered float32 array. Numbers beyond float32 become infinite: the server
+    reports them.
 
     Raises:
         TypeError, ValueError: the values are not numbers.

@@ -1,11 +1,13 @@
-"""HTTP/1.1 without input and output: write the head of a request, and read a response from the bytes that arrive."""
+"""HTTP/1.1 without input and output: format the head of a request, and parse a response from bytes."""
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import httpx
 
 Headers = list[tuple[bytes, bytes]]
+MAX_HEAD_BYTES = 2**17
+MAX_LINE_BYTES = 2**14  # of a chunk size with its extensions, or of a trailer
+_NO_BODY = (204, 304)  # statuses whose responses have no body
 
 
 class Received(NamedTuple):
@@ -21,27 +23,21 @@ class Received(NamedTuple):
         return self.headers.get(name, b"").decode("latin-1")
 
 
-MAX_HEAD_BYTES = 2**17
-MAX_LINE_BYTES = 2**14  # of a chunk size with its extensions, or of a trailer
-_NO_BODY = (204, 304)
-
-
 def request_head(request: httpx.Request) -> bytes:
     """Return the head of `request`, with the blank line that ends it. Raises LocalProtocolError."""
     lines = [b"%b %b HTTP/1.1" % (request.method.encode("ascii"), request.url.raw_path)]
     lines += [b"%b: %b" % header for header in request.headers.raw]
     head = b"\r\n".join(lines)
     if head.count(b"\r") != len(lines) - 1 or head.count(b"\n") != len(lines) - 1 or b"\0" in head:
-        raise httpx.LocalProtocolError("a header contains a line break", request=request)
+        raise httpx.LocalProtocolError("a header contains a line break or a NUL", request=request)
     return head + b"\r\n\r\n"
 
 
 class ResponseReader:
-    """Reads one response. `headers` has the names in lower case.
+    """Parses one response. The names in `headers` are in lower case.
 
-    Call `feed` with the bytes that arrive, and with b"" at the end of the connection, until `is_complete`. After each
-    call, `take` returns the bytes of the body that have arrived since the last call. Informational responses (1xx) are
-    skipped.
+    Call `feed` with the bytes that arrive, and with b"" at the end of the connection, until `is_complete`. `take` then
+    returns the bytes of the body that have arrived since the last `take`. Informational responses (1xx) are skipped.
 
     Args:
         method: the method of the request; the response to HEAD has no body.
@@ -68,7 +64,7 @@ class ResponseReader:
         return body
 
     def received(self) -> Received:
-        """Return the whole response, once it is complete and nothing of its body was taken."""
+        """Return the whole response. Call it when `is_complete`, and instead of `take`."""
         return Received(self.status, self.reason.decode("latin-1"), dict(self.headers), self.take())
 
     def feed(self, data: bytes) -> None:
@@ -91,7 +87,7 @@ class ResponseReader:
             else:
                 data = self._read_body(data)
         if self.is_complete and data:
-            self.keeps_alive = False  # bytes that no request has asked for
+            self.keeps_alive = False  # bytes after the response, which no request has asked for
 
     def _end(self) -> None:
         self.keeps_alive = False
@@ -121,7 +117,7 @@ class ResponseReader:
                 raise httpx.RemoteProtocolError(f"expected a header, got {line[:60]!r}")
             headers.append((name.lower(), value.strip(b" \t")))
         if status == b"101":
-            raise httpx.RemoteProtocolError("the server switched to another protocol, which nobody asked for")
+            raise httpx.RemoteProtocolError("the server switched to another protocol, which the client did not ask for")
         if status[:1] != b"1":
             self.status, self.reason, self.headers = int(status), reason, headers
             self._start_body(version == b"HTTP/1.1")
@@ -129,7 +125,8 @@ class ResponseReader:
 
     def _start_body(self, is_1_1: bool) -> None:
         """Find out from the headers how the body ends (RFC 9112, section 6.3)."""
-        lengths, codings, options = set(), [], b""
+        lengths: set[bytes] = set()
+        codings, options = [], b""
         for name, value in self.headers:
             if name == b"content-length":
                 lengths.add(value)
@@ -185,8 +182,7 @@ class ResponseReader:
         return rest
 
 
-def _length(values: Iterable[bytes]) -> int:
-    values = set(values)
+def _length(values: set[bytes]) -> int:
     text = next(iter(values))
     if len(values) > 1 or not text.isdigit():
         raise httpx.RemoteProtocolError(f"expected one Content-Length, got {sorted(values)}")

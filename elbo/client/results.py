@@ -1,4 +1,7 @@
-"""What the methods of the client return. N is the number of rows, D of features, K of latents; arrays are float32."""
+"""Results of the methods of the client.
+
+In shapes, N is the number of rows, D of features and K of latents. Arrays are float32 unless their type says otherwise.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,13 +14,13 @@ Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What every response of a model has.
+    """Fields of every response of a model.
 
     Args:
         model: name of the model that computed the response.
         version: version of that model.
         request_id: identifier of the request in the server's log.
-        warning: why the result may be of no use; None if there is no reason.
+        warning: a reason why the result may be meaningless, such as pixels in a wrong range; None if there is none.
     """
 
     model: str
@@ -30,7 +33,8 @@ class Reply:
 class Encoded(Reply):
     """Latents [N, K] of rows, and their posterior standard deviations [N, K]; zeros for an autoencoder.
 
-    `seed` is None unless the latents are samples. `imputed` is the number of missing values that medians replaced.
+    `seed` is None unless the latents are samples. `imputed` is the number of missing values in the rows, which training
+    medians replaced.
     """
 
     latents: Array
@@ -48,7 +52,10 @@ class Decoded(Reply):
 
 @dataclass(frozen=True, slots=True)
 class Reconstructed(Reply):
-    """Reconstructed rows [N, D], and the mean squared error [N] of each row in raw units squared."""
+    """Reconstructed rows [N, D] in raw units, and the mean squared error [N] of each row in raw units squared.
+
+    `imputed` is the number of missing values in the rows, which training medians replaced.
+    """
 
     outputs: Array
     errors: Array
@@ -57,9 +64,9 @@ class Reconstructed(Reply):
 
 @dataclass(frozen=True, slots=True)
 class Sampled(Reply):
-    """New rows [N, D], their latents [N, K], and the seed with which the same rows can be drawn again.
+    """New rows [N, D] in raw units, their latents [N, K], and the seed that draws the same rows again.
 
-    `conditions` has the levels of each row if the call had `condition`, otherwise None.
+    `conditions` has the levels of each row, [N], if the call had `condition`; otherwise, it is None.
     """
 
     outputs: Array
@@ -70,7 +77,7 @@ class Sampled(Reply):
 
 @dataclass(frozen=True, slots=True)
 class LatentPath(Reply):
-    """The rows [N, D] along a path through the latent space, and their latents [N, K]."""
+    """The rows [N, D] in raw units along a path through the latent space, and their latents [N, K]."""
 
     outputs: Array
     latents: Array
@@ -80,7 +87,8 @@ class LatentPath(Reply):
 class Imputed(Reply):
     """Complete rows [N, D] with the uncertainty of each value, all [N, D] in raw units.
 
-    `std` is 0 for a known value. `low` and `high` are the ends of a 90 % interval.
+    `std` is the standard deviation of an estimate, and 0 for a known value. `low` and `high` are the ends of a 90 %
+    interval. `imputed` is the number of missing values.
     """
 
     outputs: Array
@@ -92,14 +100,15 @@ class Imputed(Reply):
 
 @dataclass(frozen=True, slots=True)
 class Neighbours(Reply):
-    """The nearest held-out rows of N rows, the nearest first.
+    """The n held-out rows that are nearest to each of N rows, the nearest first.
 
     Args:
-        indices: [N, n], the number of each neighbour in `held_out()`.
-        distances: [N, n], Euclidean distances between latents.
-        usual_distance: median distance from a held-out row to the nearest other one; None if there is only one.
-        labels: the labels of the neighbours; None if the training data had none.
-        values: the rows of the neighbours, None for rows that the artifact does not have; None unless asked for.
+        indices: [N, n], the position of each neighbour among the held-out rows, as in `held_out()`, from 0.
+        distances: [N, n], Euclidean distances between latents, without unit.
+        usual_distance: median distance from a held-out row to the nearest other one; None if there is only one row.
+        labels: [N, n], the labels of the neighbours; None if the training data had none.
+        values: [N, n, D], the values of the neighbours in raw units, with None for a neighbour whose values are not in
+            the artifact; None unless the call had `values=True`.
     """
 
     indices: npt.NDArray[np.int64]
@@ -125,7 +134,14 @@ class Scores(Reply):
 
 @dataclass(frozen=True, slots=True)
 class Contribution:
-    """The part that one feature has in the score of a row. `value` is None if it was missing."""
+    """How much one feature contributes to the score of a row.
+
+    Args:
+        name: name of the feature.
+        value: its value in raw units; None if it is missing.
+        expected: the value that the model expects, in raw units.
+        contribution: squared distance between the two, in standard deviations of normal rows.
+    """
 
     name: str
     value: float | None
@@ -146,7 +162,7 @@ class Verdict:
         features: the features that contribute most, largest contribution first.
         time: Unix time in seconds, if the row has a time.
         group: the group of the row, if it has one.
-        fields: all fields of the response, by name, with those that only some models have.
+        fields: all fields of the verdict in the response, by name. Some models add fields, such as `state`.
     """
 
     row: int
@@ -162,7 +178,13 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class RowError:
-    """A row that could not be scored. It does not affect the other rows."""
+    """A row that could not be scored. It does not affect the other rows.
+
+    Args:
+        row: index of the row, from 0.
+        detail: what is wrong with the row.
+        pointer: JSON pointer to the invalid value, such as "/records/3/cpu".
+    """
 
     row: int
     detail: str
@@ -173,8 +195,16 @@ class RowError:
 class Verdicts(Reply):
     """The verdicts on the N rows of a request.
 
-    `results` has the rows that could be scored, and `errors` the others. With `detail="none"`, both are empty.
-    `threshold` is the score above which a row is anomalous; None if there is no single one.
+    Args:
+        rows: N.
+        anomalies: number of anomalous rows.
+        failed: number of rows that could not be scored.
+        unknown_fields: number of values whose name is not a feature.
+        alpha: the false-alarm rate that decided.
+        threshold: the score above which a row is anomalous; None if each group has its own, or if there are too few
+            calibration rows for `alpha`.
+        results: the verdicts on the rows that could be scored; empty with `detail="none"`.
+        errors: the rows that could not be scored; empty with `detail="none"`.
     """
 
     rows: int
@@ -187,7 +217,7 @@ class Verdicts(Reply):
     errors: tuple[RowError, ...]
 
     def array(self, name: str) -> npt.NDArray[np.float64]:
-        """Return one number of each row, such as "score", "p_value" or "severity": float64 [N], NaN where it failed."""
+        """Return "score", "p_value" or "severity" of each row, float64 [N]; NaN for rows that could not be scored."""
         values = np.full(self.rows, np.nan)
         for result in self.results:
             values[result.row] = getattr(result, name)
@@ -203,7 +233,7 @@ class Verdicts(Reply):
 
 @dataclass(frozen=True, slots=True)
 class StreamSummary:
-    """The counts of a stream that has ended."""
+    """The counts of a stream that has ended, and the model that judged its rows. See `Verdicts`."""
 
     model: str
     version: int
@@ -216,7 +246,14 @@ class StreamSummary:
 
 @dataclass(frozen=True, slots=True)
 class FeedbackReply(Reply):
-    """What feedback has changed. `groups` has one object per group, as the HTTP reference describes it."""
+    """The changes that feedback has made.
+
+    Args:
+        verdict: the verdict of the request.
+        groups: the change of each group, as the HTTP reference describes it.
+        unused: number of rows without effect.
+        errors: the rows that could not be scored.
+    """
 
     verdict: str
     groups: tuple[dict[str, Any], ...]
@@ -228,7 +265,9 @@ class FeedbackReply(Reply):
 class Peers(Reply):
     """How groups differ from their peers at one moment.
 
-    A group differs if its `deviation` is above `limit`. `groups` has one object per group, the most different first.
+    A group differs if its `deviation` is above `limit`. `groups` has one object per group, as the HTTP reference
+    describes it, with the most different group first. `time` is the moment, as Unix time in seconds. `compared` is the
+    number of groups that were compared, and `others` the number of groups whose newest row is of another time.
     """
 
     time: float
@@ -249,8 +288,8 @@ class BacktestReply(Reply):
 class Model:
     """One model version that is served.
 
-    `features` has the names of the features in order; it is empty in the list of `models()`. `fields` has all fields of
-    the response.
+    `shape` is the shape of one row, `width` its number of values D, and `latents` is K. `features` has the names of the
+    features in order; it is empty in the list of `models()`. `fields` has all fields of the response.
     """
 
     name: str
@@ -265,7 +304,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """The models that are served, the name of the default model, and what failed to load."""
+    """The models that are served, the name of the default model, and the artifacts that failed to load."""
 
     default: str | None
     models: tuple[Model, ...]
@@ -274,7 +313,11 @@ class Models:
 
 @dataclass(frozen=True, slots=True)
 class HeldOut(Reply):
-    """The held-out rows in the artifact: latents [M, K] of the first M, and values [R, D] of the first R."""
+    """The held-out rows in the artifact: latents [M, K] of the first M, and values [R, D] of the first R.
+
+    `labels` has the numbers of the labels, [M]; None if the training data had no labels. `label_names` has the names of
+    the labels 0, 1, and so on; None if they have no names.
+    """
 
     latents: Array
     inputs: Array
@@ -284,7 +327,10 @@ class HeldOut(Reply):
 
 @dataclass(frozen=True, slots=True)
 class CalibrationScores(Reply):
-    """Scores of the calibration set, ascending; of more than 2,000 scores, 2,000 evenly spaced ones."""
+    """Scores of the calibration set, ascending; of more than 2,000 scores, 2,000 evenly spaced ones.
+
+    `rows` is the number of rows of the calibration set.
+    """
 
     rows: int
     scores: Array

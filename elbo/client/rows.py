@@ -1,4 +1,4 @@
-"""The forms in which rows are given: arrays, data frames of pandas or polars, and records."""
+"""Convert rows to arrays and records. Callers pass arrays, data frames of pandas or polars, or records."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeGuard, cast, runtime_checkable
@@ -16,7 +16,7 @@ class Frame(Protocol):
 
     @property
     def columns(self) -> Iterable[Any]:
-        """Return the names of the columns."""
+        """The names of the columns."""
         ...
 
     def to_numpy(self) -> npt.NDArray[Any]:
@@ -38,7 +38,7 @@ def is_frame(rows: object) -> TypeGuard[Frame]:
 
 
 def is_records(rows: object) -> TypeGuard[Sequence[Record]]:
-    """Return whether `rows` is a list of objects by feature name."""
+    """Return whether `rows` is a list of records: mappings from feature name to value."""
     return (
         not isinstance(rows, np.ndarray)
         and isinstance(rows, Sequence)
@@ -48,7 +48,7 @@ def is_records(rows: object) -> TypeGuard[Sequence[Record]]:
 
 
 def to_array(rows: Any) -> Array:
-    """Return rows without names as float32 [N, ...]. None becomes NaN.
+    """Return rows without feature names as float32 [N, ...]. None becomes NaN.
 
     Raises:
         TypeError: the values are not numbers.
@@ -64,7 +64,7 @@ def to_array(rows: Any) -> Array:
 
 
 def to_records(rows: Frame | Sequence[Record]) -> list[Record]:
-    """Return one object per row, with the value of each column by its name. NaN stays NaN."""
+    """Return one record per row, with the value of each column by its name. NaN stays NaN."""
     if not is_frame(rows):
         return list(cast("Sequence[Record]", rows))
     if hasattr(rows, "to_dicts"):
@@ -78,7 +78,7 @@ def to_records(rows: Frame | Sequence[Record]) -> list[Record]:
 def to_ordered_array(rows: Frame | Sequence[Record], names: Sequence[str], source: str) -> Array:
     """Return the values of the features `names`, in this order, as float32 [N, D]. An absent value is NaN.
 
-    Columns that are not features, such as a timestamp, are left out.
+    Columns that are not features, such as a timestamp, are ignored.
 
     Args:
         rows: a data frame or records.

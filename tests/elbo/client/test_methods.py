@@ -1,5 +1,6 @@
 """Every method of both clients, over both transports, gives what a plain JSON request gives."""
 
+import math
 from typing import Any
 
 import httpx
@@ -154,6 +155,20 @@ def test_frame_without_a_feature_is_refused_with_the_name_of_the_feature(call: C
     frame = pl.DataFrame(HOSTS, schema=HOST_FEATURES).drop("load")
     with pytest.raises(ValueError, match="no column 'load', which the model hosts needs"):
         call("encode", frame, model="hosts")
+
+
+@pytest.mark.parametrize("infinity", [math.inf, -math.inf, np.float32(np.inf)])
+def test_infinite_value_in_a_record_is_an_error_of_its_row_and_not_a_missing_value(
+    call: Call, address: str, infinity: float
+) -> None:
+    rows: list[dict[str, Any]] = [dict(each) for each in HOST_RECORDS[:3]]
+    rows[1]["cpu"], rows[2]["cpu"] = infinity, None
+    verdicts = call("anomaly", rows, model="hosts", observe=False)
+    assert [(each.row, each.pointer) for each in verdicts.errors] == [(1, "/records/1/cpu")]
+    assert "finite" in verdicts.errors[0].detail
+    with Client(address, "hosts") as elbo:
+        stream = list(elbo.anomaly_stream(rows, observe=False))
+    assert [type(each).__name__ for each in stream] == ["Verdict", "RowError", "Verdict"]
 
 
 def test_rows_may_be_tensors_and_lists(call: Call) -> None:
