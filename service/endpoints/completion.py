@@ -103,6 +103,8 @@ def require_completion(served: ServedModel) -> None:
         reason, hint = "judges windows, and does not know how one value of a row depends on the others", None
     elif served.scales_by_group:
         reason, hint = "sees rows in units of their group, but this request does not name a group", None
+    elif served.manifest.adoption is not None:
+        reason, hint = "was trained elsewhere and adopted", "use a model that elbo train has trained"
     else:
         reason = "comes from an earlier release of Elbo, or from a tool that does not support this"
         hint = "train the model again with elbo train"

@@ -20,6 +20,7 @@ from tests.models.publishing import publish_windowed
 from tests.service.hosts import HOST_FEATURES, host_records, host_rows
 from tests.service.published import publish
 from tests.service.running import post, running
+from training.adoption.adopt import adopt
 
 pytestmark = pytest.mark.slow
 
@@ -171,29 +172,42 @@ def test_more_rows_than_allowed_are_refused(hosts: httpx.Client) -> None:
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """Yield a client of a server with a model of an earlier release, `earlier`, and a model with a window, `window`."""
+    """Yield a client of a server with three models that cannot complete rows.
+
+    `earlier` is a model of an earlier release, `window` has a window, and `adopted` was trained elsewhere.
+    """
     root = tmp_path_factory.mktemp("others")
     complete = builders.pipeline("pca")
     parts = complete.scaling, complete.core, complete.prior, complete.calibration
     names = [f"x{i}" for i in range(builders.D)]
     publish(root, "earlier", Pipeline(*parts), builders.batch()[0], names, [builders.D])
     publish_windowed(root, "pca", "window")
+    encoder, decoder = torch.nn.Linear(builders.D, 2), torch.nn.Linear(2, builders.D)
+    module = torch.nn.ModuleDict({"encoder": encoder, "decoder": decoder})
+    adopt(module, np.random.RandomState(0).normal(size=(60, builders.D)), name="adopted", artifacts=root)
     with running(create_app(Settings(artifacts=root, default_model="earlier", log_level="warning"))) as client:
         yield client
 
 
 @pytest.mark.parametrize(
-    ("model", "hint"), [("earlier", "train the model again"), ("window", "without --window")], ids=["earlier", "window"]
+    ("model", "reason", "hint"),
+    [
+        ("earlier", "comes from an earlier release", "train the model again"),
+        ("window", "judges windows", "without --window"),
+        ("adopted", "was trained elsewhere and adopted", "that elbo train has trained"),
+    ],
+    ids=["earlier", "window", "adopted"],
 )
 @pytest.mark.parametrize(
     ("path", "body"), [("/impute", {"inputs": [[1.0, None]]}), ("/sample", {"given": {"x0": 1.0}})]
 )
 def test_model_that_cannot_complete_rows_says_what_to_do(
-    others: httpx.Client, model: str, hint: str, path: str, body: dict[str, Any]
+    others: httpx.Client, model: str, reason: str, hint: str, path: str, body: dict[str, Any]
 ) -> None:
     response = others.post(path, json=body, params={"model": model})
     problem = response.json()
     assert (response.status_code, problem["code"]) == (409, "not_supported"), problem
+    assert reason in problem["detail"]
     assert hint in problem["hint"]
     assert others.post("/sample", json={"n": 2}, params={"model": model}).status_code == 200
 
