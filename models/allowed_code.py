@@ -79,10 +79,12 @@ KEYWORDS: dict[str, frozenset[str]] = {
 NEVER_REACHED = frozenset({"torch.copy_", "torch.hardtanh_", "torch.relu_", "torch.silu_"})
 
 # Further names for models that Elbo adopts from elsewhere. A test adopts a module for each name, and fails if a name is
-# not needed. Each of these operators checks the shapes of its arguments before it reads or writes. Operators that do
-# not are not here: torch.lstm, torch.gru, torch.scaled_dot_product_attention, torch.batch_norm and torch.upsample_*
-# read beyond the end of a weight of the wrong shape (torch 2.13, on a CPU). `training.adoption.decompositions` writes
-# them with other operators.
+# not needed. Another test calls each of these operators that takes several tensors with tensors of mismatched shapes,
+# which torch must refuse. Operators that were seen to accept wrong arguments (torch 2.13, on a CPU) are not allowed:
+# - torch.lstm: weights of a wrong shape corrupt the heap.
+# - torch.scaled_dot_product_attention: values may have another length than the keys. The result then varies.
+# - torch.upsample_*: scale factors may be NaN or negative.
+# `training.adoption.decompositions` writes these, and also GRUs and batch normalisation, with allowed operators.
 ADOPTED: dict[str, Rule] = {
     # Arithmetic and comparison, number by number.
     **_rules("pow minimum le logical_and logical_or masked_fill", 2, grows=False),

@@ -1,8 +1,7 @@
-"""Operators of torch that do not check the shapes of their arguments, written with operators that do.
+"""Operators of torch that an artifact may not have, written with operators that it may have.
 
-`torch.lstm` with weights of the wrong shape writes beyond the end of its memory, and `scaled_dot_product_attention`
-with values of another length reads beyond it (torch 2.13, on a CPU). An artifact may come from anywhere, so
-`models.allowed_code` does not allow these operators. Here, they become arithmetic.
+An artifact may come from anywhere, and some operators of torch do not check their arguments: see
+`models.allowed_code.ADOPTED`.
 """
 
 import math
@@ -19,7 +18,7 @@ Shape = Sequence[int]
 
 
 class Text(str):
-    """An expression of the source, as opposed to a text."""
+    """An expression of the source, as opposed to a string that is an argument."""
 
     __slots__ = ()
 
@@ -136,17 +135,17 @@ def cell(write: Writer, name: str, from_input: Text, state: Sequence[Any], weigh
     encoder-decoder", with the gates in the order of torch.
 
     Args:
-        from_input: what the input adds to the gates.
-        state: the hidden state, and the cell state of an LSTM; None if it is zero.
-        weights: of the input, of the hidden state, and the biases of both if there are any.
+        from_input: the product of the input and its weight, plus its bias, [B, gates H].
+        state: the hidden state [B, H], and the cell state of an LSTM, [B, H]; None for a state of zeros.
+        weights: the weight of the input, the weight of the hidden state, and the bias of each if there are biases.
     """
-    own, recurrent_weight, *biases = weights
-    width = own.shape[0] // {"lstm": 4, "gru": 3}.get(name.partition("_")[0], 1)
+    input_weight, hidden_weight, *biases = weights
+    width = input_weight.shape[0] // {"lstm": 4, "gru": 3}.get(name.partition("_")[0], 1)
     hidden = state[0]
     if hidden is None:
         from_hidden: Any = biases[1] if biases else None
     else:
-        from_hidden = write.call("linear", hidden, recurrent_weight, *biases[1:])
+        from_hidden = write.call("linear", hidden, hidden_weight, *biases[1:])
     if name.startswith("gru"):
         return [_gru(write, from_input, from_hidden, hidden, width)]
     gates = from_input if from_hidden is None else write.call("add", from_input, from_hidden)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, ones
 from torch.nn import functional
 
 from models import allowed_code
@@ -236,6 +236,33 @@ def test_every_name_that_only_adopted_models_may_use_is_needed(networks: Any) ->
 )  # fmt: skip
 def test_operator_that_does_not_check_its_arguments_or_draws_is_allowed_nowhere(name: str) -> None:
     assert f"torch.{name}" not in allowed_code.OPERATORS
+
+
+# Calls with one tensor whose sizes do not fit those of the others.
+MISMATCHED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(["pow", "minimum", "le", "logical_and", "logical_or"], (ones(3, 8), ones(7))),
+    "masked_fill": (ones(3, 8), ones(7) > 0, 0.0),
+    "prelu": (ones(3, 8), ones(7)),
+    "conv1d": (ones(2, 8, 9), ones(4, 8, 3), ones(5)),
+    "conv3d": (ones(2, 8, 5, 5, 5), ones(4, 8, 3, 3, 3), ones(5)),
+    "conv_transpose1d": (ones(2, 8, 9), ones(8, 4, 3), ones(5)),
+    "conv_transpose3d": (ones(2, 8, 5, 5, 5), ones(8, 4, 3, 3, 3), ones(5)),
+    "bmm": (ones(3, 4, 8), ones(3, 7, 5)),
+    "baddbmm": (ones(3, 4, 5), ones(3, 4, 8), ones(3, 7, 5)),
+    "layer_norm": (ones(3, 8), [8], ones(8), ones(7)),
+    "group_norm": (ones(3, 8, 5), 2, ones(8), ones(7)),
+}
+
+
+def test_mismatched_tensors_are_tried_on_every_operator_that_takes_several() -> None:
+    several = {name for name, rule in allowed_code.ADOPTED.items() if rule.tensors - len(rule.sizes) > 1}
+    assert several == {f"torch.{name}" for name in MISMATCHED}
+
+
+@pytest.mark.parametrize("name", MISMATCHED)
+def test_operator_with_tensors_of_mismatched_shapes_raises_an_error(name: str) -> None:
+    with pytest.raises(RuntimeError):
+        getattr(torch.ops.aten, name)(*MISMATCHED[name])
 
 
 def test_noise_of_a_draw_is_its_mean() -> None:
