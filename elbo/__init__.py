@@ -1,4 +1,4 @@
-"""Train, load, adopt and use autoencoders, variational autoencoders and PCA.
+"""Train, adopt, load and use models: autoencoders, variational autoencoders and PCA.
 
     import elbo
 
@@ -56,11 +56,9 @@ if not TYPE_CHECKING:  # otherwise, type checkers would accept every name
 
 def _missing_package(name: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
     """Return an error that says which extra of Elbo has the package that `elbo.<name>` needs."""
-    extra = "serve" if name in ("Model", "load") else "train"
-    return ModuleNotFoundError(
-        f"elbo.{name} needs the package {(error.name or '').partition('.')[0]}: pip install 'elbo[{extra}]'",
-        name=error.name,
-    )
+    package = (error.name or "").partition(".")[0]
+    distribution = {"client": "elbo", "Model": "'elbo[serve]'", "load": "'elbo[serve]'"}.get(name, "'elbo[train]'")
+    return ModuleNotFoundError(f"elbo.{name} needs the package {package}: pip install {distribution}", name=error.name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""The model card of a model, which notebooks render."""
+"""The model card, which notebooks render."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,7 +18,7 @@ class Card:
 
     @classmethod
     def of(cls, manifest: Manifest, version: int | None, exhibits: Mapping[str, bytes], notes: Sequence[str]) -> "Card":
-        """Return the card in the exhibits of an artifact or, if it has none, a card of its manifest."""
+        """Return the card in the exhibits of an artifact. If there is none, write one from the manifest."""
         if CARD in exhibits:
             return cls(exhibits[CARD].decode(errors="replace"))
         from training.reports.model_card import card

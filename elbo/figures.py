@@ -1,4 +1,4 @@
-"""The figures of `elbo.Model`. They use matplotlib without pyplot: there is no global state and no display."""
+"""The figures of `elbo.Model`, drawn by matplotlib without pyplot, which would have global state and need a display."""
 
 import json
 from collections.abc import Callable
@@ -22,9 +22,9 @@ from training.reports.plots import BLUE, GREY, ORANGE, PlottedModel
 
 Array = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
-MAX_ROWS = 5_000  # more rows make no visible difference
+MAX_ROWS = 5_000  # rows in a figure; more make no visible difference
 BINS = 40
-WIDE = 30  # if the largest score is this many times the median, the axes are logarithmic
+WIDE = 30  # if the largest score is more than this many times the median, the axes of scores are logarithmic
 
 
 def samples(plotted: PlottedModel, seed: int) -> Figure:
@@ -43,10 +43,10 @@ def latents(plotted: PlottedModel) -> Figure:
 
 
 def history(manifest: Manifest) -> Figure:
-    """Return a figure with the terms of the loss by epoch. Raise NotSupportedError if there are no epochs."""
+    """Return a figure with the terms of the loss by epoch. Raises NotSupportedError without 2 epochs."""
     if len(manifest.history) < 2:
         raise NotSupportedError(
-            f"{manifest.name} has no history: expected a model that is trained in epochs, such as a vae"
+            f"{manifest.name} has no history: expected a model that was trained for at least 2 epochs"
         )
     with plots.in_style():
         return plots.draw_history(manifest)
@@ -144,11 +144,11 @@ def _draw(draw: Callable[[PlottedModel], Figure], plotted: PlottedModel) -> Figu
 def plotted_model(
     loaded: Artifact, inputs: Array, labels: npt.NDArray[Any] | None, label_names: list[str] | None, title: str
 ) -> PlottedModel:
-    """Return what the plots of `training.reports.plots` take.
+    """Return the model and the rows for the plots of `training.reports.plots`.
 
     Args:
         loaded: the artifact.
-        inputs: what its module takes for the rows.
+        inputs: the inputs of its module for the rows, as `Model.inputs` returns them.
         labels: numbers of the labels of the rows, [B].
         label_names: the names of labels 0, 1, ..., if known.
         title: what the plots call the rows.
@@ -164,7 +164,7 @@ def plotted_model(
 
 
 def codes_of(labels: Labels | None, rows: int) -> tuple[npt.NDArray[Any] | None, list[str] | None]:
-    """Return labels as numbers, [B], with the name of each number. Raise DataError unless there is one per row."""
+    """Return labels as numbers, [B], with the name of each number. Raises DataError unless there is one per row."""
     if labels is None:
         return None, None
     values = np.array(labels.tolist() if hasattr(labels, "tolist") else list(labels))
@@ -190,7 +190,7 @@ def read_held_out(loaded: Artifact) -> HeldOut:
     """
     manifest, exhibit = loaded.manifest, loaded.exhibits.get(HELD_OUT)
     if exhibit is None or manifest.window is not None:
-        raise NotSupportedError(f"{manifest.name} has no held-out rows in its artifact: give this method rows")
+        raise NotSupportedError(f"{manifest.name} has no held-out rows in its artifact: pass rows to this method")
     held_out = json.loads(exhibit)
     rows = np.array(held_out["inputs"], np.float32).reshape(-1, manifest.width)[:MAX_ROWS]
     labels = held_out["labels"]

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from elbo.options import Options
     from models.policy_rules import Policy
 
-COLUMN_OPTIONS = ("drop", "keep", "label", "season", "condition")  # options that also take a single text
-COMMAND_COLUMNS = re.compile(r"--(drop|keep|label) ('[^']*'|[^\s;:,]+)")  # how messages advise to choose columns
+COLUMN_OPTIONS = ("drop", "keep", "label", "season", "condition")  # lists, for which one string may be given
+COMMAND_COLUMNS = re.compile(r"--(drop|keep|label) ('[^']*'|[^\s;:,]+)")  # advice to choose columns, in messages
 COMMAND_OPTION = re.compile(r"--([a-z][a-z-]*)")
 
 
@@ -49,7 +49,7 @@ def fit(
     """Fit, evaluate and calibrate a model, and return it. Nothing is written: `Model.save` publishes it.
 
     The weights equal those that `elbo train` publishes for the same rows and options. While `fit` runs, torch uses one
-    thread in this process.
+    thread in the whole process.
 
     Args:
         data: the training rows. A path or the name of bundled data, such as "digits"; a NumPy array or a torch tensor,
@@ -58,7 +58,7 @@ def fit(
             column "load [%]" is the feature "load" in the unit "%".
         kind: pca, ae (autoencoder), vae (variational autoencoder), ensemble (an ae and nearest neighbours), or auto
             (fit pca, ae and vae, and return the one that does best on held-out rows).
-        name: name under which the model is saved and served.
+        name: name under which `Model.save` publishes the model.
         labels: a label of each row, [N], integers or text; never used to train, except with `condition=["label"]`.
         feature_names: names of the columns of an array [N, D].
         policy: which deviations matter: a policy, or the path of a TOML file.
@@ -73,7 +73,7 @@ def fit(
     config = _config(kind, name, dict(options), has_label_column=labels is not None)
     source = as_source(data, labels, feature_names)
     if isinstance(source, InMemory) and not source.has_columns:
-        config = config.model_copy(update={"label": ()})  # the labels of an array are no column
+        config = config.model_copy(update={"label": ()})  # the labels of an array are not in a column
     report = _reporter(progress)
     try:
         with in_terms_of_python():
@@ -151,7 +151,7 @@ def _is_notebook_with_widgets() -> bool:
 
 @contextmanager
 def in_terms_of_python() -> Iterator[None]:
-    """Let the messages of errors name arguments of functions, and the extra of Elbo that has a missing package."""
+    """Let messages of errors name arguments instead of options, and the extra of Elbo that has a missing package."""
     try:
         yield
     except ElboError as error:
@@ -167,7 +167,7 @@ def in_terms_of_python() -> Iterator[None]:
 
 
 def python_words(message: str) -> str:
-    """Return `message` with `drop=['id']` in place of `--drop id`, and `time` in place of `--time`."""
+    """Return `message` with arguments in place of options: `drop=['id']` for `--drop id`, and `time` for `--time`."""
 
     def columns(match: re.Match[str]) -> str:
         return f"{match[1]}={next(csv.reader([match[2].strip(chr(39))]))}"

@@ -1,4 +1,4 @@
-"""`elbo.load` and `elbo.Model`: use a model in this process, with the numbers that the server gives over HTTP."""
+"""`elbo.load` and `elbo.Model`: use a model in this process. It gives the numbers that the server gives over HTTP."""
 
 import html
 import os
@@ -42,7 +42,7 @@ Bools = npt.NDArray[np.bool_]
 Condition = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 DEFAULT_ALPHA = 0.05
 MAX_FLOAT32 = np.finfo(np.float32).max
-UNSAVED = Path("unsaved") / FILE_NAME  # the path that messages name for a model that is in no file
+UNSAVED = Path("unsaved") / FILE_NAME  # path that messages give to a model without a file
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class _Rows:
     x: Array  # [B, D], raw units, with NaN for missing values
     inputs: Array  # [B, D], [B, N, D], or with conditions [B, D + C]
     is_short: Bools | None = None  # [B], whether a window has too few rows to judge its newest row
-    silenced: Bools | None = None  # [B], whether a silence of the policy holds
+    silenced: Bools | None = None  # [B], whether a silence of the policy holds for the row
 
 
 def load(
@@ -65,8 +65,8 @@ def load(
 ) -> "Model":
     """Load a model, and verify its seal, its weights and its golden answers.
 
-    An artifact is a program. Elbo inspects it, but does not try it out in a child process as `elbo serve` does: load
-    only files that you trust, or set `keys`.
+    An artifact is a program. Elbo inspects it before it runs it, but without the trial in a child process that `elbo
+    serve` makes: load only files that you trust, or set `keys`.
 
     Args:
         reference: "web" (the newest version), "web@2", the folder "artifacts/web" or "artifacts/web/2", or the path of
@@ -74,7 +74,7 @@ def load(
         artifacts: the artifact folder, for names; default: ELBO_ARTIFACTS, or "artifacts".
         keys: trusted public keys, as text or as the path of a file: one of them must have signed the model. Default:
             ELBO_TRUSTED_KEYS, or no signature is needed.
-        device: where the model runs.
+        device: where the model runs; auto: on a GPU if there is one.
 
     Raises:
         ArtifactError: there is no such model, or it fails a verification. `models.errors` lists the reasons.
@@ -95,7 +95,7 @@ def artifact_folder(given: "str | os.PathLike[str] | None") -> Path:
 
 
 def _artifact_path(reference: "str | os.PathLike[str]", artifacts: Path) -> Path:
-    """Return the path of the model.pt that `reference` means."""
+    """Return the path of the model.pt that `reference` names."""
     path = Path(reference)
     if path.is_dir() and (path / FILE_NAME).is_file():
         return path / FILE_NAME
@@ -111,7 +111,7 @@ def _artifact_path(reference: "str | os.PathLike[str]", artifacts: Path) -> Path
 
 
 class Model:
-    """A model in this process. `elbo.fit`, `elbo.load` and `elbo.adopt` return one.
+    """A model in this process. `elbo.fit`, `elbo.load` and `elbo.adopt` return a `Model`.
 
     All methods that take rows take the types that `elbo.fit` takes, in raw units: arrays, tensors, frames, lists and
     paths. They return NumPy arrays of float32. In shapes, B is the number of rows, D of features and K of latents, and
@@ -125,8 +125,8 @@ class Model:
       such as `{"label": "7"}`, or one for each row. Without it, the model takes the condition as unknown.
     - If the model judges windows, frames need the column of times, and of groups, as in training; each row is judged
       with the rows before it. An array has windows, [B, N, D], oldest row first, with NaN for rows that are not there.
-    - Scores do not depend on the group and the time of a row, and there is no online calibration: they are those of
-      `elbo score`. The server adjusts the scores of models with times by group and season.
+    - Scores are those of `elbo score`: they do not depend on the group and the time of a row, and there is no online
+      calibration. The server adjusts the scores of models with times by group and season.
 
     Rows are processed in batches of 1,024, so that large files need little memory. A model never changes: several
     threads may use it at once, `copy` and `deepcopy` return the model itself, and pickle saves the bytes of its
@@ -139,7 +139,7 @@ class Model:
         self._path = path
         self._noise = NoiseSource()
         self.notes = tuple(notes)
-        """What to know about the data and the training; empty for a model that was loaded."""
+        """Messages about the data and the training; empty for a model that was loaded."""
 
     @classmethod
     def from_bytes(
@@ -151,7 +151,7 @@ class Model:
             content: the bytes, whose seal is not verified again: see `models.manifest.read_sealed`.
             path: the file that has these bytes; None if there is none.
             device: "cpu" or "cuda".
-            notes: what to know about the data and the training.
+            notes: messages about the data and the training.
 
         Raises:
             ArtifactError: the bytes are no artifact, or fail a verification.
@@ -172,18 +172,20 @@ class Model:
 
     @property
     def name(self) -> str:
-        """The name of the model."""
-        return self.manifest.name if self._path is None else self._path.absolute().parents[1].name
+        """The name of the model: that of its folder in the artifact folder, otherwise that in its manifest."""
+        if self._path is None or self.version is None:
+            return self.manifest.name
+        return self._path.absolute().parents[1].name
 
     @property
     def version(self) -> int | None:
-        """The version of the model; None if it is not saved."""
+        """The version of the model; None if the model is not saved, or its file is not in an artifact folder."""
         number = "" if self._path is None else self._path.absolute().parent.name
         return int(number) if number.isdecimal() else None
 
     @property
     def path(self) -> Path | None:
-        """The file of the model; None if it is not saved."""
+        """The file from which the model was loaded; None for other models, even after `save`."""
         return self._path
 
     @property
@@ -223,7 +225,7 @@ class Model:
         Args:
             data: rows; see the class.
             sample: draw from the posterior of each row.
-            seed: seed of the draw, which gives the same numbers as `POST /encode`; by default, every call draws others.
+            seed: seed of the draw, which gives the same numbers as in `POST /encode`; by default, a random seed.
             condition: the condition of the rows, if the model knows conditions.
         """
         mean, std = self.posterior(data, condition=condition)
@@ -280,7 +282,7 @@ class Model:
 
         Args:
             n: number of rows.
-            seed: the same seed gives the same rows; by default, every call draws others.
+            seed: the same seed gives the same rows; by default, a random seed.
             temperature: factor of the noise: below 1, rows are more typical.
             noise: add observation noise, as real rows have; default: for tables, but not for images.
             prior: fitted (to the latents of the training rows), or standard (N(0, I), for a VAE only).
@@ -322,15 +324,13 @@ class Model:
         method: Literal["linear", "slerp"] = "linear",
         condition: Mapping[str, Any] | None = None,
     ) -> Array:
-        """Return rows [steps, *shape] in raw units on the path from one row to another, both ends decoded too.
-
-        To interpolate between latents, decode the points of a path between them.
+        """Return rows [steps, *shape] in raw units: the points, decoded, of the path between the latents of two rows.
 
         Args:
             start: one row, [1, D] or [1, *shape], in any of the types of the class.
-            end: another.
-            steps: number of points, at least 2.
-            method: a straight line between the latents, or spherical linear interpolation (slerp).
+            end: one row.
+            steps: number of points with both ends, at least 2.
+            method: linear (a straight line) or slerp (spherical linear interpolation).
             condition: the condition of all points.
 
         Raises:
@@ -357,9 +357,9 @@ class Model:
         return self._judge(data, DEFAULT_ALPHA, condition, lambda outputs: outputs[0])
 
     def p_value(self, data: Data, *, condition: Condition | None = None) -> Array:
-        """Return the p-values [B] of rows: the share of calibration rows that are at least as anomalous.
+        """Return the p-values [B] of rows, from the number of calibration rows that are at least as anomalous.
 
-        If you call rows with a p-value of at most alpha anomalous, at most that share of normal rows is, on average.
+        A normal row has a p-value of at most alpha with a probability of at most alpha, for every alpha.
         """
         return self._judge(data, DEFAULT_ALPHA, condition, lambda outputs: outputs[1])
 
@@ -371,7 +371,8 @@ class Model:
         Args:
             data: rows; see the class.
             alpha: the share of normal rows that may be anomalous; default: 0.05, or the alpha of the policy.
-            extrapolated: allow anomalies at an alpha below the smallest p-value, by a fitted tail, without a guarantee.
+            extrapolated: allow anomalies at an alpha below the smallest p-value. A tail that is fitted to the
+                calibration scores then gives the threshold, and the false-alarm rate is not guaranteed.
             condition: the condition of the rows, if the model knows conditions.
 
         Raises:
@@ -382,7 +383,7 @@ class Model:
     def is_anomaly(
         self, data: Data, *, alpha: float | None = None, extrapolated: bool = False, condition: Condition | None = None
     ) -> Bools:
-        """Return which rows are anomalous, [B]. See `severity`. A row is not, while a silence of the policy holds."""
+        """Return whether each row is anomalous, [B]: see `severity`. No row is, during a silence of the policy."""
         alpha = self._alpha(alpha)
         operation = operations.anomaly(alpha, extrapolated)
         found = [
@@ -442,7 +443,7 @@ class Model:
         Args:
             data: rows; see the class.
             labels: a label of each row, [N]; the column of labels of a frame is found by its name.
-            normal: the labels that mean normal; by default they are recognised, such as good, ok, normal, 0 and false.
+            normal: the labels that mean normal; by default, labels such as good, ok, normal, 0 and false.
             draws: importance samples per row for the log-likelihood of a VAE.
 
         Raises:
@@ -468,7 +469,7 @@ class Model:
         Args:
             data: rows that the model has not seen; see the class.
             labels: a label of each row, [N]; rows with a label that does not mean normal are left out.
-            normal: the labels that mean normal; by default they are recognised.
+            normal: the labels that mean normal; by default, as in `evaluate`.
             alpha: the smallest alpha that you will use: at least 1/alpha - 1 rows are needed.
             force: calibrate even if the model flags all of these rows.
 
@@ -496,7 +497,7 @@ class Model:
 
         Args:
             artifacts: the artifact folder; default: ELBO_ARTIFACTS, or "artifacts".
-            name: publish under another name.
+            name: the name to publish under; default: the name of the model.
             key: signs the version: a private key, or the path of one (`elbo keygen`).
             replace_features: publish even if the newest version of this name has other features.
 
@@ -518,7 +519,7 @@ class Model:
         )
 
     def inputs(self, data: Data, most: int | None = None) -> Array:
-        """Return what the module of the artifact takes for rows: [B, D], windows [B, N, D], or [B, D + C].
+        """Return the inputs of the artifact's module: rows [B, D], windows [B, N, D], or with conditions [B, D + C].
 
         Args:
             data: rows; see the class.
@@ -590,7 +591,7 @@ class Model:
         return figures.history(self.manifest)
 
     def _plotted(self, rows: Data | None, labels: Labels | None) -> "PlottedModel":
-        """Return what the figures show: rows, by default the held-out rows of the artifact, with their labels."""
+        """Return the rows of a figure, by default the held-out rows of the artifact, with their labels."""
         from elbo import figures
 
         if rows is None:
@@ -711,7 +712,7 @@ class Model:
         return np.ascontiguousarray(rows).reshape(len(rows), *self.shape)
 
     def _run(self, operation: Operation, data: Data, condition: Condition | None) -> tuple[Array, ...]:
-        """Return the outputs of an operation for all rows, in which no value may be missing that never was."""
+        """Return the outputs of an operation for all rows. Values may be missing only in features that allow it."""
         parts = [self._backend.run(operation, (rows.inputs,)) for rows in self._rows(data, condition, may_fill=False)]
         return tuple(np.concatenate(outputs) for outputs in zip(*parts, strict=True))
 
@@ -732,8 +733,8 @@ class Model:
     ) -> Iterator[tuple[_Rows, tuple[Array, ...]]]:
         """Yield batches of rows with score, p-value, severity, parts, contribution and expected values.
 
-        As in responses of /anomaly, infinity is given as the largest float32. A row for which the model overflows
-        otherwise has NaN as its score, its p-value and its severity.
+        As in responses of /anomaly, infinite numbers are given as the largest float32. A row has NaN as its score, its
+        p-value and its severity if one of its numbers is NaN, or an expected value is not finite.
         """
         for rows in self._rows(data, condition, may_fill=True):
             runs = operations.split_by_gaps(operation, rows.inputs) if self._scores_gaps else None
@@ -760,8 +761,8 @@ class Model:
         """Yield the rows of `data` in batches.
 
         Args:
-            may_fill: whether values may be missing of features that always had a value in training. If the model cannot
-                score rows with missing values, training medians replace them.
+            may_fill: whether values may be missing in features that had none missing in training. If the model cannot
+                score rows with missing values, training medians replace these values.
 
         Raises:
             DataError: the model cannot take the rows.

@@ -5,7 +5,8 @@
 The conventions are those of PyOD 3 (Zhao, Nasrullah & Li, "PyOD: A Python toolbox for scalable outlier detection",
 2019), which are not those of scikit-learn: a higher score is more anomalous, 1 means outlier, and `contamination` is
 the share of the training rows that lie above the threshold. Parameters that are not given have Elbo's defaults, and not
-PyOD's. Parameters without a counterpart in Elbo are accepted, and a warning says that they change nothing.
+PyOD's. Parameters without a counterpart in Elbo are accepted and ignored. A warning names those that would have changed
+the result of PyOD.
 """
 
 import os
@@ -66,13 +67,13 @@ class PyODDetector(BaseEstimator):  # type: ignore[misc]  # scikit-learn publish
 
     @abstractmethod
     def _ignored(self) -> dict[str, bool]:
-        """Return the parameters without a counterpart, and whether each would change what PyOD does."""
+        """Return the parameters without a counterpart, and whether the value of each would change PyOD's result."""
 
     def _warn_of_ignored(self) -> None:
         names = [name for name, is_given in self._ignored().items() if is_given]
         if names:
             warnings.warn(
-                f"{type(self).__name__}: Elbo has no counterpart of {', '.join(names)}: ignored",
+                f"{type(self).__name__} ignores {', '.join(names)}: Elbo has no counterpart",
                 ElboWarning,
                 stacklevel=3,
             )
@@ -120,7 +121,7 @@ class PyODDetector(BaseEstimator):  # type: ignore[misc]  # scikit-learn publish
         return (proba, self._confidence(scores)) if return_confidence else proba
 
     def predict_confidence(self, X: Any) -> Array:
-        """Return how likely the prediction for each of the rows X [N, D] would be the same on other training rows, [N].
+        """Return the probabilities [N] that other training rows give the same predictions for the rows X [N, D].
 
         Source: Perini, Vercruyssen & Davis, "Quantifying the confidence of anomaly detectors in their example-wise
         predictions", 2020.

@@ -1,4 +1,4 @@
-"""Convert what callers pass as data into a source that the readers of `training.data` take.
+"""Convert arrays, tensors, frames and lists to sources for the readers of `training.data`.
 
 Every function of `elbo` that takes rows takes the same types: see `as_source`.
 """
@@ -70,7 +70,9 @@ def as_source(data: Data, labels: Labels | None = None, feature_names: Sequence[
     """
     if isinstance(data, str | os.PathLike):
         if labels is not None or feature_names is not None:
-            raise DataError(f"{data} is a file: expected labels and feature names in the file, not as arguments")
+            raise DataError(
+                f"{data} is a file: leave labels and feature_names out, and put labels and names into the file"
+            )
         return os.fspath(data)
     values = None if labels is None else _as_labels(labels)
     frame = _as_frame(data)
@@ -144,7 +146,7 @@ def _column(name: str, column: Any) -> "pl.Series":
 
 
 def _as_array(data: Any) -> npt.NDArray[Any]:
-    """Return `data` as an array. Raise DataError if it has no numbers."""
+    """Return `data` as an array. Raises DataError if `data` is not an array of real numbers."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(data, torch.Tensor):
         tensor = data.detach().cpu()

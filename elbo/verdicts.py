@@ -10,7 +10,7 @@ class Contribution:
     Args:
         name: name of the feature.
         value: its value in raw units; NaN if it is missing.
-        expected: the value that the model expects given the other features, in raw units.
+        expected: the value that the model expects, in raw units.
         contribution: squared distance between the two, in standard deviations of normal rows.
     """
 

@@ -1,4 +1,4 @@
-"""Call a server from Python: the client in twenty lines.
+"""Call a server from Python.
 
     python examples/client.py http://127.0.0.1:8000    # a server that serves the model "web" of this script
     python examples/client.py                          # trains "web", and serves it on a free port
@@ -30,26 +30,26 @@ def metrics(rows: int, seed: int) -> pl.DataFrame:
 
 def call(address: str) -> None:
     """Use the server at `address`."""
-    with Client(address, model="web", retries=Retries(attempts=60)) as elbo:  # waits until the server is ready
+    with Client(address, model="web", timeout=120, retries=Retries(attempts=60)) as elbo:  # wait until it is ready
         print("features:", *elbo.model().features)
 
         rows = metrics(5, seed=1).vstack(pl.DataFrame([[97.0, 900.0, 3.1]], schema=NAMES, orient="row"))
-        verdicts = elbo.anomaly(rows, explain=1, observe=False)  # observe=False: only a try, no alert
+        verdicts = elbo.anomaly(rows, explain=1, observe=False)  # observe=False: raise no alert
         for each in verdicts.results:
             cause = f"{each.features[0].name}, expected {each.features[0].expected:.0f}" if each.is_anomaly else ""
             print(f"row {each.row}: p = {each.p_value:.3f} {cause}")
 
         latents = elbo.encode(rows).latents  # float32 [6, K]
         print("round trip:", np.abs(elbo.decode(latents).outputs - elbo.reconstruct(rows).outputs).max() < 1e-3)
-        print("new rows like these:", elbo.sample(2, seed=7).outputs.round(1).tolist())
+        print("new rows like these:", elbo.sample(2, seed=7).outputs.round(1), sep="\n")
 
-        live = (record for record in metrics(1000, seed=2).to_dicts())  # any iterator: it is read as fast as judged
+        live = (record for record in metrics(1000, seed=2).to_dicts())  # any iterator: it is read while verdicts arrive
         with elbo.anomaly_stream(live, observe=False, explain=0) as stream:
             alarms = sum(getattr(verdict, "is_anomaly", False) for verdict in stream)
         print(f"{alarms} alarms in 1000 normal rows")
         try:
             elbo.score(rows, observe=False, timeout=5)
-        except TooManyRequests as error:  # the client has already waited for as long as the server asked
+        except TooManyRequests as error:  # raised after the last attempt
             print("the server is busy:", error)
 
 

@@ -3,7 +3,7 @@
     # from pyod.models.auto_encoder import AutoEncoder
     from elbo.pyod import AutoEncoder
 
-The rest of the program stays. What it gains is at the end: p-values, and a model that the server serves.
+The rest of the program stays. The last lines show what Elbo adds: p-values, and a model that the server serves.
 
     python examples/pyod_migration.py
 """
@@ -37,7 +37,7 @@ def main(artifacts: Path) -> None:
     print(f"outliers among {len(test)} new rows: {labels.sum()}, mean confidence {confidence.mean():.2f}")
     print(f"probability of the first row: {clf.predict_proba(x[test])[0].round(2)}")
 
-    # What is new: the share of false alarms is known, and the model can be served.
+    # New with Elbo: p-values, which bound the false-alarm rate, and a model that the server serves.
     p_values = clf.detector_.p_value(x[test])
     print(f"false alarms at p <= 0.05: {(p_values <= 0.05)[~is_outlier[test]].mean():.3f}")
     path = clf.publish(artifacts, name="tumours-pyod")

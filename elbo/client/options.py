@@ -1,4 +1,7 @@
-"""The options of the methods of the client. The HTTP reference describes the ones that go to the server."""
+"""Options of the methods of the client. Except for `model` and `timeout`, they are the options of the HTTP API.
+
+`/openapi.json` of a server, and its page `/docs`, describe their limits and defaults.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
@@ -9,7 +12,8 @@ Condition = Mapping[str, str | int | float | bool | None]
 class CallOptions(TypedDict, total=False):
     """Options of every method.
 
-    `model` is a name or name@version, instead of the client's. `timeout` is in seconds, for all attempts together.
+    `model` is a name or name@version, in place of the client's. `timeout` is the limit in seconds for each request, all
+    attempts together.
     """
 
     model: str
@@ -19,7 +23,8 @@ class CallOptions(TypedDict, total=False):
 class RowOptions(CallOptions, total=False):
     """Options of methods that take rows or latents.
 
-    `condition` is the condition of all rows, or one condition per row, for models trained with --condition.
+    `condition` is one condition for all rows, or a list with one per row, for models trained with --condition. A
+    condition is a mapping such as {"label": "7"}.
     """
 
     condition: Condition | Sequence[Condition]
@@ -35,7 +40,9 @@ class EncodeOptions(RowOptions, total=False):
 class SampleOptions(RowOptions, total=False):
     """Options of `sample`.
 
-    `near` is a row or a latent vector, {"input": row} or {"latent": vector}; `given` has values by feature name.
+    `temperature` is a factor of the noise. `noise` says whether rows have observation noise. `given` has the values of
+    some features, by name, or as a row with None for the others. `near` is {"input": row} or {"latent": vector}: the
+    latents of the samples scatter around it, by `spread` times as much as without `near`.
     """
 
     seed: int
@@ -56,7 +63,11 @@ class PathOptions(CallOptions, total=False):
 
 
 class EditOptions(CallOptions, total=False):
-    """Options of `edit`. `amount` 1 is the distance between the mean latents of the two groups of rows."""
+    """Options of `edit`.
+
+    The direction leads from the mean latents of the rows with the label `away_from`, by default of all other rows, to
+    those of the rows with the label `direction`. `amount` 1 is the distance between the two.
+    """
 
     away_from: str
     amount: float
@@ -65,7 +76,7 @@ class EditOptions(CallOptions, total=False):
 
 
 class NeighbourOptions(RowOptions, total=False):
-    """Options of `neighbours`. With `values`, the result has the rows of the neighbours."""
+    """Options of `neighbours`: `n` is the number of neighbours per row. With `values`, the result has their values."""
 
     n: int
     values: bool
@@ -74,7 +85,9 @@ class NeighbourOptions(RowOptions, total=False):
 class ScoreOptions(RowOptions, total=False):
     """Options of `score`.
 
-    With `observe=False`, the rows are not live traffic: they raise no alerts, and the request may be repeated.
+    `alpha` is the false-alarm rate that you accept. With `extrapolated`, rows may be anomalous at an alpha below the
+    smallest p-value, without a guarantee. With `observe=False`, the rows are not live traffic: they raise no alerts,
+    and the request may be repeated.
     """
 
     alpha: float
@@ -83,7 +96,11 @@ class ScoreOptions(RowOptions, total=False):
 
 
 class StreamOptions(ScoreOptions, total=False):
-    """Options of `anomaly_stream`. `explain` is the number of features to report per row."""
+    """Options of `anomaly_stream`.
+
+    `explain` is the number of features to report per row. `impute` says whether a record may lack features. `time` and
+    `group` are the names of the fields that have the time and the group of a row.
+    """
 
     explain: int
     impute: bool
@@ -92,7 +109,11 @@ class StreamOptions(ScoreOptions, total=False):
 
 
 class AnomalyOptions(StreamOptions, total=False):
-    """Options of `anomaly`."""
+    """Options of `anomaly`.
+
+    `fdr` is a false discovery rate, which decides in place of `alpha`. `half_life`, in seconds, and `half_life_rows`
+    smooth the severity of each group. With `detail="none"`, the result has only the counts.
+    """
 
     fdr: float
     half_life: float
@@ -101,7 +122,11 @@ class AnomalyOptions(StreamOptions, total=False):
 
 
 class FeedbackOptions(CallOptions, total=False):
-    """Options of `feedback`. Without rows, `group_name`, `since` and `until` choose rows that the server remembers."""
+    """Options of `feedback`.
+
+    Without rows, `group_name`, `since` and `until` choose rows that the server remembers. A time is Unix time or ISO
+    8601.
+    """
 
     group_name: str
     since: float | str
@@ -112,7 +137,11 @@ class FeedbackOptions(CallOptions, total=False):
 
 
 class BacktestOptions(CallOptions, total=False):
-    """Options of `backtest`. `incidents` are known incidents, {"start": ..., "end": ..., "group": ...}."""
+    """Options of `backtest`.
+
+    `alphas` are the false-alarm rates to compare. `incidents` are known incidents, {"start": ..., "end": ...,
+    "group": ...}. With `drawings`, the report has drawings of the groups and the worst alerts.
+    """
 
     alphas: Sequence[float]
     incidents: Sequence[Mapping[str, Any]]
@@ -124,7 +153,7 @@ class BacktestOptions(CallOptions, total=False):
 
 
 class PeersOptions(CallOptions, total=False):
-    """Options of `peers`: how many groups to return, and how many features of each."""
+    """Options of `peers`: the largest number of groups to return, and of features to report for each."""
 
     n: int
     explain: int

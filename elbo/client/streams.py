@@ -1,7 +1,7 @@
 """Streams of rows to /anomaly: verdicts arrive while rows are sent, over one connection, in NDJSON.
 
-The memory of a stream is bounded by its credit: at most `ahead` rows are taken from the source before their verdicts
-have been taken from the stream. A stream is never repeated, because its rows may count towards alerts.
+The memory of a stream is bounded by its credit: at most `ahead` rows are read from the source before the program takes
+their verdicts from the stream. A stream is never repeated, because its rows may count towards alerts.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ from elbo.client.retries import Attempts
 from elbo.client.settings import Settings, refusal
 
 BATCH_BYTES = 2**14  # rows are sent in chunks of about this size
-BATCH_SECONDS = 0.01  # longest time for which the rows of a chunk are gathered
+BATCH_SECONDS = 0.01  # a chunk is sent after this time, even if it is smaller
 LAST_CHUNK = b"0\r\n\r\n"
 
 
@@ -46,7 +46,7 @@ def line(row: object) -> bytes:
 
 
 class VerdictReader:
-    """Reads the response of a stream. `verdicts` has the verdicts that were not taken yet.
+    """Parses the response of a stream. `verdicts` has the verdicts that the program has not taken yet.
 
     Args:
         address: the address of the server, for messages.
@@ -96,7 +96,7 @@ class VerdictReader:
         """Raise ConnectionFailed for `error`."""
         raise ConnectionFailed(
             f"the stream from {self._address} broke after {self.received} verdicts: {error}; "
-            "the server may have used more rows than that",
+            "the server may have judged more rows than that",
             sent=True,
         ) from error
 
@@ -148,7 +148,7 @@ class AnomalyStream(Iterator[Verdict | RowError]):
         self._connection: Connection | None = None
         self._pending = b""
         self._has_rows = True
-        self._is_ended = False  # whether the end of the body was written
+        self._is_ended = False  # whether `_pending` has got the last chunk of the body
         self._is_closed = False
 
     @property
@@ -165,7 +165,7 @@ class AnomalyStream(Iterator[Verdict | RowError]):
         self.close()
 
     def close(self) -> None:
-        """Close the connection. The server stops when it notices."""
+        """Close the connection. The server then stops to judge rows."""
         self._is_closed = True
         if self._connection:
             self._connection.close()
@@ -195,7 +195,7 @@ class AnomalyStream(Iterator[Verdict | RowError]):
         return self._connection
 
     def _advance(self, connection: Connection) -> None:
-        """Take rows, then send and receive what is possible now; wait if nothing is."""
+        """Read rows, then send and receive without blocking. If the network is not ready for either, wait for it."""
         if len(self._pending) < BATCH_BYTES:
             self._take_rows()
         has_sent, has_received = self._try_send(connection), self._try_receive(connection)
@@ -208,7 +208,7 @@ class AnomalyStream(Iterator[Verdict | RowError]):
             )
 
     def _take_rows(self) -> None:
-        """Take rows from the source: as many as the credit allows, and as fit into a chunk."""
+        """Read rows from the source, until the chunk is full, its time is over, or the credit is used up."""
         lines, size, end = [], 0, time.monotonic() + BATCH_SECONDS
         while self._has_rows and self._credit and size < BATCH_BYTES:
             try:
@@ -235,7 +235,7 @@ class AnomalyStream(Iterator[Verdict | RowError]):
         except OSError as error:
             if _wants_more(error):
                 return False
-            # The server may have said why it closed the connection.
+            # Send nothing more, but read the response: it may say why the server closed the connection.
             self._pending, self._has_rows, self._is_ended = b"", False, True
             return False
         self._pending = self._pending[count:]
@@ -253,7 +253,7 @@ class AnomalyStream(Iterator[Verdict | RowError]):
 
 
 def _wants_more(error: OSError) -> bool:
-    """Return whether a socket that does not block waits for the network."""
+    """Return whether `error` of a non-blocking socket only means that the network is not ready."""
     return isinstance(error, BlockingIOError | ssl.SSLWantReadError | ssl.SSLWantWriteError)
 
 
@@ -307,7 +307,7 @@ class AsyncAnomalyStream(AsyncIterator[Verdict | RowError]):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the connection, and stop reading the rows. The server stops when it notices."""
+        """Close the connection, and stop reading the rows. The server then stops to judge rows."""
         self._is_closed = True
         if self._producer:
             self._producer.cancel()
@@ -346,7 +346,7 @@ class AsyncAnomalyStream(AsyncIterator[Verdict | RowError]):
                 data = await connection.reader.read(RECEIVE_BYTES)
         except TimeoutError as error:
             if self._producer and not self._producer.done() and self._sent == self._reader.received:
-                return  # the source of the rows has no new row
+                return  # the verdicts on all rows that were sent have arrived: the stream waits for its source
             raise TimedOut(
                 f"no verdict from {self._settings.base_url} within {self._seconds:g} s; raise timeout="
             ) from error
@@ -358,19 +358,19 @@ class AsyncAnomalyStream(AsyncIterator[Verdict | RowError]):
         self._reader.feed(data)
 
     def _raise_failure_of_source(self) -> None:
-        """Raise what the source of the rows has raised, which has ended the connection."""
+        """Raise the exception of the source of the rows, if it raised one, which ended the connection."""
         if self._producer and self._producer.done() and (error := self._producer.exception()):
             raise error
 
     async def _produce(self, connection: AsyncConnection) -> None:
-        """Send the rows. If the source fails, abort the connection, so that the server does not take them for all."""
+        """Send the rows. If the source fails, abort the connection: its end would say that these were all rows."""
         try:
             async for row in self._with_credit():
                 text = line(row)
                 self._sent += 1
                 self._lines.append(text)
                 self._size += len(text)
-                if len(self._lines) == 1:  # flushed as soon as the source waits for anything
+                if len(self._lines) == 1:  # flush when the event loop runs next: when the source waits
                     asyncio.get_running_loop().call_soon(self._flush, connection)
                 if self._size >= BATCH_BYTES:
                     self._flush(connection)
@@ -379,7 +379,7 @@ class AsyncAnomalyStream(AsyncIterator[Verdict | RowError]):
             connection.writer.write(LAST_CHUNK)
             await connection.writer.drain()
         except OSError:
-            pass  # the reader learns why the server has closed the connection
+            pass  # the response may say why the server closed the connection: `_receive` reads it
         except Exception:
             connection.close()
             raise
@@ -391,7 +391,7 @@ class AsyncAnomalyStream(AsyncIterator[Verdict | RowError]):
         self._size = 0
 
     async def _with_credit(self) -> AsyncIterator[Any]:
-        """Yield the rows. Each is read only if the credit allows."""
+        """Yield the rows. Read each of them only after a credit was acquired for it."""
         if isinstance(self._rows, AsyncIterable):
             source = aiter(self._rows)
             while True:

@@ -1,4 +1,4 @@
-"""Detectors and transformers for scikit-learn. They train what `elbo train` trains, and can be published.
+"""Detectors and transformers for scikit-learn. They train the models of `elbo train`, and publish them.
 
 They pass scikit-learn's `check_estimator`, and work in pipelines, in grid searches and with `clone`. They need the
 extra `train`. torch is imported when an estimator is fitted, not with this module.

@@ -1,4 +1,4 @@
-"""What the detectors and the transformers have in common: options, fitting, pickling and publishing."""
+"""Base class of the detectors and the transformers: options, fitting, pickling and publishing."""
 
 import os
 import warnings
@@ -31,16 +31,17 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.float32]
 
-MINIMUM_ROWS = 10  # as in training.data.table, which cannot be imported without torch
+MINIMUM_ROWS = 10  # as in training.data.table, which imports torch
 BATCH_ROWS = 4096  # rows per forward pass; limits the memory
 NAME = "model"  # name of a model until it is published
-NOT_OPTIONS = ("alpha", "random_state", "verbose")  # parameters that are not options of `elbo train` of this name
+NOT_OPTIONS = ("alpha", "random_state", "verbose")  # parameters that are no options of `elbo train`
 
 
 class ElboEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn publishes no types
     """Base of the estimators. The parameters of a subclass are options of `elbo train`, except NOT_OPTIONS.
 
-    While `fit` runs, torch uses one thread in this process, so that the result does not depend on the number of cores.
+    While `fit` runs, torch uses one thread in the whole process, so that the result does not depend on the number of
+    cores.
 
     A pickle contains the fitted networks and the artifact, but no training rows except for the held-out rows in the
     artifact.
@@ -50,8 +51,8 @@ class ElboEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn publis
     random_state: Any
     verbose: int
     notes_: list[str]
-    _fitted: "FittedModel | None"  # with the training rows, until `_artifact` needs them no more
-    _content: bytes | None  # the artifact
+    _fitted: "FittedModel | None"  # the result of the run, with the training rows; None once `_content` is made
+    _content: bytes | None  # the artifact, which is made when it is first needed
     _model: "Model | None"
     _missing: npt.NDArray[np.bool_]  # [D], whether a training row lacks the feature
     _pipeline: "Pipeline"
@@ -64,7 +65,7 @@ class ElboEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn publis
 
     @property
     def model_(self) -> "Model":
-        """The fitted model as `elbo.Model`, which also explains, samples and plots."""
+        """The fitted model as `elbo.Model`, which also explains rows, draws samples and draws figures."""
         check_is_fitted(self)
         if self._model is None:
             from elbo.model import Model
@@ -106,7 +107,7 @@ class ElboEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn publis
                 warnings.warn(note.removeprefix("WARNING: "), ElboWarning, stacklevel=3)
         self._fitted, self._content, self._model = fitted, None, None
         self._missing = np.asarray(np.isnan(x).any(axis=0))
-        # In float64, the result for a row does not depend on the other rows of the batch by more than 1e-7.
+        # In float64, the other rows of a batch change the result for a row by at most 1e-7.
         self._pipeline = deepcopy(fitted.chosen.pipeline).double()
         return self
 
@@ -116,7 +117,7 @@ class ElboEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn publis
         from training.data.table import read_table
         from training.train import fit_model
 
-        # The estimators of scikit-learn that the training uses need its defaults, whatever the caller has set.
+        # The training uses estimators of scikit-learn, which need its default configuration.
         defaults = config_context(array_api_dispatch=False, transform_output="default")
         with defaults, _as_value_error(), in_terms_of_python(), self._reporter() as report:
             table = read_table(InMemory(x, name="X"))
@@ -157,7 +158,7 @@ class ElboEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn publis
             report.close()
 
     def _artifact(self) -> bytes:
-        """Return the bytes of the artifact, and let go of the training rows."""
+        """Return the bytes of the artifact. The first call makes them, and releases the training rows."""
         if self._content is None:
             from training.progress import SilentReporter
 
@@ -170,8 +171,8 @@ class ElboEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn publis
         """Return X as float32 [N, D], and the type of float that scikit-learn's conventions give its results.
 
         Raises:
-            ValueError: X is no table of numbers with the features of the training rows, is infinite in float32, or
-                lacks values in columns in which no training row lacked any.
+            ValueError: X is no table of numbers with the features of the training rows, has infinite values in float32,
+                or has missing values in a feature in which no training row had any.
         """
         floats = (np.float64, np.float32)
         values = validate_data(self, X, reset=reset, dtype=floats, ensure_all_finite="allow-nan", **checks)
@@ -183,7 +184,7 @@ class ElboEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn publis
         return x, values.dtype
 
     def _refuse_missing(self, missing: npt.NDArray[np.bool_], *, in_training: bool) -> None:
-        """Raise ValueError if values are missing in a column that has none in training. `missing` is [N, D]."""
+        """Raise ValueError if a value is missing in a feature that may have none missing. `missing` is [N, D]."""
         refused = np.asarray(missing.all(axis=0))
         if not in_training:
             refused = np.asarray(missing.any(axis=0)) & ~self._missing
@@ -195,11 +196,11 @@ class ElboEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn publis
             raise ValueError(f"Input X contains NaN in all rows of feature {name!s}: leave the feature out")
         raise ValueError(
             f"Input X contains NaN in feature {name!s}, in which no training row has a missing value: impute the "
-            "value, or fit with rows in which such values are missing"
+            "value, or fit with rows in which values of this feature are missing"
         )
 
     def _run(self, method: "Callable[[Tensor], Tensor]", x: Rows) -> Array:
-        """Return what a method of the model returns for the rows x [N, ...], batch by batch."""
+        """Return the result of a method of the model for the rows x [N, ...], which it gets in batches."""
         import torch
 
         with torch.inference_mode():

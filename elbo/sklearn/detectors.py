@@ -22,19 +22,20 @@ Activation = Literal["silu", "relu", "tanh"]
 class Detector(OutlierMixin, ElboEstimator):  # type: ignore[misc]  # scikit-learn publishes no types
     """Base of the detectors.
 
-    The threshold comes from conformal calibration, on rows that did not train the model. `predict` therefore calls at
-    most a share `alpha` of new normal rows outliers, on average over the training rows, whatever the data.
+    The threshold comes from conformal calibration: calibration rows are scored by models that were fitted without them.
+    `predict` therefore calls at most a share `alpha` of new normal rows outliers, on average over training sets, if
+    these rows and the training rows are exchangeable.
 
     `alpha` is not scikit-learn's `contamination`. `contamination` is the share of the training rows that are outliers,
-    and puts the threshold at a quantile of the scores of rows that the model has seen. `alpha` is the share of false
-    alarms among rows that it has not seen, and does not depend on how many outliers there are.
+    and puts the threshold at a quantile of the scores of rows that trained the model. `alpha` is the false-alarm rate
+    among rows that did not, and does not depend on how many outliers there are.
 
     Attributes:
         offset_: the threshold: `decision_function(X) = score_samples(X) - offset_`. It is -inf if there are fewer than
             1/alpha - 1 calibration rows: then no row is an outlier, and `fit` warns.
         n_features_in_: number of features D.
         feature_names_in_: names of the features, if X is a frame whose columns have names.
-        notes_: what to know about the training rows and the model.
+        notes_: messages about the training rows and the model.
         model_: the fitted model as `elbo.Model`.
     """
 
@@ -44,8 +45,8 @@ class Detector(OutlierMixin, ElboEstimator):  # type: ignore[misc]  # scikit-lea
         """Fit the model to X [N, D], and calibrate it. `y` is ignored.
 
         Args:
-            X: array or frame, at least 10 rows. NaN is a missing value: the score is the expected
-                score of the complete row.
+            X: array or frame, at least 10 rows. NaN is a missing value. The score of a row with missing values is the
+                expected score of the complete row.
 
         Raises:
             ValueError: X or a parameter is invalid. The message says what to do.
@@ -107,7 +108,7 @@ class Detector(OutlierMixin, ElboEstimator):  # type: ignore[misc]  # scikit-lea
 
         The columns are in the order of the labels -1 and 1, as scikit-learn orders classes: the last column is the
         p-value, and is high for normal rows. It is a tail probability of normal rows, and not the probability that a
-        row is normal, which nobody can know without knowing how frequent outliers are.
+        row is normal, which depends on how frequent outliers are.
         """
         p_value = self.p_value(X)
         return np.column_stack((1 - p_value, p_value))

@@ -25,7 +25,7 @@ class Transformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ElboEstimat
     Attributes:
         n_features_in_: number of features D.
         feature_names_in_: names of the features, if X is a frame whose columns have names.
-        notes_: what to know about the training rows and the model.
+        notes_: messages about the training rows and the model.
         model_: the fitted model as `elbo.Model`.
     """
 

@@ -84,7 +84,7 @@ def test_figure_of_the_history_has_a_point_per_epoch(site: Site) -> None:
 def test_figures_that_need_what_the_model_lacks_raise_an_error(site: Site, web: Model) -> None:
     with pytest.raises(NotSupportedError, match="web has no history"):
         web.plot_history()
-    with pytest.raises(NotSupportedError, match="hosts has no held-out rows in its artifact: give this method rows"):
+    with pytest.raises(NotSupportedError, match="hosts has no held-out rows in its artifact: pass rows to this method"):
         site.fitted["hosts"].plot_reconstructions()
     with pytest.raises(DataError, match="labels has 3 entries for 20 rows"):
         web.plot_latents(metric_rows(20), [1, 2, 3])

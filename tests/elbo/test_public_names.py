@@ -41,8 +41,13 @@ def test_name_that_elbo_lacks_raises_attribute_error() -> None:
         _ = elbo.trian  # type: ignore[attr-defined]  # the name is wrong on purpose
 
 
-@pytest.mark.parametrize(("name", "package", "extra"), [("load", "torch", "serve"), ("fit", "sklearn", "train")])
-def test_name_that_needs_a_missing_package_names_the_extra_that_has_it(name: str, package: str, extra: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "package", "distribution"),
+    [("load", "torch", "'elbo[serve]'"), ("fit", "sklearn", "'elbo[train]'"), ("client", "httpx", "elbo")],
+)
+def test_name_that_needs_a_missing_package_names_the_extra_that_has_it(
+    name: str, package: str, distribution: str
+) -> None:
     program = f"""
 import sys
 sys.modules[{package!r}] = None
@@ -53,7 +58,7 @@ try:
 except ModuleNotFoundError as error:
     print(error)
 """
-    assert run(program) == f"elbo.{name} needs the package {package}: pip install 'elbo[{extra}]'"
+    assert run(program) == f"elbo.{name} needs the package {package}: pip install {distribution}"
 
 
 def test_options_of_fit_are_the_fields_of_the_training_options() -> None:

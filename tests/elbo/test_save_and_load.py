@@ -121,6 +121,13 @@ def test_model_is_loaded_by_name_version_folder_or_path(
     assert elbo.load("web@2").version == 2
 
 
+def test_file_outside_of_an_artifact_folder_has_the_name_in_its_manifest(web: Model, tmp_path: Path) -> None:
+    copy = shutil.copy(web.save(tmp_path / "artifacts"), tmp_path / "downloaded.pt")
+    model = elbo.load(copy)
+    assert (model.name, model.version, model.path) == ("web", None, Path(copy))
+    assert model.save(tmp_path / "others").parent == tmp_path / "others" / "web" / "1"
+
+
 def test_model_that_does_not_exist_raises_an_error_that_names_it(tmp_path: Path, web: Model) -> None:
     web.save(tmp_path)
     with pytest.raises(ArtifactMissing, match=r"'nope'.*available: web"):
