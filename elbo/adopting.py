@@ -51,15 +51,15 @@ def adopt(
 ) -> Model:
     """Publish a network that was trained elsewhere as the next version of `name`, and return it.
 
-    The artifact is like any other: it has a calibration, an explanation, golden answers, an ONNX twin and a card, and
-    neither the class of the module nor the library that trained it is needed to serve it. `module` does not change.
+    The artifact has a calibration, an explanation, golden answers, a card and, if the export succeeds, an ONNX twin.
+    Serving it needs neither the class of the module nor the library that trained it. `module` does not change.
 
     Args:
         module: a torch module with `encode` and `decode`, with `encoder` and `decoder`, or only with `forward`; an
             estimator of scikit-learn (PCA, IncrementalPCA, TruncatedSVD, FactorAnalysis, MLPRegressor, or a Pipeline of
             scalers that ends with one); or the path of an .onnx, .pt2 or TorchScript file.
         calibration_rows: normal rows that did not train the network, in raw units, of any type that `elbo.fit` takes.
-            At least 38 are needed, or 29 with `fit_rows`.
+            At least 56 distinct rows are needed, or 30 with `fit_rows`.
         name: name under which the model is published.
         artifacts: artifact folder; default: ELBO_ARTIFACTS, or "artifacts".
         fit_rows: rows that may have trained the network, in raw units.
@@ -71,15 +71,15 @@ def adopt(
         encode: name of the encoder, if it has another name, or a function of the module and its inputs.
         decode: name of the decoder, if it has another name, or a function of the module and its latents.
         spread: what the encoder returns besides the mean: "log_variance" or "std".
-        images: whether rows are images; by default, this is recognised.
+        images: whether rows are images; by default, this is recognised by their shape and values.
         seed: seed of the split of the rows and of the fit of the prior.
         key: signs the artifact: a private key, or the path of one (`elbo keygen`).
         progress: write the stages and the notes to standard error.
 
     Raises:
-        AdoptionError: the module or the rows cannot become an artifact. The message says why. Nothing is published.
-        FitError: the estimator or the scaler cannot be converted.
-        DataError: the rows are no numbers.
+        AdoptionError: the module, the scaler or the rows cannot become an artifact. The message says why. Nothing is
+            published.
+        DataError: the rows, or the file of the network, cannot be read.
         ArtifactUnwritable: the model cannot be written to `artifacts`.
     """
     rows, names = _rows(calibration_rows, None)

@@ -29,7 +29,7 @@ def measure(rows: int) -> np.ndarray:
 
 
 class Autoencoder(nn.Module):
-    """Dense layers, as in the Keras tutorial."""
+    """An encoder and a decoder of dense layers."""
 
     def __init__(self, features: int, code: int) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Adopt a convolutional VAE of digits
 #
-# The network draws its code in `forward`, and returns a tuple. Elbo replaces the draw by its mean, and finds the
-# encoder and the decoder by the names that are given: here a method and a part of the network.
+# The network draws its code in `forward`, and returns a tuple. Elbo takes the mean that the encoder returns as the code
+# of a row, and draws nothing. `encode=` and `decode=` name the two functions: here a method and a part of the network.
 
 # %%
 import os

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Adopt an LSTM autoencoder of windows
 #
-# The network reconstructs windows of 20 steps of 3 sensors. Only `forward` is known: the model reconstructs and scores
+# The network reconstructs windows of 20 steps of 3 sensors. It has only `forward`, so the model reconstructs and scores
 # windows, and has no latents.
 
 # %%

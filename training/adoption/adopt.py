@@ -265,10 +265,12 @@ def _compile(
     named: tuple[Named, Named],
     spread: Spread | None,
 ) -> tuple[torch.jit.ScriptModule, list[str]]:
-    """Return the compiled functions, by way of TorchScript if a number in Python stands for the number of rows.
+    """Return the compiled functions, and notes.
+
+    The module is compiled to TorchScript first if the tracer makes a constant of the number of rows.
 
     Raises:
-        AdoptionError: neither works. The message is that of the way without TorchScript.
+        AdoptionError: both ways fail. The message is that of the way without TorchScript.
     """
     try:
         return compile_functions(functions, u)
@@ -302,7 +304,7 @@ def _compare_with_module(pipeline: Any, functions: Functions, x: Tensor, u: Tens
 
 
 def _find_warnings(pipeline: Pipeline, data: PreparedData) -> list[str]:
-    """Return why the adopted model may be of no use."""
+    """Return warnings: the model reconstructs badly, or too few rows calibrate it."""
     found = []
     if len(data.held_out) >= MIN_ROWS:
         with torch.no_grad():
@@ -324,7 +326,7 @@ def _find_warnings(pipeline: Pipeline, data: PreparedData) -> list[str]:
 def _publish(
     adopted: _Adopted, name: str, artifacts: Path, seed: int, key: PrivateKey | None, report: Reporter
 ) -> Path:
-    """Publish the model, after it was written to a temporary folder and loaded from there."""
+    """Publish the model, if it can be loaded: it is written to a temporary folder, and loaded from there, first."""
     pipeline, data = adopted.pipeline, adopted.data
     module = artifact.script(pipeline)
     rows = data.held_out[:GOLDEN_ROWS]

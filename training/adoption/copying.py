@@ -12,14 +12,14 @@ from models.artifact import copy_script
 from training.adoption.scripted import Interpreted
 from training.errors import AdoptionError
 
-LIGHTNING_REFERENCES = ("_trainer", "trainer", "_fabric")  # they lead to the data loaders and to other processes
+LIGHTNING_REFERENCES = ("_trainer", "trainer", "_fabric")  # to data loaders and processes, which are not copied
 MAX_BYTES = 1 << 30  # of all weights; an artifact may have 4 GiB
 
 
 def copy_module(module: nn.Module, *, as_float32: bool = True) -> nn.Module:
     """Return a copy of `module` in evaluation mode, on the CPU. The module itself does not change.
 
-    Wrappers (DataParallel, torch.compile) and parametrisations (weight norm, spectral norm) are taken off the copy.
+    The copy has no wrappers (DataParallel, torch.compile) and no parametrisations (weight norm, spectral norm).
 
     Args:
         as_float32: whether to convert the weights of the copy to float32.
@@ -151,7 +151,7 @@ def _fix_parametrised_weights(module: nn.Module) -> None:
 
 
 def _convert_attributes(module: nn.Module) -> None:
-    """Move tensors that are plain attributes to the CPU and to float32, as the weights."""
+    """Move tensors that are plain attributes to the CPU, and convert those of floats to float32, like the weights."""
     for each in module.modules():
         for name, value in list(each.__dict__.items()):
             if isinstance(value, Tensor):

@@ -23,7 +23,7 @@ DROPOUTS = frozenset({
     "dropout", "dropout_", "alpha_dropout", "alpha_dropout_", "feature_dropout", "feature_dropout_",
     "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d",
 })  # fmt: skip
-# What turns a number of a tensor into a number of Python, on which a branch or a loop could then depend.
+# Functions that read the values of a tensor, and what they return. A branch or a loop could depend on the result.
 READS = {
     Tensor.__bool__: "a branch", Tensor.item: "a number", Tensor.tolist: "numbers", Tensor.__int__: "a number",
     Tensor.__float__: "a number", Tensor.__index__: "a number", Tensor.numpy: "an array of NumPy",
@@ -34,9 +34,9 @@ READS = {
 
 
 class WithoutNoise(TorchFunctionMode):
-    """A mode in which normal noise is its mean.
+    """A mode in which draws of normal noise return its mean.
 
-    The reparameterised draw mean + std * noise then is the mean (Kingma & Welling 2014, section 2.4).
+    The reparameterised draw mean + std * noise then returns the mean (Kingma & Welling 2014, section 2.4).
 
     Args:
         weights: the weights of the module. A branch may depend on them.
@@ -61,7 +61,7 @@ class WithoutNoise(TorchFunctionMode):
         """Return what `func` returns, without noise.
 
         Raises:
-            AdoptionError: the module draws random numbers that are no normal noise, or reads a tensor's values.
+            AdoptionError: the module draws random numbers other than normal noise, or reads the values of a tensor.
         """
         named = {key: value for key, value in (kwargs or {}).items() if key != "generator"}
         if func in NORMAL:
@@ -110,7 +110,7 @@ class WithoutNoise(TorchFunctionMode):
 
     def _refuse_read(self, func: Callable[..., Any], args: Sequence[Any]) -> None:
         tensor = args[0]
-        if tensor.data_ptr() in self._weights or not (line := innermost_user_line()):
+        if tensor.data_ptr() in self._weights or not (line := _innermost_user_line()):
             return
         raise AdoptionError(
             f"{line} makes {READS[func]} of the values of a tensor, so the computation depends on the values of a row, "
@@ -118,8 +118,8 @@ class WithoutNoise(TorchFunctionMode):
         )
 
 
-def innermost_user_line() -> str:
-    """Return the line of the user's code that called torch, or an empty string if torch itself reads the value."""
+def _innermost_user_line() -> str:
+    """Return the line of the user's code that reads the value; an empty string if torch itself reads it."""
     frame = sys._getframe(3)
     file = frame.f_code.co_filename
     return current_line() if is_of_user(file) else ""
@@ -127,7 +127,7 @@ def innermost_user_line() -> str:
 
 @contextmanager
 def without_noise(weights: Sequence[Tensor] = (), *, checks_reads: bool = False) -> Iterator[WithoutNoise]:
-    """Run the block without noise, gradients and torch's own shortcuts. Yield the mode, which records the draws."""
+    """Run the block without noise, gradients and torch's fused attention. Yield the mode, which records the draws."""
     validates, shortcuts = Distribution._validate_args, torch.backends.mha.get_fastpath_enabled()
     Distribution.set_default_validate_args(False)  # its checks are branches on values
     torch.backends.mha.set_fastpath_enabled(False)  # the fused operator has no ONNX twin

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from models.errors import printable
 from training.adoption.estimators import is_estimator
-from training.adoption.onnx_network import RANDOM, OnnxNetwork, read_network
+from training.adoption.onnx_network import DRAWS, OnnxNetwork, read_network
 from training.errors import AdoptionError, DataError
 
 NESTED = ("state_dict", "model_state_dict", "model", "weights")  # where training loops put the weights in a checkpoint
@@ -84,13 +84,13 @@ def _build(path: Path, name: str) -> nn.Module:
     for part in name.split("."):
         if not hasattr(found, part):
             names = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
-            raise DataError(f"{path} has no function {name!r}: it has {', '.join(names) or 'none'}")
+            raise DataError(f"{path} has no function {name!r}: it has {', '.join(names) or 'no functions'}")
         found = getattr(found, part)
     if isinstance(found, nn.Module):
         return found
     if not callable(found):
         raise DataError(
-            f"{path}:{name} is a {type(found).__name__}: expected a function that returns a torch.nn.Module"
+            f"{path}:{name} is a {type(found).__name__}: expected a torch.nn.Module, or a function that returns one"
         )
     required = _required_arguments(found)
     if required:
@@ -138,7 +138,7 @@ def _import(path: Path) -> Any:
 
 
 def read_weights(path: Path, allow_pickle: bool = False) -> dict[str, Tensor]:
-    """Return the weights by name in a safetensors file, or in a file that torch.save wrote.
+    """Return the weights by name from a safetensors file, or from a file that torch.save wrote.
 
     Raises:
         DataError: the file is missing, damaged, or has other objects than tensors.
@@ -172,9 +172,9 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -
         raise AdoptionError(
             f"{path} does not fit the network: it {' and '.join(faults)}; build the network that was trained"
         )
-    other = [name for name in sorted(weights.keys() & own.keys()) if weights[name].shape != own[name].shape]
-    if other:
-        name = other[0]
+    misshapen = [name for name in sorted(weights.keys() & own.keys()) if weights[name].shape != own[name].shape]
+    if misshapen:
+        name = misshapen[0]
         raise AdoptionError(
             f"{path} does not fit the network: {name} has the shape {list(weights[name].shape)}, but the network has "
             f"{list(own[name].shape)}; build the network that was trained"
@@ -208,7 +208,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _torch_load(path: Path, allow_pickle: bool) -> Any:
-    """Return what torch.save wrote. Only with `allow_pickle`, this may be other objects than tensors."""
+    """Return the object that torch.save wrote. Only with `allow_pickle`, it may have other objects than tensors."""
     try:
         with _quiet():
             return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
@@ -285,7 +285,7 @@ def _program_input(program: Any) -> list[Any]:
 
 
 def read_onnx(path: Path, code: str | None = None) -> OnnxNetwork:
-    """Return the network of an ONNX file, after a comparison of its outputs with those of ONNX Runtime.
+    """Return the network of an ONNX file. Its outputs are compared with those of ONNX Runtime, unless it draws noise.
 
     Raises:
         DataError: the file cannot be read.
@@ -298,7 +298,7 @@ def read_onnx(path: Path, code: str | None = None) -> OnnxNetwork:
     except Exception as error:
         raise DataError(f"{path} cannot be read as ONNX: {_one_line(error)}") from error
     network = read_network(model, code).eval().requires_grad_(False)
-    if not any(node.op_type in RANDOM for node in model.graph.node):
+    if not any(node.op_type in DRAWS for node in model.graph.node):
         _compare_with_onnx_runtime(network, path)
     return network
 
@@ -377,7 +377,7 @@ def _unpickled(path: Path, allow_pickle: bool, expected: str) -> Any:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # scikit-learn warns about its other versions; the numbers are compared
+            warnings.simplefilter("ignore")  # scikit-learn warns if another version of it wrote the file
             return joblib.load(path)
     except Exception as error:
         raise DataError(f"{path} cannot be read as {expected}: {type(error).__name__}: {_one_line(error)}") from error

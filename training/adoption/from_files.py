@@ -1,4 +1,4 @@
-"""Adopt a network whose parts are in files: the network, its weights, its scaler, and tables of rows."""
+"""Adopt a network from files: the network, its weights, its scaler, and tables of rows."""
 
 import math
 from collections.abc import Sequence
@@ -98,8 +98,8 @@ def adopt_files(
     other = None if fit_rows is None else read(fit_rows)
     if other is not None and other.names != table.names:
         raise DataError(
-            f"{fit_rows} and {calibrate} have other columns: {_differing(other.names, table.names)}; give tables with "
-            "the same columns in the same order"
+            f"{fit_rows} and {calibrate} have different columns: {_differing(other.names, table.names)}; give tables "
+            "with the same columns in the same order"
         )
     _require_same_columns(given, table)
     for note in [*table.notes, *table.warnings]:

@@ -1,4 +1,4 @@
-"""Find what a module of the user can do: encode, decode and reconstruct rows."""
+"""Find the functions of the user's module: those that encode, decode and reconstruct rows."""
 
 import inspect
 import math
@@ -27,21 +27,21 @@ SPREAD_KEYS = {
     "log_variance": "log_variance", "logvar": "log_variance", "log_var": "log_variance", "log_covariance":
     "log_variance", "z_logvar": "log_variance", "z_log_var": "log_variance", "std": "std", "sigma": "std",
 }  # fmt: skip
-PROBE_ROWS = 5  # not a usual number of channels: a layer could take a batch of 1 or 3 rows for one image
+PROBE_ROWS = 5  # a layer could take a batch of 1 or 3 rows for the channels of one image
 TOLERANCE = 1e-5  # relative; decode(encode(x)) is the same as forward(x) up to this
 
 
 @dataclass(frozen=True, kw_only=True)
 class Functions:
-    """The functions of a module, for inputs [B, D] whatever the module itself takes.
+    """The functions of a module, for inputs [B, D]. They are reshaped to the shape that the module takes.
 
     Args:
         module: the copy of the user's module.
         source: the name of the class of the user's module.
         inner: the shape in which the module takes one row.
-        encode: returns what the module's function returns; None if the module only reconstructs.
-        decode: of latents in the shape `code`; None if the module only reconstructs.
-        forward: None if there are `encode` and `decode`.
+        encode: the module's own function, of rows in the shape `inner`; None if the module only reconstructs.
+        decode: the module's own function, of latents in the shape `code`; None if the module only reconstructs.
+        forward: the module's own function, of rows in the shape `inner`; None if there are `encode` and `decode`.
         code: the shape of the latents of one row; None without latents.
         spread: what `encode` returns besides the mean.
         splits: whether `encode` returns the mean and the spread as one tensor.
@@ -292,7 +292,7 @@ def read_reconstruction(found: Any, given: Tensor | None, width: int) -> tuple[T
 
     Args:
         found: a tensor, a tuple, or a dict.
-        given: the inputs of the function, which it may return too.
+        given: the inputs of the function, which the result may contain too; None if they are no rows.
         width: D, the number of values of a row.
 
     Raises:
@@ -357,7 +357,7 @@ def _is_copy(value: Tensor, given: Tensor | None) -> bool:
 
 
 def _differs_from_forward(found: Functions, shape: tuple[int, ...], rows: Tensor) -> str | None:
-    """Return how decode(encode(x)) differs from forward(x), or None if it does not, or if forward is not understood."""
+    """Return how decode(encode(x)) differs from forward(x); None if it does not differ, or if forward cannot run."""
     try:
         whole = _without_codes(found.module, found.source, shape, rows, [])
     except AdoptionError:

@@ -23,7 +23,7 @@ from training.errors import AdoptionError
 # A value in the graph: a tensor, a number (a scalar of integers), a list of numbers (a vector of integers), or None for
 # an optional input that is not given.
 Value = Any
-RANDOM = ("RandomNormalLike", "RandomNormal", "RandomUniformLike", "RandomUniform", "Bernoulli", "Multinomial")
+DRAWS = ("RandomNormalLike", "RandomNormal")
 INTEGERS = {2, 3, 4, 5, 6, 7, 12, 13}  # types of tensors, as ONNX numbers them
 TYPES = {1: torch.float32, 6: torch.int32, 7: torch.int64, 9: torch.bool, 10: torch.float16, 11: torch.float64}
 
@@ -55,11 +55,12 @@ class OnnxNetwork(Float64Module):
     Args:
         nodes: the nodes, in an order in which they can run.
         constants: the weights and other constants, by name.
-        inputs: the names of the inputs. Only the first is given; the others must be constants.
+        input_name: the name of the only input, the rows.
         outputs: the names of the outputs.
-        input_shape: the shape of a row, as far as the file fixes it; a row of another shape is reshaped to it.
+        input_shape: the shape of a row, with None for a size that the file does not fix. If the file fixes all sizes,
+            rows of another shape are reshaped.
         input_type: the type of the input.
-        fixed_batch: the number of rows for which the graph was exported, if it is fixed.
+        fixed_batch: the number of rows for which the graph was exported; None if it takes any number.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class CodedOnnxNetwork(OnnxNetwork):
 
     Args:
         code: the name of the value that is the code.
-        arguments: the arguments of OnnxNetwork.
+        arguments: see `OnnxNetwork`.
     """
 
     def __init__(self, code: str, *arguments: Any) -> None:
@@ -159,7 +160,7 @@ class CodedOnnxNetwork(OnnxNetwork):
 def read_network(model: Any, code: str | None = None) -> OnnxNetwork:
     """Return the network of an ONNX model.
 
-    A draw of random numbers becomes its mean: 0 for normal numbers.
+    A draw of normal numbers becomes its mean. Other draws are refused.
 
     Args:
         model: an `onnx.ModelProto`, with its weights.
@@ -323,7 +324,7 @@ def _axes(node: Node, given: Value) -> list[int] | None:
     return None if axes is None else [int(axis) for axis in axes]
 
 
-# Arithmetic. Sizes stay Python numbers (or numbers of the tracer).
+# Arithmetic. Sizes stay Python numbers, or 0-dimensional tensors that the tracer follows.
 
 
 def _arithmetic(of_tensors: Callable[[Any, Any], Any]) -> Callable[..., Value]:
@@ -680,7 +681,7 @@ def _instance_norm(node: Node, x: Tensor, weight: Tensor, bias: Tensor) -> Tenso
 
 
 def _resize(node: Node, x: Tensor, *given: Value) -> Tensor:
-    """Return x, enlarged. Only the coordinates that torch also has are converted."""
+    """Return x with other sizes. Only the modes and coordinates that torch also has are converted."""
     sizes = given[2] if len(given) > 2 else None
     scales = given[1] if len(given) > 1 else given[0] if given else node.get("scales")
     places = node.get("coordinate_transformation_mode", "half_pixel" if node.operator == "Resize" else "asymmetric")
@@ -771,11 +772,9 @@ def _recurrent(node: Node, layer: Any, inputs: list[Value]) -> tuple[Tensor | No
     return (y.reshape(steps, rows, directions, layer.hidden_size).permute(0, 2, 1, 3), *states)
 
 
-def _zeros_like(node: Node, x: Value = None) -> Tensor:
-    """Return the mean of a random draw."""
+def _mean_of_draw(node: Node, x: Value = None) -> Tensor:
+    """Return the mean of the normal numbers that the node draws."""
     mean = node.get("mean", 0.0)
-    if node.operator not in ("RandomNormalLike", "RandomNormal"):
-        raise node.refuse("which draws random numbers that are not normal: export the network without it")
     if isinstance(x, Tensor):
         return torch.zeros_like(x) + mean if mean else torch.zeros_like(x)
     return torch.full([int(size) for size in node.get("shape")], mean)
@@ -865,8 +864,8 @@ OPERATORS: dict[str, Callable[..., Value]] = {
     "InstanceNormalization": _instance_norm,
     "Resize": _resize,
     "Upsample": _resize,
-    "RandomNormalLike": _zeros_like,
-    "RandomNormal": _zeros_like,
+    "RandomNormalLike": _mean_of_draw,
+    "RandomNormal": _mean_of_draw,
     "LSTM": _recurrent,
     "GRU": _recurrent,
 }

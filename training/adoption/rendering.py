@@ -281,8 +281,6 @@ class Renderer:
                 f"{place_of(node)} normalises by the rows of the batch in evaluation mode, so a row's result depends "
                 "on other rows: train the batch norm with track_running_stats=True, or pass training=self.training"
             )
-        if name == "instance_norm":
-            return
         dropout = given.get("dropout", given.get("dropout_p"))
         if isinstance(dropout, Known) and dropout.value and ((name != "lstm" and name != "gru") or is_on):
             raise AdoptionError(
@@ -307,7 +305,7 @@ class Renderer:
         return shape[place] if place is not None and -len(shape) <= place < len(shape) else None
 
     def _decompose(self, node: Any, name: str, given: Mapping[str, Value]) -> None:
-        """Write an operator that an artifact may not have with others that it may have."""
+        """Write the operators of `training.adoption.decompositions` that replace `name`."""
         known = {key: _as_argument(value) for key, value in given.items()}
         sizes = next(node.inputs()).type().sizes()
         try:
@@ -336,7 +334,7 @@ class Renderer:
         return self.unpack(name, 0, *arguments)[0]
 
     def unpack(self, name: str, count: int, *arguments: Any) -> list[Text]:
-        """Write the call of `name`, which returns a list of `count` tensors, and return them; 0: a single tensor."""
+        """Write the call of `name`. Return the `count` tensors of the list that it returns; 0 for a single tensor."""
         texts = [self._argument(argument) for argument in arguments]
         names = [Text(self._new_name()) for _ in range(max(1, count))]
         self._lines.append(f"{', '.join(names)} = torch.ops.aten.{name}({', '.join(texts)})")
@@ -460,7 +458,7 @@ def _split(arguments: Sequence[Any], values: Sequence[Value], node: Any) -> tupl
 
 
 def _type_is_usual(value: Value, node: Any) -> bool:
-    """Return whether a dtype argument says nothing new: float32, or none."""
+    """Return whether the argument dtype is float32, or None, which may be left out."""
     return isinstance(value, Known) and value.value in (None, FLOAT) and node.outputsSize() == 1
 
 

@@ -1,4 +1,4 @@
-"""From the arrays that the user gives to the prepared rows of an adopted model."""
+"""Prepare the user's rows for an adopted model: check them, and split them for calibration and statistics."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from training.fitting.prepared_data import PreparedData, prepare_data
 MIN_CALIBRATION_ROWS = 19  # with fewer, no p-value can be as small as 0.05
 MIN_HELD_OUT_ROWS = 10  # rows for the statistics of the score
 CALIBRATION_SHARE = 2 / 3  # of the calibration rows; the others are for the statistics of the score
-SHARE_WITHOUT_FIT_ROWS = 1 / 2  # the same, if the calibration rows serve for everything
+SHARE_WITHOUT_FIT_ROWS = 1 / 2  # the same, if there are no fit rows
 HELD_OUT_SHARE = 1 / 3  # of the rows for statistics, if there are no fit rows
 
 
@@ -32,7 +32,7 @@ def prepare_rows(
     source: str,
     seed: int,
 ) -> tuple[PreparedData, tuple[int, ...]]:
-    """Return the rows, split for calibration and for statistics, and the shape of a row in which it was given.
+    """Return the rows, split for calibration and for statistics, and the shape in which a row was given.
 
     Args:
         calibration_rows: normal rows that did not train the network, [N, D] or [N, ...].
@@ -147,7 +147,7 @@ def _split(table: Table, fit_rows: int, seed: int) -> tuple[Split, list[str]]:
         why = f" ({dropped} more equal other rows{' or fit rows' if has_fit_rows else ''})" if dropped else ""
         raise AdoptionError(
             f"calibration_rows has {len(own)} distinct rows{why}: expected at least {needed}, so that "
-            f"{MIN_CALIBRATION_ROWS} calibrate the threshold and the others measure what is usual"
+            f"{MIN_CALIBRATION_ROWS} calibrate the score and the others give its statistics"
             + ("" if has_fit_rows else "; or give the rows that trained the network as fit_rows=")
         )
     order = own[np.random.RandomState(seed).permutation(len(own))]
@@ -163,7 +163,12 @@ def _split(table: Table, fit_rows: int, seed: int) -> tuple[Split, list[str]]:
 
 
 def _rows_needed(share: float, of_others: float) -> int:
-    """Return the smallest number of rows of which enough calibrate, and enough are held out."""
+    """Return the smallest number of rows that gives MIN_CALIBRATION_ROWS and MIN_HELD_OUT_ROWS.
+
+    Args:
+        share: share of the rows that calibrate.
+        of_others: share of the other rows that are held out.
+    """
     count = MIN_CALIBRATION_ROWS
     while (
         math.ceil(share * count) < MIN_CALIBRATION_ROWS

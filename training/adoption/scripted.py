@@ -1,8 +1,7 @@
 """Run TorchScript operator by operator in Python, so that torch's tracer records straight-line code with all shapes.
 
-TorchScript may have branches and loops. Here, a branch on a constant, such as `if self.training`, takes its side, and a
-loop runs as often as it says, which is fixed for all rows. A branch or a loop that depends on the values of a tensor is
-refused.
+TorchScript may have branches and loops. Here, a branch on a constant, such as `if self.training`, runs one side, and a
+loop with a constant number of steps runs. A branch or a loop that depends on the values of a tensor is refused.
 """
 
 import operator
@@ -62,7 +61,8 @@ class Interpreted(nn.Module):
             graph = getattr(self.script, name).inlined_graph
             given = list(inputs)
             expected = len(list(graph.inputs())) - 1
-            given += [None] * (expected - len(given))  # arguments with a default that is not None are rare
+            # The graph does not have the defaults of arguments. None is the most frequent one.
+            given += [None] * (expected - len(given))
             names = [each.debugName() for each in graph.inputs()]
             found = _run(graph, dict(zip(names, [self.script, *given], strict=True)))
             return found[0] if len(found) == 1 else tuple(found)

@@ -65,11 +65,11 @@ def build_pipeline(
     fit rows if these did not train it. The calibration comes from rows that nothing else used.
 
     Args:
-        functions: what the module can do.
+        functions: the functions of the user's module.
         network: the compiled functions.
         scaling: converts raw units to the units of the network.
         data: the rows, in raw units.
-        prior: the prior over the latents: None to fit it, "standard" for N(0, I).
+        prior: the prior over the latents: None to fit it, "standard" for N(0, I), or the prior itself.
         seed: seed of the fit of the prior.
         trained_on_fit_rows: whether the fit rows may have trained the network.
 
@@ -79,7 +79,7 @@ def build_pipeline(
     with torch.no_grad():
         held_out, sample, calibration = (_scaled(scaling, x) for x in (data.held_out, data.sample, data.calibration))
     core = _with_whitening(functions, network, held_out if trained_on_fit_rows else torch.cat((held_out, sample)))
-    known, observation = _prior_and_noise(functions, core, scaling, data, (sample, held_out), prior, seed)
+    fitted, observation = _prior_and_noise(functions, core, scaling, data, (sample, held_out), prior, seed)
     scores = fit_calibration(core, calibration)
     if not bool(scores.scores.isfinite().all()):
         raise AdoptionError(
@@ -90,7 +90,7 @@ def build_pipeline(
     )
     identity = Scaling(torch.zeros(sample.shape[1]), torch.ones(sample.shape[1]))
     explanation = fit_explanation(moments, identity, data.images)
-    return Pipeline(scaling, core, known, Calibration(scores.scores), explanation, observation).eval()
+    return Pipeline(scaling, core, fitted, Calibration(scores.scores), explanation, observation).eval()
 
 
 def _scaled(scaling: Scaling, x: Tensor) -> Tensor:
@@ -111,14 +111,14 @@ def _prior_and_noise(
     if functions.encode is None:
         return gaussian_prior(torch.ones(1)), no_observation_noise(width)
     if isinstance(prior, Prior):
-        known = prior
+        fitted = prior
     elif prior == "standard":
-        known = gaussian_prior(torch.ones(functions.latents))
+        fitted = gaussian_prior(torch.ones(functions.latents))
     else:
         with_spread = functions.spread is not None and not data.images
-        known = fit_prior(core, *rows, seed, with_spread=with_spread)
+        fitted = fit_prior(core, *rows, seed, with_spread=with_spread)
     identity = Scaling(torch.zeros(width), torch.ones(width))
-    return known, fit_observation(_RawCore(core, scaling), known, identity, data)
+    return fitted, fit_observation(_RawCore(core, scaling), fitted, identity, data)
 
 
 def _with_whitening(functions: Functions, network: Any, u: Tensor) -> Core:
@@ -146,8 +146,8 @@ def _with_whitening(functions: Functions, network: Any, u: Tensor) -> Core:
 def _whitening(codes: Tensor, residuals: Tensor, u: Tensor) -> Whitening:
     """Return the whitening of the joint vectors of latents [N, K] and residuals [N, D] of rows u [N, D].
 
-    It is that of `training.fitting.score_statistics`, except that features may have different units: the usual variance
-    of a residual is that of its feature.
+    `training.fitting.score_statistics` fits it in the same way, except that features may have different units here: the
+    usual variance of a residual is that of its feature.
     """
     variance = u.var(dim=0, correction=0)
     varies = variance > MIN_VARIANCE * variance.max().clamp(min=1e-30)

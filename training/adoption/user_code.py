@@ -13,7 +13,7 @@ MAX_LINE = 100  # characters of a line that a message repeats
 
 
 def is_of_user(file: str) -> bool:
-    """Return whether `file` belongs neither to torch nor to the code that adopts."""
+    """Return whether `file` belongs neither to torch nor to Elbo."""
     return not file.startswith(OWN_FOLDERS) and not file.startswith("<frozen")
 
 

@@ -70,7 +70,7 @@ def test_function_class_or_variable_of_a_python_file_gives_the_network(folder: P
     ("name", "reason"),
     [
         ("biuld", r"has no function 'biuld': it has .*build.*failing"),
-        ("number", "number is a int: expected a function that returns a torch.nn.Module"),
+        ("number", "number is a int: expected a torch.nn.Module, or a function that returns one"),
         ("with_argument", "needs the arguments width: name a function without arguments"),
         ("failing", r"failing raises ValueError: no data here"),
         ("nothing", "nothing returns a NoneType: expected a torch.nn.Module"),
