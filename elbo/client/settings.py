@@ -162,7 +162,9 @@ def received(response: httpx.Response) -> Received:
 def refusal(response: Received) -> ElboHTTPError:
     """Return the exception for a response with another status than 200."""
     retry_after = parse_retry_after(response.header(b"retry-after"))
-    reason = response.reason or str(response.status)
+    reason, location = response.reason or str(response.status), response.header(b"location")
+    if location:
+        reason = f"{reason}, a redirect to {location}, which the client does not follow: give it the new address"
     return from_response(response.status, response.content, response.header(b"x-request-id"), retry_after, reason)
 
 

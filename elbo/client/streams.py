@@ -122,7 +122,7 @@ class VerdictReader:
 
 
 class AnomalyStream(Iterator[Verdict | RowError]):
-    """The verdicts on rows that are sent while the verdicts are read. `Client.anomaly_stream` makes it.
+    """An iterator over verdicts, which sends rows while it receives verdicts. `Client.anomaly_stream` returns it.
 
     The connection is opened with the first verdict, and closed with the last. A program that stops earlier calls
     `close`, or uses the stream in a `with` block.
@@ -165,7 +165,7 @@ class AnomalyStream(Iterator[Verdict | RowError]):
         self.close()
 
     def close(self) -> None:
-        """Close the connection. The server then stops to judge rows."""
+        """Close the connection. The server then stops judging rows."""
         self._is_closed = True
         if self._connection:
             self._connection.close()
@@ -263,7 +263,7 @@ def _check_ahead(ahead: int) -> None:
 
 
 class AsyncAnomalyStream(AsyncIterator[Verdict | RowError]):
-    """The verdicts on rows that are sent while the verdicts are read. `AsyncClient.anomaly_stream` makes it.
+    """An iterator over verdicts, which sends rows while it receives verdicts. `AsyncClient.anomaly_stream` returns it.
 
     The connection is opened with the first verdict, and closed with the last. A program that stops earlier awaits
     `aclose`, or uses the stream in an `async with` block.
@@ -307,7 +307,7 @@ class AsyncAnomalyStream(AsyncIterator[Verdict | RowError]):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the connection, and stop reading the rows. The server then stops to judge rows."""
+        """Close the connection, and stop reading the rows. The server then stops judging rows."""
         self._is_closed = True
         if self._producer:
             self._producer.cancel()

@@ -22,6 +22,7 @@ import pytest
 
 from elbo.client import (
     AsyncClient,
+    BadRequest,
     Client,
     ConnectionFailed,
     ElboHTTPError,
@@ -179,6 +180,15 @@ def test_response_of_a_proxy_is_an_error_with_the_code_unknown(call: Caller) -> 
             call(server.address, "models")
         assert (raised.value.code, isinstance(raised.value, TimedOut)) == ("unknown", True)
     with scripted(respond("500 Oops", b"")) as server, pytest.raises(ServerError):
+        call(server.address, "models")
+
+
+def test_redirect_is_an_error_that_names_the_new_address(call: Caller) -> None:
+    redirect = respond("301 Moved Permanently", b"", "Location: https://elbo.example.com/models")
+    with (
+        scripted(redirect) as server,
+        pytest.raises(BadRequest, match=r"redirect to https://elbo\.example\.com/models"),
+    ):
         call(server.address, "models")
 
 
