@@ -481,11 +481,8 @@ def _gather(node: Node, x: Value, places: Value) -> Value:
 
 
 def _gather_tensor(x: Tensor, axis: int, places: Tensor) -> Tensor:
-    axis = axis % x.dim()
-    places = torch.where(places < 0, places + x.shape[axis], places)
-    found = x.index_select(axis, places.reshape(-1))
-    sizes = list(x.shape)
-    return found.reshape([*sizes[:axis], *places.shape, *sizes[axis + 1 :]])
+    found: Tensor = x[(slice(None),) * (axis % x.dim()) + (places,)]
+    return found
 
 
 def _expand(node: Node, x: Tensor, shape: Value) -> Tensor:  # noqa: ARG001

@@ -37,7 +37,8 @@ RENAMED = {"view": "reshape", "concat": "cat", "concatenate": "cat", "swapaxes":
            "moveaxis": "movedim", "multiply": "mul", "divide": "div", "subtract": "sub", "true_divide": "div",
            "negative": "neg", "absolute": "abs", "swish": "silu",
            "greater": "gt", "less": "lt", "arctan": "atan", "special_expit": "sigmoid", "_reshape_alias": "reshape",
-           "unsafe_split": "split", "unsafe_chunk": "chunk", "_softmax": "softmax", "rsub": "sub"}  # fmt: skip
+           "unsafe_split": "split", "split_with_sizes": "split", "unsafe_chunk": "chunk",
+           "_softmax": "softmax", "rsub": "sub"}  # fmt: skip
 CONVERSIONS = frozenset({
     "prim::NumToTensor", "aten::Int", "aten::item", "aten::IntImplicit", "aten::FloatImplicit", "aten::Float",
     "aten::ScalarImplicit", "prim::unchecked_cast",
@@ -252,6 +253,8 @@ class Renderer:
             return "sub", [values[1], values[0]], {}
         if name == "pad":
             return _padding_operator(node, given)
+        if name == "instance_norm" and _is_on(given["use_input_stats"]):
+            return _instance_norm(given, self._shapes[node.inputsAt(0).debugName()])
         if name in OF_BOOLEANS and _scalar_type(node.output()) == BOOLEAN:
             return OF_BOOLEANS[name], values, {}
         return RENAMED.get(name, name), *_split(arguments, values, node)
@@ -541,6 +544,11 @@ def _convolution(given: Mapping[str, Value]) -> tuple[str, list[Value], dict[str
     if is_transposed:
         return name, [*first, padding, given["output_padding"], given["groups"], given["dilation"]], {}
     return name, [*first, padding, given["dilation"], given["groups"]], {}
+
+
+def _instance_norm(given: Mapping[str, Value], shape: Shape) -> tuple[str, list[Value], dict[str, Value]]:
+    """Return the call of group normalisation with one channel per group. `shape` is that of the input, [B, C, ...]."""
+    return "group_norm", [given["input"], Known(shape[1]), *(given[key] for key in ("weight", "bias", "eps"))], {}
 
 
 def _padding_operator(node: Any, given: Mapping[str, Value]) -> tuple[str, list[Value], dict[str, Value]]:

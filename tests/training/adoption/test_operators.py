@@ -141,6 +141,9 @@ MODULES: dict[str, tuple[tuple[int, ...], Callable[[], nn.Module]]] = {
     "series": ((6, 2), lambda: Applied(series)),
     "norms": ((4, 6), lambda: Layers(nn.LayerNorm(6), nn.GroupNorm(2, 4), nn.PReLU(), nn.BatchNorm1d(4))),
     "norms without weights": ((4, 6), lambda: Layers(nn.BatchNorm1d(4, affine=False), nn.LayerNorm(6, bias=False))),
+    "norms of instances": ((4, 6), lambda: Layers(nn.InstanceNorm1d(4), nn.InstanceNorm1d(4, affine=True))),
+    "split by sizes": ((6,), lambda: Applied(lambda x: torch.cat(x.split([1, 2, 3], dim=1)[::-1], dim=1))),
+    "places of columns": ((6,), lambda: Applied(lambda x: x[:, torch.tensor([[5, 0], [3, -2], [1, 2]])].flatten(1))),
     "convolutions of series": (
         (2, 8), lambda: Layers(nn.Conv1d(2, 3, 3, padding="same"), nn.ConvTranspose1d(3, 2, 3, padding=1)),
     ),
