@@ -21,7 +21,7 @@ FIRST_STEPS = 4  # steps of each chain before its states are used
 KEPT_STEPS = 4  # later steps of each chain, whose states are used; more of them lower the error by less than 2 %
 SCORED_STEPS = 2  # steps of each chain before its state is scored; more of them change the AUROC by less than 0.003
 CANDIDATES = 256
-MAX_EXACT_FEATURES = 256  # the matrix that the exact scores of PCA need has so many rows and columns
+MAX_EXACT_FEATURES = 256  # limits the matrix that the exact scores of PCA need: it is [D, D] for D features
 
 
 class CompletingPipeline(Pipeline):
@@ -50,7 +50,7 @@ class CompletingPipeline(Pipeline):
         """Estimate the missing values of rows x [B, D], which are NaN.
 
         Returns:
-            mean: the rows with the expected values of what is missing, [B, D].
+            mean: the rows with expected values in place of missing values, [B, D].
             deviation: the standard deviation of each missing value given the known values; 0 for a known value, [B, D].
             low: lower end of the interval that contains a missing value with probability 0.9; for a known value, the
                 value itself, [B, D].
@@ -79,7 +79,7 @@ class CompletingPipeline(Pipeline):
         """Draw B rows that have the known values of one row.
 
         Args:
-            x: the row, [1, D]; what is missing is NaN.
+            x: the row, [1, D]; missing values are NaN.
             noise: standard normal noise of the latents, [B, K].
             choice: uniform numbers in [0, 1), [B].
             row_noise: standard normal noise of the rows, [B, 2 D].
@@ -227,7 +227,7 @@ class CompletingPCA(CompletingPipeline):
 
 
 class Chains(nn.Module):
-    """What `CompletingNetwork` knows besides the networks. In shapes: C chains, M candidates, D features, K latents.
+    """The tensors that the chains of `CompletingNetwork` need: C chains, M candidates, D features, K latents.
 
     Args:
         deviation: standard deviation of each feature around the decoder's output, in model units, positive, [D].
@@ -360,7 +360,7 @@ class CompletingNetwork(CompletingPipeline):
         return mean, variance.sqrt()
 
     def complete(self, x: Tensor, noise: Tensor, choice: Tensor, row_noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw B rows that have the known values of one row: `choice` chooses a state, from which a chain goes on.
+        """Draw B rows that have the known values of one row: `choice` chooses a state of a chain for each of them.
 
         See `CompletingPipeline.complete`.
         """
@@ -377,12 +377,12 @@ class CompletingNetwork(CompletingPipeline):
         return latents, torch.where(missing, x_hat, x), torch.where(missing, rows, x)
 
     def _known(self, x: Tensor) -> Tensor:
-        """Return x [B, D] in model units, with arbitrary numbers in place of what is missing."""
+        """Return x [B, D] in model units, with arbitrary numbers in place of missing values."""
         u: Tensor = self.scaling(torch.where(x.isnan(), torch.zeros_like(x), x))  # [B, D]
         return u
 
     def _run_chains(self, x: Tensor) -> Tensor:
-        """Return what the S = 4 C states of the chains decode to, in model units, [B, S, D].
+        """Return the decoded states of the chains in model units, [B, S, D]: S = 4 C, four states of each chain.
 
         Args:
             x: rows [B, D], whose missing values are NaN.
@@ -398,7 +398,7 @@ class CompletingNetwork(CompletingPipeline):
         return torch.cat((first, second, third, fourth), dim=1)
 
     def _first_states(self, x: Tensor) -> Tensor:
-        """Return what the first states of the chains decode to, in model units, [B, C, D].
+        """Return the decoded first states of the chains in model units, [B, C, D].
 
         Args:
             x: rows [B, D], whose missing values are NaN.
@@ -415,13 +415,13 @@ class CompletingNetwork(CompletingPipeline):
         return candidates[chosen]  # [B, C, D]
 
     def _step(self, decoded: Tensor, missing: Tensor, values: Tensor, step: int) -> Tensor:
-        """Return what the next states of the chains decode to, given what the present ones decode to, [B, C, D].
+        """Return the decoded next states of the chains in model units, [B, C, D].
 
         Args:
-            decoded: in model units, [B, C, D].
+            decoded: the decoded present states in model units, [B, C, D].
             missing: whether a value is missing, [B, 1, D].
             values: the known values in model units, [B, 1, D].
-            step: the number of the step. In each step, a chain gets the noise of another one.
+            step: the number of the step. The noise of the chains is rotated by it: each step has other noise.
         """
         noise = torch.cat((self.chains.noise[step:], self.chains.noise[:step]))  # [C, K]
         row_noise = torch.cat((self.chains.row_noise[step:], self.chains.row_noise[:step]))  # [C, D]

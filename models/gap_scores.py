@@ -9,12 +9,12 @@ TAIL_SHARE = 0.1  # share of the scores, the largest ones, to which the slope ab
 class GapScores(nn.Module):
     """Maps the scores of rows with missing values to the scale of the scores of complete rows.
 
-    The less is known of a row, the less extreme is its score. Each level is a number of missing values. At a level, the
-    map sends each quantile of the scores of rows with this number of missing values to the same quantile of the scores
-    of complete rows. Between two levels, the map is interpolated. At level 0, it is the identity.
+    The more values of a row are missing, the less extreme is its score. Each level is a share of missing values. At a
+    level, the map sends each quantile of the scores of rows with this share of missing values to the same quantile of
+    the scores of complete rows. Between two levels, the map is interpolated. At level 0, it is the identity.
 
-    After the map, the calibration of complete rows holds for rows with missing values, too. Assumption: values are
-    missing at random, independently of what they are (missing completely at random, Rubin 1976).
+    After the map, the calibration of complete rows holds approximately for rows with missing values, too. Assumption:
+    whether a value is missing depends on no value of the row (missing completely at random, Rubin 1976).
 
     Args:
         shares: the share of the values that is missing at each level, ascending, the first is 0, [L].
@@ -46,7 +46,7 @@ class GapScores(nn.Module):
         self.register_buffer("slopes", torch.cat((below, slopes, above), dim=1))  # [L, n + 1]
 
     def forward(self, score: Tensor, share: Tensor) -> Tensor:
-        """Return scores [B] of rows of which a share [B] of the values is missing, in the scale of complete rows."""
+        """Return scores [B] on the scale of complete rows. `share` is the share of missing values of each row, [B]."""
         mapped = torch.zeros_like(score)
         for level in range(self.middle.shape[0]):
             knots = self.knots[level]  # [n + 1]

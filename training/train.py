@@ -183,7 +183,8 @@ def fit_model(
         report: receives the progress and the notes.
         policy: which deviations matter, when no row is anomalous, and how many alarms there may be; by default, every
             deviation matters.
-        evaluate: compute the metrics and the warnings on the held-out rows. Without them, a fit is faster.
+        evaluate: compute the metrics and the warnings on the held-out rows. Without them, a fit is faster, and auto may
+            choose a kind that is worse than predicting the mean.
 
     Raises:
         DataError: the table cannot be used, or the policy leaves no calibration row.

@@ -26,14 +26,14 @@ from training.adoption.onnx_network import DRAWS, OnnxNetwork, read_network
 from training.errors import AdoptionError, DataError
 
 NESTED = ("state_dict", "model_state_dict", "model", "weights")  # where training loops put the weights in a checkpoint
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # what wrappers of networks put before the names of weights
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # wrappers of networks put them before the names of weights
 PICKLES = (".joblib", ".pkl", ".pickle")
 TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip  # the types of safetensors files
 ONNX_TOLERANCE = 1e-5  # largest error of a converted network, relative to the largest output of ONNX Runtime
-CHECKED_ROWS = 3
+CHECKED_ROWS = 3  # random rows on which a converted network is compared, unless the file fixes another number
 
 
 def read_module(
