@@ -370,8 +370,8 @@ def _read_mean_and_scale(path: Path) -> tuple[Any, Any]:
 def _unpickled(path: Path, allow_pickle: bool, expected: str) -> Any:
     if not allow_pickle:
         raise DataError(
-            f"{path} is a pickle, which can run any code when it is read: repeat the command with --allow-pickle if "
-            "you trust the file"
+            f"{path} is a pickle, which can run any code when it is read: if you trust the file, repeat the command "
+            "with --allow-pickle, or load it and give elbo.adopt the object"
         )
     import joblib
 
