@@ -88,14 +88,16 @@ class AsyncClient:
             raise ValueError(f"concurrency must be at least 1, got {concurrency}")
         self._concurrency = concurrency
         self._settings = Settings(base_url, model, key, timeout, retries, headers, chunk_rows)
-        if transport is None:
-            context = ssl_context_of(base_url, verify, cert, trust_env)
-            if proxy := proxy_of(base_url, trust_env):
-                verified: Verify = context or verify
-                transport = httpx.AsyncHTTPTransport(verify=verified, proxy=proxy, trust_env=trust_env)
-            else:
-                transport = AsyncSocketTransport(context, max_connections)
-        self._transport = transport
+        self._transport: httpx.AsyncBaseTransport | AsyncSocketTransport
+        if transport is not None:
+            self._transport = transport
+            return
+        context = ssl_context_of(base_url, verify, cert, trust_env)
+        if proxy := proxy_of(base_url, trust_env):
+            verified: Verify = context or verify
+            self._transport = httpx.AsyncHTTPTransport(verify=verified, proxy=proxy, trust_env=trust_env)
+        else:
+            self._transport = AsyncSocketTransport(context, max_connections)
 
     async def __aenter__(self) -> Self:
         return self

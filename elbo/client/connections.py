@@ -1,11 +1,11 @@
-"""Transports of httpx that keep connections open: for sync clients over sockets, for async clients over asyncio.
+"""The clients' own transports, which keep connections open: sync over sockets, async over asyncio's streams.
 
 A call with a body of 100 KB takes 0.8 ms of processor time over httpx's own transport, and 0.3 ms over these
 (benchmarks/serving/results/client.md). They save the time of httpx's parser (h11), pool and streams, because they
 support only HTTP/1.1 over TCP or TLS, with whole request bodies and whole response bodies. For proxies, HTTP/2 or trio,
-the clients use httpx's transports.
+the clients use httpx's transports. The exceptions are those of httpx.
 
-The timeout `read` of httpx limits the time from the request to the end of the response, not each read.
+`seconds` limits the time from the request to the end of the response, not each read.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import httpx
 
-from elbo.client.http1 import ResponseReader, request_head
+from elbo.client.http1 import ResponseReader
 
 RECEIVE_BYTES = 2**16  # malloc would map and unmap a larger buffer for each response
 IDLE_SECONDS = 60.0  # shorter than the server's ELBO_KEEP_ALIVE_SECONDS, 130 s by default
@@ -43,21 +43,9 @@ def origin_of(url: httpx.URL) -> Origin:
     return Origin(url.host, url.port or (443 if is_tls else 80), is_tls)
 
 
-def _seconds_of(request: httpx.Request) -> float | None:
-    """Return the seconds that a request of httpx may take."""
-    seconds: float | None = (request.extensions.get("timeout") or {}).get("read")
-    return seconds
-
-
 def connect_seconds(seconds: float | None) -> float:
     """Return the seconds that a request which may take `seconds` may spend on opening a connection."""
     return CONNECT_SECONDS if seconds is None else min(CONNECT_SECONDS, seconds)
-
-
-def _response(reader: ResponseReader, request: httpx.Request) -> httpx.Response:
-    extensions = {"http_version": b"HTTP/1.1", "reason_phrase": reader.reason}
-    stream = httpx.ByteStream(reader.take())
-    return httpx.Response(reader.status, headers=reader.headers, stream=stream, request=request, extensions=extensions)
 
 
 class Connection:
@@ -101,7 +89,7 @@ class Connection:
         """
         end = None if seconds is None else time.monotonic() + seconds
         failure: OSError | None = None
-        reader = ResponseReader("HEAD" if head.startswith(b"HEAD ") else "GET")  # all other methods are read like GET
+        reader = ResponseReader()
         self.socket.settimeout(seconds)
         try:
             self.socket.sendall(head + body)
@@ -136,8 +124,8 @@ def _left(end: float) -> float:
     return seconds
 
 
-class SocketTransport(httpx.BaseTransport):
-    """A transport of httpx over sockets. Threads may share it: each request has a connection of its own.
+class SocketTransport:
+    """A transport over sockets. Threads may share it: each request has a connection of its own.
 
     Args:
         ssl_context: how to verify the server; by default as Python does.
@@ -146,12 +134,6 @@ class SocketTransport(httpx.BaseTransport):
     def __init__(self, ssl_context: ssl.SSLContext | None = None) -> None:
         self._ssl_context = ssl_context
         self._idle: dict[Origin, deque[Connection]] = {}
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """Send `request` and return the response, whose body has been read."""
-        body = request.read()
-        reader = self.exchange(origin_of(request.url), request_head(request), body, _seconds_of(request))
-        return _response(reader, request)
 
     def exchange(self, origin: Origin, head: bytes, body: bytes, seconds: float | None) -> ResponseReader:
         """Send a request, and return its response. Raises the errors of `connect` and `Connection.exchange`."""
@@ -221,7 +203,7 @@ class AsyncConnection:
     async def exchange(self, head: bytes, body: bytes, seconds: float | None) -> ResponseReader:
         """Send a request, and return its response, which arrives within `seconds`. Raises as `Connection.exchange`."""
         failure: OSError | None = None
-        reader = ResponseReader("HEAD" if head.startswith(b"HEAD ") else "GET")
+        reader = ResponseReader()
         try:
             async with asyncio.timeout(seconds):
                 try:
@@ -245,8 +227,8 @@ class AsyncConnection:
             self.writer.transport.abort()
 
 
-class AsyncSocketTransport(httpx.AsyncBaseTransport):
-    """A transport of httpx over asyncio's streams.
+class AsyncSocketTransport:
+    """A transport over asyncio's streams.
 
     Args:
         ssl_context: how to verify the server; by default as Python does.
@@ -257,12 +239,6 @@ class AsyncSocketTransport(httpx.AsyncBaseTransport):
         self._ssl_context = ssl_context
         self._slots = asyncio.Semaphore(max_connections)
         self._idle: dict[Origin, deque[AsyncConnection]] = {}
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send `request` and return the response, whose body has been read."""
-        body = await request.aread()
-        reader = await self.exchange(origin_of(request.url), request_head(request), body, _seconds_of(request))
-        return _response(reader, request)
 
     async def exchange(self, origin: Origin, head: bytes, body: bytes, seconds: float | None) -> ResponseReader:
         """Send a request, and return its response. Raises the errors of `SocketTransport.exchange` and PoolTimeout."""

@@ -38,18 +38,15 @@ class ResponseReader:
 
     Call `feed` with the bytes that arrive, and with b"" at the end of the connection, until `is_complete`. `take` then
     returns the bytes of the body that have arrived since the last `take`. Informational responses (1xx) are skipped.
-
-    Args:
-        method: the method of the request; the response to HEAD has no body.
+    Responses to HEAD are not supported.
     """
 
-    def __init__(self, method: str) -> None:
+    def __init__(self) -> None:
         self.status = 0
         self.reason = b""
         self.headers: Headers = []
         self.is_complete = False
         self.keeps_alive = False
-        self._has_body = method != "HEAD"
         self._buffer = b""
         self._body: list[bytes] = []
         self._left: int | None = 0  # bytes of the body or of the chunk; None: until the connection ends
@@ -135,7 +132,7 @@ class ResponseReader:
             elif name == b"connection":
                 options += value.lower() + b","
         self.keeps_alive = b"close" not in options if is_1_1 else b"keep-alive" in options
-        if not self._has_body or self.status in _NO_BODY:
+        if self.status in _NO_BODY:
             self.is_complete = True
         elif codings:
             if codings != [b"chunked"]:

@@ -57,7 +57,7 @@ class VerdictReader:
         self.received = 0
         self.summary: StreamSummary | None = None
         self._address = address
-        self._reader = ResponseReader("POST")
+        self._reader = ResponseReader()
         self._rest = b""
         self._refused: list[bytes] = []
 

@@ -91,14 +91,16 @@ class Client:
         chunk_rows: int = CHUNK_ROWS,
     ) -> None:
         self._settings = Settings(base_url, model, key, timeout, retries, headers, chunk_rows)
-        if transport is None:
-            context = ssl_context_of(base_url, verify, cert, trust_env)
-            if proxy := proxy_of(base_url, trust_env):
-                verified: Verify = context or verify
-                transport = httpx.HTTPTransport(verify=verified, proxy=proxy, trust_env=trust_env)
-            else:
-                transport = SocketTransport(context)
-        self._transport = transport
+        self._transport: httpx.BaseTransport | SocketTransport
+        if transport is not None:
+            self._transport = transport
+            return
+        context = ssl_context_of(base_url, verify, cert, trust_env)
+        if proxy := proxy_of(base_url, trust_env):
+            verified: Verify = context or verify
+            self._transport = httpx.HTTPTransport(verify=verified, proxy=proxy, trust_env=trust_env)
+        else:
+            self._transport = SocketTransport(context)
 
     def __enter__(self) -> Self:
         return self

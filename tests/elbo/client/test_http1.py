@@ -19,9 +19,9 @@ EMPTY = b"HTTP/1.1 204 No Content\r\n\r\n"
 RESPONSES = [LENGTH, CHUNKED, CONTINUED, CLOSED, OLD, EMPTY]
 
 
-def read(pieces: list[bytes], method: str = "POST") -> tuple[int, bytes, list[tuple[bytes, bytes]], bool]:
+def read(pieces: list[bytes]) -> tuple[int, bytes, list[tuple[bytes, bytes]], bool]:
     """Return the status, the body, the headers and whether the connection may be used again."""
-    reader = ResponseReader(method)
+    reader = ResponseReader()
     body = b""
     for piece in [*pieces, b""]:
         if reader.is_complete:
@@ -53,10 +53,6 @@ def test_response_that_arrives_in_any_pieces_is_read_as_h11_reads_it(response: b
     places = [0, *sorted(cut for cut in cuts if cut < len(response)), len(response)]
     pieces = [response[start:end] for start, end in itertools.pairwise(places)]
     assert read(pieces) == read_with_h11(response)
-
-
-def test_response_to_head_has_no_body() -> None:
-    assert read([LENGTH[:-5]], "HEAD")[:2] == (200, b"")
 
 
 def test_connection_with_bytes_after_the_response_is_not_used_again() -> None:
