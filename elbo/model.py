@@ -119,8 +119,9 @@ class Model:
     [B, D], or images. Columns of frames are found by name, in any order; other columns are ignored.
 
     - Missing values (NaN or None) are allowed in features that had missing values in training. In frames, methods
-      that score also take rows that lack up to half of the other features. The score is the expected score of the
-      complete row; models of windows or with conditions replace a missing value by its training median.
+      that score also allow them in the other features: up to half of these values of a row. The score is the expected
+      score of the complete row. Models with a window or conditions, adopted models and artifacts of earlier releases
+      replace a missing value by its training median.
     - If the model knows conditions, they come from the columns of a frame, or from the argument `condition`: a mapping
       such as `{"label": "7"}`, or one for each row. Without it, the model takes the condition as unknown.
     - If the model judges windows, frames need the column of times, and of groups, as in training; each row is judged
