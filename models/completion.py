@@ -105,7 +105,7 @@ class CompletingPCA(CompletingPipeline):
     mixture of `prior`: only then is the distribution of the missing values known exactly.
 
     Args:
-        score_form: what `PCA.score_form` returns for `core`; empty tensors if there are too many features.
+        score_form: what `PCA.score_form` returns for `core`; placeholders if there are too many features.
     """
 
     if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class CompletingPCA(CompletingPipeline):
         """
         missing = x.isnan()  # [B, D]
         gaps = missing.double()  # [B, D]
-        if self.precision.shape[0] > 0:
+        if self.precision.shape[0] == x.shape[1]:
             u = self.scaling(torch.where(missing, torch.zeros_like(x), x)).double() - self.centre  # [B, D]
             u = torch.where(missing, torch.zeros_like(u), u)
             # P_mm for the missing values, and the identity for the known ones, [B, D, D].
@@ -432,10 +432,10 @@ class CompletingNetwork(CompletingPipeline):
 
 
 def _score_form(core: Core) -> tuple[Tensor, Tensor]:
-    """Return `PCA.score_form` of `core`; [0] and [0, 0] if the matrix would be too large."""
+    """Return `PCA.score_form` of `core`; placeholders [1] and [1, 1] if the matrix would be too large."""
     assert isinstance(core, PCA)
     if len(core.mean) > MAX_EXACT_FEATURES:
-        return torch.zeros(0).double(), torch.zeros(0, 0).double()
+        return torch.zeros(1).double(), torch.zeros(1, 1).double()  # an artifact has no empty weights
     return core.score_form()
 
 

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -187,16 +188,13 @@ def _loads_non_finite(body: bytes, error: orjson.JSONDecodeError) -> Any:
     other reason. Raises InvalidJson also if the body contains Unicode escapes, because the json module accepts lone
     surrogates.
     """
-    try:
-        if not (b"NaN" in body or b"Infinity" in body or "infinity" in str(error)) or rb"\u" in body:
-            raise error
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        raise InvalidJson(
-            f"invalid JSON: {error}",
-            expected="a JSON object in UTF-8",
-            hint="check the quotation marks and commas",
-        ) from error
+    message = str(error)
+    if (b"NaN" in body or b"Infinity" in body or "infinity" in message) and rb"\u" not in body:
+        with suppress(ValueError, RecursionError):
+            return json.loads(body)
+    raise InvalidJson(
+        f"invalid JSON: {message}", expected="a JSON object in UTF-8", hint="check the quotation marks and commas"
+    ) from error
 
 
 def _count_strings(value: Any) -> int:
