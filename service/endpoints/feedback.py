@@ -35,7 +35,7 @@ from service.endpoints.group_scoring import (
     run_to_end,
 )
 from service.endpoints.pipeline import ParsedRequest, RequestSpec, parse_request, render_response, run_operation
-from service.endpoints.scoring import prepare_rows
+from service.endpoints.scoring import prepare_rows, run_for_rows
 from service.errors import NoOnlineCalibration, NotRemembered
 from service.http.request import HttpResponse, RequestContext
 from service.inference import operations
@@ -138,7 +138,7 @@ class FeedbackEndpoint:
         try:
             join = partial(_join, memory, input_rows, rows, transaction)
             joined = await run_to_end(join, LOADED_GROUP * len(names) + JOINED_ROW * len(rows))
-            run = partial(run_operation, self._service, parsed)
+            run = run_for_rows(served, input_rows, partial(run_operation, self._service, parsed))
             score, *explanation = await run_in_parts(memory.rules, joined, operations.SCORE, run)
             scores = Scores(score, *no_verdict(len(score)), *explanation)
             select = partial(_scores_by_group, memory, joined, input_rows, scores)

@@ -24,6 +24,7 @@ from service.inference.served_model import ServedModel
 from service.schemas import AnomalyBody
 
 Array = npt.NDArray[np.float32]
+Run = Callable[[Operation, Array], Awaitable[tuple[Array, ...]]]
 RETRY_SECONDS = 0.02  # pause between two attempts to queue rows, if the queue is full
 
 
@@ -52,8 +53,7 @@ async def score_rows(
     """
     verdicts = None
     if input_rows.parsed.rows:
-        if input_rows.parsed.missing is not None and served.scores_gaps:
-            run = partial(_run_with_gaps, run)
+        run = run_for_rows(served, input_rows, run)
         input_rows, rows = await prepare_rows(served, input_rows)
         if input_rows.windows is not None:
             verdicts = await score_windows(served, input_rows, body, run)
@@ -90,6 +90,13 @@ async def prepare_rows(served: ServedModel, input_rows: InputRows) -> tuple[Inpu
         find = partial(find_silenced_rows, served.silences, input_rows)
         input_rows = await run_in_thread_if_long(find, served.silences.estimate_ns(len(rows)))
     return input_rows, rows
+
+
+def run_for_rows(served: ServedModel, input_rows: InputRows, run: Run) -> Run:
+    """Return the function that scores `input_rows`: `run`, or one that also takes missing values."""
+    if input_rows.parsed.missing is None or not served.scores_gaps:
+        return run
+    return partial(_run_with_gaps, run)
 
 
 async def _run_with_gaps(

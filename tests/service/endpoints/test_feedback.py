@@ -130,6 +130,12 @@ def test_feedback_with_rows_of_an_unknown_group_begins_a_calibration(client: htt
     assert probe(client, model, f"new-{model}")["is_anomaly"]
 
 
+def test_feedback_with_rows_that_lack_values_uses_every_row(client: httpx.Client) -> None:
+    rows = [{name: value for name, value in row.items() if name != "disk"} for row in stream(f"host-{next(NUMBERS)}")]
+    given = give(client, "rows", verdict="normal", records=rows[:BEGIN])
+    assert (given["rows"], given["unused"]) == (BEGIN, 0)
+
+
 @MODELS
 def test_latest_rows_get_the_same_scores_if_they_are_sent_again_with_feedback(client: httpx.Client, model: str) -> None:
     rows = stream(f"late-{model}")
