@@ -58,7 +58,7 @@ def correlated_rows(rows: int, seed: int) -> np.ndarray:
 
 
 def create_workload(folder: Path) -> Workload:
-    """Train the network, save it as people do, and adopt it. All of it is in `folder`."""
+    """Train a network, save its weights, its scaler and its threshold in `folder`, and adopt it there."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     fit, calibration = correlated_rows(4000, seed=1), correlated_rows(2000, seed=2)

@@ -326,7 +326,7 @@ def _find_warnings(pipeline: Pipeline, data: PreparedData) -> list[str]:
 def _publish(
     adopted: _Adopted, name: str, artifacts: Path, seed: int, key: PrivateKey | None, report: Reporter
 ) -> Path:
-    """Publish the model, if it can be loaded: it is written to a temporary folder, and loaded from there, first."""
+    """Publish the model, after a copy in a temporary folder has been loaded without an error."""
     pipeline, data = adopted.pipeline, adopted.data
     module = artifact.script(pipeline)
     rows = data.held_out[:GOLDEN_ROWS]

@@ -1,4 +1,4 @@
-"""Run a module without noise: draws of normal noise give their mean, and other random numbers are refused."""
+"""Replace draws of normal noise by their mean while the block runs. Refuse other random numbers."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
