@@ -53,7 +53,7 @@ VALUES = 2  # on the values of the rows
 LEVELS = 3  # bit mask that selects FILE, ROWS or VALUES from a value
 LIST = 4  # added to FILE or ROWS if the value is a list of numbers
 NEW_LIST = 8  # added if the value is a list that the code has created empty; only such a list may grow
-PLACES = 16  # added if the value is a result of `torch.searchsorted`, or a list of such results
+POSITIONS = 16  # added if the value is a result of `torch.searchsorted`, or a list of such results
 Value = Any  # one of these numbers, a tuple of values, a _Constant, a _Text, an _Object or a _Function
 
 
@@ -576,7 +576,7 @@ class _Body:
             return ROWS | LIST | NEW_LIST  # the numbers that the code appends may depend on the number of rows
         values = list(map(self._value, elements))
         level = max(map(_level, values))
-        places = PLACES if all(_level(value) < VALUES or _has(PLACES, value) for value in values) else 0
+        places = POSITIONS if all(_level(value) < VALUES or _has(POSITIONS, value) for value in values) else 0
         return (level if level == VALUES else level | LIST) | places
 
     def _attribute(self, owner: Value, attribute: str) -> Value:
@@ -691,7 +691,7 @@ class _Body:
             return MESSAGE
         level = max(levels, default=FILE)
         if name == "torch.searchsorted":
-            return level | PLACES
+            return level | POSITIONS
         if name in ("torch.__is__", "torch.__isnot__") and values == [NONE, NONE]:
             return _Constant(name == "torch.__is__")
         if rule.numbers:
@@ -713,7 +713,7 @@ class _Body:
             case "torch.where" if len(values) != 3:
                 # With one argument, the size of the result is the number of true elements.
                 raise _Forbidden(f"calls {_shown(node)} with a size that depends on the values of a row")
-            case "torch.index" if len(values) != 2 or (_level(values[1]) == VALUES and not _has(PLACES, values[1])):
+            case "torch.index" if len(values) != 2 or (_level(values[1]) == VALUES and not _has(POSITIONS, values[1])):
                 # With a mask as the index, the size of the result would be the number of true elements in the mask.
                 raise _Forbidden(f"calls {_shown(node)} with places that are not those of torch.searchsorted")
             case "torch.floordiv" if not node.args or not _is_positive(

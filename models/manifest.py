@@ -253,7 +253,7 @@ class ConditionColumn(_Frozen):
         for level in self.levels:
             if not is_level_name(level):
                 raise ValueError(
-                    f"expected levels with 1 to {MAX_LEVEL_NAME} characters that print, got {level[:MAX_LEVEL_NAME]!r}"
+                    f"expected levels with 1 to {MAX_LEVEL_NAME} printable characters, got {level[:MAX_LEVEL_NAME]!r}"
                 )
         if len(set(self.levels)) < len(self.levels):
             raise ValueError("expected different levels, got one twice")
@@ -364,7 +364,7 @@ class Manifest(_Frozen):
         for name in self.groups:
             if not is_group_name(name):
                 raise ValueError(
-                    f"expected names of groups with 1 to {MAX_GROUP_NAME} characters that print, got {name[:100]!r}"
+                    f"expected names of groups with 1 to {MAX_GROUP_NAME} printable characters, got {name[:100]!r}"
                 )
         if len(set(self.groups)) < len(self.groups):
             raise ValueError("expected different names of groups, got a name twice")

@@ -13,8 +13,8 @@ from tests.data import ROOT
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 LINK = re.compile(r"\]\(([^)#:\s]*)(?:#([^)]*))?\)")
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
-PLACES = "service|training|models|tests|benchmarks|deploy|requirements|docs"
-PATH = re.compile(rf"`((?:{PLACES})/[\w./-]*)`")
+FOLDERS = "service|training|models|tests|benchmarks|deploy|requirements|docs"
+PATH = re.compile(rf"`((?:{FOLDERS})/[\w./-]*)`")
 NAME_IN_FILE = re.compile(r"`(\w+)` in\s+`([\w./-]+\.\w+)`")
 GLOSSARY_LINES = 46
 

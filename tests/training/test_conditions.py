@@ -161,8 +161,8 @@ def csv_of(tmp_path: Path, cells: list[str]) -> str:
         ([f"level {number}" for number in range(10_000)], "more than 100 different values"),
         (["a"] * 60, "has 1 levels with at least 10 rows to fit"),
         (["a"] * 59 + ["b"], "has 1 levels with at least 10 rows to fit"),
-        (["a", "b" * 101] * 30, "expected names of 1 to 100 characters that print"),
-        (["a", "b\tc"] * 30, "expected names of 1 to 100 characters that print"),
+        (["a", "b" * 101] * 30, "expected names of 1 to 100 printable characters"),
+        (["a", "b\tc"] * 30, "expected names of 1 to 100 printable characters"),
         ([""] * 60, "has 0 levels with at least 10 rows to fit"),
     ],
 )

@@ -74,7 +74,7 @@ def check_levels(source: str, name: str, levels: Sequence[str]) -> None:
         if not is_level_name(level):
             raise DataError(
                 f"{source}: column {name!r} of --condition has the value {level[:MAX_LEVEL_NAME]!r}: expected names of "
-                f"1 to {MAX_LEVEL_NAME} characters that print"
+                f"1 to {MAX_LEVEL_NAME} printable characters"
             )
 
 

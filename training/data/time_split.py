@@ -29,13 +29,13 @@ HELD_OUT_SHARE, CALIBRATION_SHARE = Fraction(1, 10), Fraction(2, 10)
 FIT_SHARE = 1 - HELD_OUT_SHARE - CALIBRATION_SHARE
 PARTS = 3  # of a block: fit rows, held-out rows, calibration rows
 SplitName = Literal["newest", "blocks"]
-# Where the held-out rows of each block lie, directly followed by its calibration rows. Cut the fit rows of a block into
-# as many equal pieces as there are blocks: the number is how many of these pieces come before the held-out rows. The
-# numbers differ, because the calibration rows would otherwise all be from the same hours or weekdays if a block lasts a
-# day or a week. Whether hours and weekdays remain without calibration rows depends on the length of the history. Of all
-# orders that end with the newest rows, this one leaves the fewest at the worst length. More blocks would need more
-# rows, because a gap follows each part.
-PLACES: dict[SplitName, tuple[int, ...]] = {"newest": (1,), "blocks": (4, 2, 1, 3, 5)}
+# Where the held-out rows of each block begin. The calibration rows follow them directly. The fit rows of a block are
+# cut into as many equal pieces as there are blocks, and the number is how many of these pieces come before the held-out
+# rows. The numbers differ, because the calibration rows would otherwise all be from the same hours or weekdays if a
+# block lasts a day or a week. Whether hours and weekdays remain without calibration rows depends on the length of the
+# history. Of all orders that end with the newest rows, this one leaves the fewest at the worst length. More blocks
+# would need more rows, because a gap follows each part.
+HELD_OUT_STARTS: dict[SplitName, tuple[int, ...]] = {"newest": (1,), "blocks": (4, 2, 1, 3, 5)}
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,14 @@ def split_by_time(
     Raises:
         DataError: there are too few rows or moments for the parts and the gaps between them.
     """
-    cuts = _moments(timeline, gap_rows, PLACES[split])
+    cuts = _moments(timeline, gap_rows, HELD_OUT_STARTS[split])
     part = np.searchsorted(cuts, timeline.time, side="right")  # [N]
     begins = timeline.steps < 0
     begins[1:] |= part[1:] != part[:-1]
     kept = (part == 0) | (count_earlier_rows(begins) >= gap_rows)
     if not np.bincount(part[kept], minlength=len(cuts) + 1).all():
-        _refuse(timeline, gap_rows, len(PLACES[split]))
-    fit, held_out, calibration = (np.flatnonzero(kept & (part % PARTS == place)) for place in range(PARTS))
+        _refuse(timeline, gap_rows, len(HELD_OUT_STARTS[split]))
+    fit, held_out, calibration = (np.flatnonzero(kept & (part % PARTS == index)) for index in range(PARTS))
     random = np.random.RandomState(seed)  # NumPy may change the numbers of Generator, never those of RandomState
     most = most_kept_rows(width)
     return TimeSplit(
@@ -113,26 +113,26 @@ def split_by_time(
     )
 
 
-def _shares(places: tuple[int, ...]) -> list[float]:
-    """Return the share of the rows before each part except the first, ascending. `places`: see PLACES."""
+def _shares(starts: tuple[int, ...]) -> list[float]:
+    """Return the share of the rows before each part except the first, ascending. `starts`: see HELD_OUT_STARTS."""
     shares = []
-    for block, place in enumerate(places):
-        fit = block + FIT_SHARE * place / len(places)
+    for block, start in enumerate(starts):
+        fit = block + FIT_SHARE * start / len(starts)
         shares += [fit, fit + HELD_OUT_SHARE, fit + HELD_OUT_SHARE + CALIBRATION_SHARE]
-    return [float(share / len(places)) for share in shares[:-1]]
+    return [float(share / len(starts)) for share in shares[:-1]]
 
 
-def _moments(timeline: Timeline, gap_rows: int, places: tuple[int, ...]) -> list[int]:
-    """Return the moments at which the parts begin, except the first part. `places`: see PLACES."""
+def _moments(timeline: Timeline, gap_rows: int, starts: tuple[int, ...]) -> list[int]:
+    """Return the moments at which the parts begin, except the first part. `starts`: see HELD_OUT_STARTS."""
     moments, counts = np.unique(timeline.time, return_counts=True)
     before = np.cumsum(counts) - counts  # number of rows before each moment
-    if len(timeline) < MINIMUM_ROWS or len(moments) < PARTS * len(places):
-        _refuse(timeline, gap_rows, len(places))
-    chosen, shares = [0], _shares(places)
+    if len(timeline) < MINIMUM_ROWS or len(moments) < PARTS * len(starts):
+        _refuse(timeline, gap_rows, len(starts))
+    chosen, shares = [0], _shares(starts)
     for later, share in zip(reversed(range(len(shares))), shares, strict=True):
         first, end = chosen[-1] + 1, len(moments) - later  # each later part needs a moment of its own
         chosen.append(first + int(np.abs(before[first:end] - share * len(timeline)).argmin()))
-    return [int(moments[place]) for place in chosen[1:]]
+    return [int(moments[index]) for index in chosen[1:]]
 
 
 def _refuse(timeline: Timeline, gap_rows: int, blocks: int) -> None:

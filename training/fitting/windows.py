@@ -19,7 +19,7 @@ from training.data.cross_split import cross_split
 from training.data.ingest import full_disk_as_data_error
 from training.data.row_store import Floats
 from training.data.table import MEMORY_BYTES, Split, Table
-from training.data.time_split import FIT_SHARE, GAP_ROWS, PLACES, split_table
+from training.data.time_split import FIT_SHARE, GAP_ROWS, HELD_OUT_STARTS, split_table
 from training.data.timeline import list_groups
 from training.data.windows import Repair, summarise_table, windows_of_timeline
 from training.errors import FitError
@@ -32,8 +32,8 @@ from training.fitting.scaling import fit_scaling
 from training.fitting.whitening import MAX_FULL_WIDTH
 
 AUTO_ROWS = (30, 10)  # the windows that --window auto considers; see benchmarks/anomaly/results/server_metrics.md
-MIN_WINDOWS = 10  # fit rows that a group needs to carry a window: for each row of the window, in each block
-MIN_GROUPS = 0.9  # share of the groups that must carry the window
+MIN_FIT_ROWS = 10  # of a group, for each row of the window, in each block; with fewer, the group is too short
+MIN_GROUPS = 0.9  # share of the groups that must be long enough
 MIN_ROWS_PER_SUMMARY = 20  # fit rows per summary
 MAX_FEATURES = MAX_FULL_WIDTH // summary_width(1, (1,))  # with a single scale
 
@@ -55,7 +55,7 @@ def choose_window(config: TrainConfig, table: Table) -> tuple[Window | None, lis
         return _window(config.window, table.x.width)
     width = table.x.width
     groups = float(FIT_SHARE) * np.diff(table.timeline.starts)  # fit rows of each group
-    least = MIN_WINDOWS * len(PLACES[config.split])  # fit rows of a group, for each row of the window
+    least = MIN_FIT_ROWS * len(HELD_OUT_STARTS[config.split])  # fit rows of a group, for each row of the window
     for rows in AUTO_ROWS if width <= MAX_FEATURES else ():
         window, notes = _window(rows, width)
         summaries = summary_width(width, window.scales)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from models import manifest
 from training.data.table import MAX_HELD_OUT_ROWS, DataError
-from training.data.time_split import PLACES, SplitName, TimeSplit, describe_split, split_by_time, summarise
+from training.data.time_split import HELD_OUT_STARTS, SplitName, TimeSplit, describe_split, split_by_time, summarise
 from training.data.timeline import Timeline
 
 MINUTE = 60 * 10**9
@@ -202,7 +202,7 @@ def test_summary_of_blocks_holds_the_periods_of_each_block() -> None:
     rows = timeline({"a": list(range(1_000))})
     split = split_by_time(rows, 0, split="blocks")
     summary = summarise(rows, split)
-    assert len(summary.blocks) == len(PLACES["blocks"])
+    assert len(summary.blocks) == len(HELD_OUT_STARTS["blocks"])
     fields: list[Any] = [period for block in summary.blocks for period in block.model_dump().values()]
     moments = [moment for period in fields for moment in (period["first"], period["last"])]
     assert moments == sorted(moments)
