@@ -18,13 +18,22 @@ def load_images(part: str) -> tuple[str, npt.NDArray[np.uint8]]:
     The images are [N, H, W], with values from 0 to 255. The data set is MNIST if the folder ELBO_DATA (default
     ../shared/data) contains mnist/{train,test}.npz. Otherwise the data set is scikit-learn's digits.
     """
+    name, x, _ = load_labelled_images(part)
+    return name, x
+
+
+def load_labelled_images(part: str) -> tuple[str, npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Return the name of a data set, and the images and the labels [N] of its `part`; see `load_images`."""
     path = DATA / "mnist" / f"{part}.npz"
     if path.is_file():
-        return "MNIST", np.load(path)["x"]
+        with np.load(path) as arrays:
+            return "MNIST", arrays["x"], arrays["y"].astype(np.int64)
     from sklearn.datasets import load_digits
 
-    x = np.rint(load_digits().images * 255.0 / 16.0).astype(np.uint8)
-    return "digits", x[:-300] if part == "train" else x[-300:]
+    digits = load_digits()
+    x, labels = np.rint(digits.images * 255.0 / 16.0).astype(np.uint8), digits.target.astype(np.int64)
+    rows = slice(None, -300) if part == "train" else slice(-300, None)
+    return "digits", x[rows], labels[rows]
 
 
 def describe_machine(*packages: str) -> str:

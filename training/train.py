@@ -24,6 +24,7 @@ from training.data.table import Table
 from training.errors import FitError
 from training.evaluation.metrics import held_out_metrics, pca_metrics
 from training.evaluation.model_selection import Candidate, compare
+from training.evaluation.samples import sample_metrics
 from training.evaluation.worth import find_warnings
 from training.fitting.baseline import refuse_short_history
 from training.fitting.budget import allowed_alarms, step_of
@@ -338,6 +339,7 @@ def _fit_candidate(
     if baseline_pca is not None:
         others["pca"] = pca_metrics(baseline_pca.float(), pipeline.scaling, data.held_out, row_scaling)
     recorder.done(metrics)
+    metrics |= sample_metrics(pipeline, data)
     return Candidate(config, pipeline, metrics, others, recorder, warnings, is_worse_than_mean)
 
 

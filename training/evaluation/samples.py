@@ -12,17 +12,21 @@ import numpy.typing as npt
 import torch
 
 from models.artifact import Artifact
+from models.pipeline import Pipeline
 from training.data.conditions import draw_conditions
 from training.data.cross_split import CrossSplit, cross_split
 from training.data.row_store import Floats
 from training.data.table import Split, Table
 from training.data.time_split import split_table
 from training.errors import DataError
+from training.fitting.prepared_data import PreparedData
 from training.random_streams import SAMPLES, random_stream
 
 DRAWS = 1_000  # number of samples; they are compared with at most as many real rows
 MIN_ROWS = 20
 TRAINING_ROWS = 20_000  # the nearest training row is sought among at most this many
+FEW_DRAWS = 300  # number of samples for the metrics of a training run, which should take no noticeable time
+FEW_TRAINING_ROWS = 5_000
 BATCH = 128  # samples that are drawn at once; limits the memory
 NEIGHBOURS = 5  # k of density and coverage, as in the experiments of Naeem et al. 2020
 PERMUTATIONS = 200
@@ -100,7 +104,8 @@ def measure_samples(artifact: Artifact, table: Table) -> SampleQuality:
     condition = (
         None if manifest.conditions is None else draw_conditions(manifest.conditions, DRAWS, random_stream(1, SAMPLES))
     )
-    drawn = draw_rows(artifact, DRAWS, condition, with_noise=with_noise).astype(np.float64) / scale
+    size = manifest.latents, manifest.width
+    drawn = draw_rows(artifact.module, DRAWS, size, condition, with_noise=with_noise, device=artifact.device) / scale
     real = rows / scale
     found = likeness(real, drawn)
     labelled = None
@@ -137,6 +142,45 @@ def measure_samples(artifact: Artifact, table: Table) -> SampleQuality:
         condition_accuracy=None if conditional is None else conditional[0],
         condition_accuracy_of_rows=None if conditional is None else conditional[1],
     )
+
+
+def sample_metrics(pipeline: Pipeline, data: PreparedData) -> dict[str, float]:
+    """Return the metrics of samples of a fitted model against its held-out rows; see docs/reference/measures.md.
+
+    There are few samples, so that the training takes no longer: `measure_samples` is more exact. Return nothing if
+    there are too few held-out rows, and for models whose samples are not rows of the table.
+    """
+    if data.windows is not None or data.by_group is not None or len(data.held_out) < MIN_ROWS:
+        return {}
+    is_image = data.table.pixel_range is not None
+    with_noise = not is_image and hasattr(pipeline, "observe")
+    medians = data.medians.nan_to_num().double().numpy()
+    inputs = data.held_out_inputs[:FEW_DRAWS]
+    held_out, training = (
+        np.where(np.isnan(rows), medians, rows)
+        for rows in (
+            data.held_out[:FEW_DRAWS].double().numpy(),
+            data.sample[:FEW_TRAINING_ROWS].double().numpy(),
+        )
+    )
+    condition = None
+    if data.conditions is not None:
+        condition = draw_conditions(data.conditions.known, FEW_DRAWS, random_stream(1, SAMPLES))
+    latents = pipeline.prior.means.shape[1]
+    drawn = draw_rows(pipeline, FEW_DRAWS, (latents, len(medians)), condition, with_noise=with_noise)
+    scale = column_scale(held_out, is_image=is_image)
+    found = likeness(held_out / scale, drawn / scale)
+    given_back = held_out
+    if not with_noise:
+        with torch.inference_mode():
+            given_back = pipeline(inputs).double().numpy()
+    nearest = _compare_distances(drawn / scale, given_back / scale, training / scale)
+    return {
+        "sample_density": found.density,
+        "sample_coverage": found.coverage,
+        "expected_coverage": expected_coverage(len(held_out), FEW_DRAWS),
+        "copy_p_value": nearest[2],
+    }
 
 
 def _split_of_training(artifact: Artifact, table: Table) -> Split | None:
@@ -300,23 +344,34 @@ def condition_accuracy(
     return float(of_samples.mean()), float(of_rows.mean())
 
 
-def draw_rows(artifact: Artifact, draws: int, condition: torch.Tensor | None = None, *, with_noise: bool) -> Floats:
-    """Return samples [draws, D] in raw units, with observation noise if `with_noise`.
+def draw_rows(
+    module: Any,
+    draws: int,
+    size: tuple[int, int],
+    condition: torch.Tensor | None = None,
+    *,
+    with_noise: bool,
+    device: torch.device | str = "cpu",
+) -> Floats:
+    """Return samples [draws, D] of `module` in raw units, with observation noise if `with_noise`.
 
     Args:
+        module: a model with the methods `draw`, `decode` and, with noise, `observe`.
+        size: the number of latents, K, and of features, D.
         condition: the condition to draw each sample for, one-hot, [draws, C]; None for a model without conditions.
+        device: the device of the module.
     """
     random, parts = random_stream(0, SAMPLES), []
-    latents, width, device = artifact.manifest.latents, artifact.manifest.width, artifact.device
+    latents, width = size
     with torch.inference_mode():
         for start in range(0, draws, BATCH):
             count = min(BATCH, draws - start)
             noise, choice = torch.randn(count, latents, generator=random), torch.rand(count, generator=random)
             if condition is not None:
                 noise = torch.cat((noise, condition[start : start + count]), dim=1)
-            rows = artifact.module.decode(artifact.module.draw(noise.to(device), choice.to(device)))
+            rows = module.decode(module.draw(noise.to(device), choice.to(device)))
             row_noise = torch.randn(count, width, generator=random).to(device)
-            parts.append(artifact.module.observe(rows, row_noise) if with_noise else rows)
+            parts.append(module.observe(rows, row_noise) if with_noise else rows)
     drawn: Floats = torch.cat(parts).cpu().numpy()
     return drawn
 

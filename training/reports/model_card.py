@@ -35,6 +35,10 @@ MEASURES = {
     "log_likelihood_se": ("standard error of the log-likelihood", "nats per row"),
     "bits_per_dimension": ("bits per dimension", "bits per value"),
     "active_latents": ("active latents", ""),
+    "sample_density": ("density of samples", "1 if they are as typical as held-out rows"),
+    "sample_coverage": ("coverage by samples", "share of held-out rows with a sample near them"),
+    "expected_coverage": ("coverage to expect of samples like the rows", "share of held-out rows"),
+    "copy_p_value": ("p-value of the hypothesis that samples copy no fit row", ""),
     "detection": ("detection of rows with a tenth of their values swapped", "AUROC"),
 }
 CAPTIONS = {

@@ -1,0 +1,127 @@
+"""Train pythae's VAE with the networks of Elbo, and draw samples with pythae's samplers, for `samples.py`.
+
+`python benchmarks/training/pythae_samples.py IMAGES FOLDER DRAWS OPTIONS` loads the images x in the npz file IMAGES.
+OPTIONS are the options of Elbo's model, in JSON. The script writes the samples of each sampler to a file in FOLDER,
+with values from 0 to 255, and prints a line of JSON for each. All other output goes to standard error.
+
+pythae's loss is the sum of the KL term and the squared error, or the cross entropy if OPTIONS have a Bernoulli
+likelihood. Its trainer keeps the model with the lowest held-out loss.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+import numpy as np
+import torch
+from pythae.data.datasets import BaseDataset
+from pythae.models import VAE, VAEConfig
+from pythae.models.base.base_utils import ModelOutput
+from pythae.models.nn import BaseDecoder, BaseEncoder
+from pythae.samplers import (
+    GaussianMixtureSampler,
+    GaussianMixtureSamplerConfig,
+    IAFSampler,
+    IAFSamplerConfig,
+    MAFSampler,
+    MAFSamplerConfig,
+    NormalSampler,
+    TwoStageVAESampler,
+    TwoStageVAESamplerConfig,
+)
+from pythae.trainers import BaseTrainer, BaseTrainerConfig
+from torch import Tensor, nn
+
+from training.config import TrainConfig
+from training.fitting.architecture import build_decoder, build_encoder
+
+HELD_OUT_SHARE = 0.1
+STEPS = 3_000  # as many as Elbo's default for images
+SAMPLERS = {
+    "prior N(0, I)": (NormalSampler, None),
+    "mixture of 10 Gaussians": (GaussianMixtureSampler, GaussianMixtureSamplerConfig(n_components=10)),
+    "mixture of 50 Gaussians": (GaussianMixtureSampler, GaussianMixtureSamplerConfig(n_components=50)),
+    "masked autoregressive flow": (MAFSampler, MAFSamplerConfig()),
+    "inverse autoregressive flow": (IAFSampler, IAFSamplerConfig()),
+    "second VAE": (TwoStageVAESampler, TwoStageVAESamplerConfig()),
+}
+
+
+class Encoder(BaseEncoder):  # type: ignore[misc] # pythae has no types
+    """Gives the mean and the log-variance of the latents."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor) -> Any:
+        """Encode images x [B, 1, H, W] or rows [B, D]."""
+        mean, log_variance = self.layers(x.flatten(1)).chunk(2, dim=1)
+        return ModelOutput(embedding=mean, log_covariance=log_variance)
+
+
+class Decoder(BaseDecoder):  # type: ignore[misc] # pythae has no types
+    """Gives images with values from 0 to 1."""
+
+    def __init__(self, layers: nn.Sequential, shape: tuple[int, ...], *, logits: bool) -> None:
+        super().__init__()
+        self.layers, self.shape, self.logits = layers, shape, logits
+
+    def forward(self, z: Tensor) -> Any:
+        """Decode latents z [B, K]."""
+        x = self.layers(z)
+        return ModelOutput(reconstruction=(torch.sigmoid(x) if self.logits else x).reshape(-1, *self.shape))
+
+
+def main() -> None:
+    """Train the model, draw the samples, and print where they are."""
+    results = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what pythae prints goes to standard error
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    source, folder, draws, options = sys.argv[1:5]
+    quick = "--quick" in sys.argv
+    images = torch.from_numpy(np.load(source)["x"].astype(np.float32) / np.float32(255.0))[:, None]  # [N, 1, H, W]
+    images = images[torch.randperm(len(images))]
+    config = TrainConfig.model_validate({"name": "pythae"} | json.loads(options))
+    height, width = shape = tuple(images.shape[2:])
+    latents = config.latents or 16
+    bernoulli = config.likelihood == "bernoulli"
+    held_out_rows = int(HELD_OUT_SHARE * len(images))
+    fit, held_out = images[held_out_rows:], images[:held_out_rows]
+    epochs = config.epochs or -(-STEPS * config.batch_size // len(fit))
+    model = VAE(
+        VAEConfig(input_dim=(1, height, width), latent_dim=latents, reconstruction_loss="bce" if bernoulli else "mse"),
+        encoder=Encoder(build_encoder(config, shape, 2 * latents)),
+        decoder=Decoder(build_decoder(config, shape, latents, unit_range=True), (1, height, width), logits=bernoulli),
+    )
+    settings = BaseTrainerConfig(
+        output_dir=folder,
+        num_epochs=2 if quick else epochs,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=1_000,
+        learning_rate=1e-3,
+    )
+    started = process_time()
+    BaseTrainer(model, *(BaseDataset(x, torch.zeros(len(x))) for x in (fit, held_out)), settings).train()
+    trained = process_time() - started
+    for index, (title, (sampler, sampler_config)) in enumerate(SAMPLERS.items()):
+        if quick and index > 1:
+            break
+        started = process_time()
+        fitted = sampler(model, sampler_config) if sampler_config else sampler(model)
+        if isinstance(fitted, GaussianMixtureSampler):
+            fitted.fit(fit)
+        elif sampler_config:
+            fitted.fit(fit, held_out)
+        minutes = (trained + process_time() - started) / 60.0
+        rows = fitted.sample(num_samples=int(draws), batch_size=500).detach().numpy() * 255.0
+        np.save(path := Path(folder, f"samples-{index}.npy"), rows)
+        print(json.dumps({"sampler": title, "path": str(path), "minutes": minutes}), file=results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""Compare samples of Elbo's models with those of pythae's VAE: do they resemble real images, and do they copy any?
+
+    python benchmarks/training/samples.py                  # `make bench-train` also installs pythae
+    python benchmarks/training/samples.py --data mnist     # at most an hour of one core for each model
+    python benchmarks/training/samples.py --only pca vae   # some of the models, without pythae
+    python benchmarks/training/samples.py --smoke          # two models of the digits, a few steps
+
+The digits are those of scikit-learn: half of them train the models, and the other half are the held-out rows. MNIST has
+60,000 training rows and 10,000 held-out rows. There are as many samples as held-out rows. Elbo's samples are those that
+/sample serves by default. pythae trains the same networks for as many epochs, and its samplers fit the latents of its
+VAE. pythae runs in a separate Python environment (`pythae_samples.py`).
+
+The model map is a VAE with two latents, and conditional is a VAE that knows the class. The columns:
+
+- confident: the share of the samples of which a classifier, a convolutional network trained on the labels of the
+  training rows, is sure (probability above 0.9)
+- density and coverage: Naeem et al. 2020, k = 5, against the held-out rows, by the distances between pixels
+- asked for: of conditional models, the share of the samples in which the classifier finds the class that was asked for
+- nearer than rows: p-value of the hypothesis that samples are no nearer to training rows than the reconstructions of
+  held-out rows are; small if the model copies rows (Meehan, Chaudhuri & Dasgupta 2020). For pythae, the samples are
+  compared with the held-out rows themselves.
+
+The benchmark prints a Markdown table.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import process_time
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.data import ROOT, describe_machine, load_labelled_images
+from benchmarks.training.training_speed import ONE_CORE
+from models import artifact
+from training.config import TrainConfig
+from training.data.conditions import draw_conditions
+from training.data.table import read_table
+from training.evaluation.samples import (
+    CONFIDENT,
+    copy_p_value,
+    draw_rows,
+    expected_coverage,
+    likeness,
+    nearest_distances,
+)
+from training.progress import PlainReporter, SilentReporter
+from training.random_streams import SAMPLES, random_stream
+from training.train import train
+
+SEED = 0
+NEAREST_AMONG = 20_000  # the nearest training row is sought among at most this many
+CLASSIFIER_STEPS = 4_000
+Images = npt.NDArray[np.float32]
+
+CONV = {"network": "conv", "hidden": (32, 64), "dense": (256,), "likelihood": "bernoulli", "learning_rate": 3e-3}
+DIGITS: dict[str, dict[str, Any]] = {
+    "pca": {"model": "pca"},
+    "ae": {"model": "ae"},
+    "vae": {"model": "vae"},
+    "map": {"model": "vae", "latents": 2},
+    "conditional": {"model": "vae", "condition": ("label",)},
+}
+MNIST: dict[str, dict[str, Any]] = {
+    "pca": {"model": "pca", "latents": 64},
+    "ae": {"model": "ae", "latents": 16, "epochs": 40, "learning_rate": 3e-3}
+    | {key: CONV[key] for key in ("network", "hidden", "dense")},
+    "vae": {"model": "vae", "latents": 16, "epochs": 40} | CONV,
+    "conditional": {"model": "vae", "latents": 16, "epochs": 40, "condition": ("label",)} | CONV,
+}
+
+
+class LabelledImages(NamedTuple):
+    """Images [N, H, W] with values from 0 to 255, and their labels [N]."""
+
+    x: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+
+    @property
+    def rows(self) -> Images:
+        """The images as rows [N, D]."""
+        return self.x.reshape(len(self.x), -1).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples of a model, and what they are compared with.
+
+    Args:
+        rows: samples [M, D], with values from 0 to 255.
+        minutes: CPU minutes of training; None without training.
+        asked: the class that each sample was drawn for, [M]; None for a model without conditions.
+        reconstructions: reconstructions of the held-out rows, [N, D]; None to compare with the held-out rows.
+    """
+
+    rows: Images
+    minutes: float | None = None
+    asked: npt.NDArray[np.int64] | None = None
+    reconstructions: Images | None = field(default=None, repr=False)
+
+
+class Classifier(nn.Module):
+    """A convolutional network that tells the ten digits apart."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape = shape
+        height, width = (-(-side // 4) for side in shape)
+        self.layers = nn.Sequential(
+            *(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)),
+            *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)),
+            *(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64 * height * width, 128), nn.ReLU()),
+            *(nn.Dropout(0.5), nn.Linear(128, 10)),
+        )
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return the logits [N, 10] of rows [N, D]."""
+        logits: Tensor = self.layers(rows.reshape(-1, 1, *self.shape) / 255.0)
+        return logits
+
+
+def train_classifier(images: LabelledImages, steps: int) -> Classifier:
+    """Return a classifier that is trained on the labels of the images."""
+    torch.manual_seed(SEED)
+    height, width = images.x.shape[1:]
+    classifier = Classifier((height, width))
+    optimiser = torch.optim.Adam(classifier.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, steps)
+    x, labels = torch.from_numpy(images.rows), torch.from_numpy(images.labels)
+    for _ in range(steps):
+        chosen = torch.randint(len(x), (64,))
+        loss = functional.cross_entropy(classifier(x[chosen]), labels[chosen])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    return classifier.eval()
+
+
+@torch.inference_mode()
+def classify(classifier: Classifier, rows: Images) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Return the most probable classes [N] of rows [N, D], and their probabilities [N]."""
+    found = [functional.softmax(classifier(part), dim=1).max(dim=1) for part in torch.from_numpy(rows).split(1_000)]
+    return torch.cat([part.indices for part in found]).numpy(), torch.cat([part.values for part in found]).numpy()
+
+
+def draw_with_elbo(options: dict[str, Any], images: LabelledImages, held_out: LabelledImages, *, quiet: bool) -> Drawn:
+    """Train a model with `options` of `elbo train`, and return samples as /sample serves them."""
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(source := Path(folder, "images.npz"), x=images.x, y=images.labels)
+        config = TrainConfig.model_validate({"name": "samples", "seed": SEED} | options)
+        table, started = read_table(str(source), condition=config.condition), process_time()
+        path = train(config, table, Path(folder), SilentReporter() if quiet else PlainReporter())
+        minutes = (process_time() - started) / 60.0
+        model = artifact.load(path)
+    conditions = model.manifest.conditions
+    condition, asked, known = None, None, held_out.rows
+    if conditions is not None:
+        condition = draw_conditions(conditions, len(held_out.x), random_stream(SEED, SAMPLES))
+        levels = np.array([int(level) for level in conditions.columns[0].levels])
+        asked = levels[condition.argmax(dim=1).numpy()]
+        one_hot = (held_out.labels[:, None] == levels).astype(np.float32)
+        known = np.concatenate((known, one_hot), axis=1)
+    size = model.manifest.latents, model.manifest.width
+    rows = draw_rows(model.module, len(held_out.x), size, condition, with_noise=False)
+    with torch.inference_mode():
+        reconstructions = torch.cat([model.module(part) for part in torch.from_numpy(known).split(1_000)]).numpy()
+    return Drawn(rows, minutes, asked, reconstructions)
+
+
+def draw_with_pythae(
+    options: dict[str, Any], images: LabelledImages, held_out: LabelledImages, python: str, *, quick: bool
+) -> Iterator[tuple[str, Drawn]]:
+    """Train pythae's VAE with the networks of `options`, and yield the samples of each of its samplers.
+
+    Raises:
+        RuntimeError: pythae is missing or fails. The message gives the reason.
+    """
+    script = str(Path(__file__).with_name("pythae_samples.py"))
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(source := Path(folder, "images.npz"), x=images.x)
+        command = [python, script, str(source), folder, str(len(held_out.x)), json.dumps(options)]
+        if not Path(python).exists():
+            raise RuntimeError(f"{python} does not exist: run make bench-train")
+        done = subprocess.run(
+            command + ["--quick"] * quick,
+            check=False,
+            env={**os.environ, **ONE_CORE, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        for line in done.stdout.splitlines():
+            found = json.loads(line)
+            yield found["sampler"], Drawn(np.load(found["path"]).reshape(len(held_out.x), -1), found["minutes"])
+
+
+class Judge:
+    """Prints the lines of the table.
+
+    Args:
+        images: the training rows.
+        held_out: the rows with which samples are compared.
+        steps: steps for which the classifier is trained.
+    """
+
+    def __init__(self, images: LabelledImages, held_out: LabelledImages, steps: int) -> None:
+        self._held_out = held_out
+        self._classifier = train_classifier(images, steps)
+        self._near = np.random.RandomState(SEED).permutation(images.rows)[:NEAREST_AMONG].astype(np.float64)
+        classes, sure = classify(self._classifier, held_out.rows)
+        print(f"The classifier is right for {(classes == held_out.labels).mean():.2%} of the held-out rows.\n")
+        print("| model | confident | density | coverage | asked for | nearer than rows | CPU minutes |")
+        print("|---|---|---|---|---|---|---|")
+        coverage = expected_coverage(len(held_out.x), len(held_out.x))
+        print(f"| held-out rows, or as expected of them | {(sure > CONFIDENT).mean():.3f} | 1 | {coverage:.3f} | | | |")
+
+        middles = 0.5 * (held_out.rows + np.random.RandomState(SEED).permutation(held_out.rows))
+        self.print_line("the mean of two held-out rows", Drawn(middles))
+
+    def print_line(self, title: str, drawn: Drawn) -> None:
+        """Measure samples, and print a line of the table."""
+        rows = np.clip(drawn.rows, 0.0, 255.0)
+        classes, sure = classify(self._classifier, rows)
+        found = likeness(self._held_out.rows.astype(np.float64), rows.astype(np.float64))
+        asked = "" if drawn.asked is None else f"{(classes == drawn.asked).mean():.1%}"
+        real = self._held_out.rows if drawn.reconstructions is None else drawn.reconstructions
+        nearer = copy_p_value(*(nearest_distances(each.astype(np.float64), self._near) for each in (rows, real)))
+        confident = f"{(sure > CONFIDENT).mean():.3f}"
+        print(
+            f"| {title} | {confident} | {found.density:.2f} | {found.coverage:.3f} | {asked} | {nearer:.3f} "
+            f"| {'' if drawn.minutes is None else f'{drawn.minutes:.1f}'} |",
+            flush=True,
+        )
+
+
+def load(name: str) -> tuple[LabelledImages, LabelledImages]:
+    """Return the training rows and the held-out rows of "digits" or "mnist"."""
+    if name == "mnist":
+        train_images, test_images = (LabelledImages(*load_labelled_images(part)[1:]) for part in ("train", "test"))
+        return train_images, test_images
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.RandomState(SEED).permutation(len(digits.target))
+    x, labels = np.rint(digits.images * 255.0 / 16.0).astype(np.uint8)[order], digits.target[order].astype(np.int64)
+    half = len(x) // 2
+    return LabelledImages(x[-half:], labels[-half:]), LabelledImages(x[:-half], labels[:-half])
+
+
+def main() -> None:
+    """Train the models and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=["digits", "mnist"], default="digits", help="the images (default: digits)")
+    parser.add_argument("--only", nargs="+", choices=DIGITS, help="some of Elbo's models, without pythae")
+    parser.add_argument("--smoke", action="store_true", help="two models of the digits, a few steps")
+    parser.add_argument(
+        "--peers",
+        default=str(ROOT / ".venv-peers" / "bin" / "python"),
+        metavar="PYTHON",
+        help="interpreter with pythae (default that of make bench-train)",
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    images, held_out = load(options.data)
+    models = MNIST if options.data == "mnist" else DIGITS
+    chosen = {"pca", "conditional"} if options.smoke else set(models)
+    if options.only:
+        chosen = set(options.only)
+    print(describe_machine("torch"), end="\n\n")
+    judge = Judge(images, held_out, 50 if options.smoke else CLASSIFIER_STEPS)
+    for title, model in models.items():
+        if title in chosen:
+            few = {"epochs": 2} if options.smoke and model["model"] != "pca" else {}
+            drawn = draw_with_elbo(model | few, images, held_out, quiet=options.smoke)
+            judge.print_line(f"Elbo, {title}", drawn)
+    if options.only:
+        return
+    try:
+        for sampler, drawn in draw_with_pythae(models["vae"], images, held_out, options.peers, quick=options.smoke):
+            judge.print_line(f"pythae, vae, {sampler}", drawn)
+    except RuntimeError as error:
+        print(f"| pythae | missing: {error} | | | | | |")
+
+
+if __name__ == "__main__":
+    main()
