@@ -151,20 +151,6 @@ class FittedModel:
         with _one_thread():
             return assemble(self.chosen, self.comparison, self.data, report, twin=twin, exhibits=exhibits)
 
-    def publish(self, artifacts: Path, report: Reporter, *, key: PrivateKey | None = None, twin: bool = True) -> Path:
-        """Publish the model as the next version of its name under `artifacts`. Return the path of the artifact.
-
-        Args:
-            artifacts: artifact folder.
-            report: receives the progress and the notes.
-            key: signs the artifact.
-            twin: export the ONNX twin, which takes seconds; without it, serving on a CPU is slower.
-
-        Raises:
-            ArtifactUnwritable: the disk is full, or this user may not write to the folder.
-        """
-        return self.assemble(report, twin=twin).publish(artifacts, key)
-
 
 def fit_model(
     config: TrainConfig,
@@ -172,7 +158,6 @@ def fit_model(
     report: Reporter,
     *,
     policy: Policy | None = None,
-    evaluate: bool = True,
 ) -> FittedModel:
     """Fit, evaluate and calibrate a model, and publish nothing.
 
@@ -184,8 +169,6 @@ def fit_model(
         report: receives the progress and the notes.
         policy: which deviations matter, when no row is anomalous, and how many alarms there may be; by default, every
             deviation matters.
-        evaluate: compute the metrics and the warnings on the held-out rows. Without them, a fit is faster, and auto may
-            choose a kind that is worse than predicting the mean.
 
     Raises:
         DataError: the table cannot be used, or the policy leaves no calibration row.
@@ -195,7 +178,7 @@ def fit_model(
     _report_notes(table, report)
     with _one_thread():
         data = _prepare(config, table, report, policy)
-        candidates = [_fit_candidate(each, data, report, evaluate=evaluate) for each in _configs_per_kind(config)]
+        candidates = [_fit_candidate(each, data, report) for each in _configs_per_kind(config)]
         chosen, comparison = compare(candidates, data, report)
         return FittedModel(chosen=chosen, comparison=comparison, data=data)
 
@@ -307,16 +290,13 @@ def _fit_candidate(
     checkpoints: CheckpointStore | None = None,
     tensorboard: bool = False,
     processes: ProcessGroup = ProcessGroup(),  # noqa: B008  # frozen
-    evaluate: bool = True,
 ) -> Candidate:
-    """Fit a model of one kind and, with `evaluate`, evaluate it on the held-out rows."""
+    """Fit a model of one kind, and evaluate it on the held-out rows."""
     if checkpoints is not None and processes.is_first:
         recorder = HistoryRecorder(report, checkpoints.folder, resume=checkpoints.resume, tensorboard=tensorboard)
     else:
         recorder = HistoryRecorder(report, None)
     pipeline = fit_and_calibrate(config, data, recorder, checkpoints=checkpoints, processes=processes)
-    if not evaluate:
-        return Candidate(config, pipeline, {}, {}, recorder, [])
     recorder.stage("evaluating on the held-out rows")
     baseline_pca = None
     others = {}
