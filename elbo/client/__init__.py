@@ -12,6 +12,7 @@ from elbo.client.async_client import AsyncClient
 from elbo.client.errors import (
     BadRequest,
     ConnectionFailed,
+    ConnectTimedOut,
     ElboClientError,
     ElboHTTPError,
     InvalidReply,
@@ -58,6 +59,7 @@ __all__ = [
     "BadRequest",
     "CalibrationScores",
     "Client",
+    "ConnectTimedOut",
     "ConnectionFailed",
     "Contribution",
     "Decoded",

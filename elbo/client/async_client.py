@@ -30,7 +30,7 @@ from elbo.client.options import (
 )
 from elbo.client.results import Array
 from elbo.client.retries import Retries
-from elbo.client.rows import Frame, Record, Rows, is_frame, is_records, to_array, to_ordered_array
+from elbo.client.rows import Frame, Record, Rows, is_frame, is_records, only_features, to_array, to_ordered_array
 from elbo.client.settings import (
     CHUNK_ROWS,
     DEFAULT_TIMEOUT,
@@ -55,7 +55,7 @@ class AsyncClient:
         base_url: address of the server.
         model: the model of all calls.
         key: the API key.
-        timeout: seconds for each request, with all its attempts; None for no limit.
+        timeout: seconds for each call, with all its requests and attempts; None for no limit.
         retries: how often and how fast requests are repeated.
         verify: how to verify the server's certificate, as in httpx.
         cert: the client's certificate, as in httpx.
@@ -138,10 +138,17 @@ class AsyncClient:
         return await self._send(calls.edit(point, direction, self._model(options), options), options)
 
     async def impute(self, rows: Rows, **options: Unpack[CallOptions]) -> results.Imputed:
-        """Return rows with estimates of their missing values (NaN, None, absent), and the uncertainty of each value."""
+        """Return rows with estimates of their missing values (NaN, None, absent), and the uncertainty of each value.
+
+        Columns of a data frame that are not features, such as a timestamp, are ignored.
+        """
+        within, reference = self._settings.with_deadline(options), self._model(options)
+        if is_frame(rows):
+            known = await self._described(reference, within)
+            rows, reference = only_features(rows, known.features, known.name), f"{known.name}@{known.version}"
         if is_frame(rows) or is_records(rows):
-            return await self._send(calls.impute(rows, self._model(options), options), options)
-        return await self._in_parts(calls.impute, to_array(rows), options)
+            return await self._send(calls.impute(rows, reference, within), within)
+        return await self._in_parts(calls.impute, to_array(rows), within)
 
     async def neighbours(
         self,
@@ -151,14 +158,14 @@ class AsyncClient:
         **options: Unpack[NeighbourOptions],
     ) -> results.Neighbours:
         """Return the held-out rows that are nearest to each of `rows` [N, D], or of `latents` [N, K]."""
-        vectors = None if latents is None else to_array(latents)
+        vectors, within = None if latents is None else to_array(latents), self._settings.with_deadline(options)
 
         def send(array: Array | None, model: str | None) -> Awaitable[results.Neighbours]:
-            return self._send(calls.neighbours(array, vectors, model, options), options)
+            return self._send(calls.neighbours(array, vectors, model, within), within)
 
         if rows is None:
             return await send(None, self._model(options))
-        return await self._named(rows, options, send)
+        return await self._named(rows, within, send)
 
     # Anomalies
 
@@ -187,7 +194,8 @@ class AsyncClient:
 
         A row is an object by feature name, or a list of numbers. `rows` is never read more than `ahead` rows before the
         verdicts that were taken from the iterator. An async iterable is read while the program awaits verdicts, so the
-        verdict on a row of a live source arrives at once. `timeout` is the longest wait in seconds for a verdict.
+        verdict on a row of a live source arrives at once. Other iterators are read in a thread, so that a slow one does
+        not block the event loop. `timeout` is the longest wait in seconds for a verdict.
 
         Raises:
             TypeError: the client has a proxy or a transport of its own, which cannot read while it writes.
@@ -273,7 +281,7 @@ class AsyncClient:
         attempts = self._settings.attempts(call, options)
         while True:
             try:
-                response = await self._exchange(call, attempts.seconds_left())
+                response = await self._exchange(call, attempts.seconds_for_request())
             except httpx.TransportError as error:
                 wait = attempts.wait_after_failure(error)
             else:
@@ -294,6 +302,7 @@ class AsyncClient:
 
     async def _by_row(self, make: Callable[[Array, str | None, Options], Call[R]], rows: Rows, options: Options) -> R:
         """Return the result for `rows`, which the server computes independently of each other."""
+        options = self._settings.with_deadline(options)
         return await self._named(
             rows, options, lambda array, pinned: self._in_parts(make, array, {**options, "model": pinned})
         )
@@ -332,6 +341,7 @@ class AsyncClient:
         The response to the first request names the version. The other requests then run at the same time, at most
         `concurrency` of them. If one fails, the rest are cancelled.
         """
+        options = self._settings.with_deadline(options)
         parts = list(self._settings.parts(array, options))
         first = await self._send(make(parts[0][0], self._model(options), parts[0][1]), options)
         if len(parts) == 1:

@@ -32,7 +32,7 @@ from elbo.client.rows import Frame, Record, Rows, is_frame, is_records, to_array
 T = TypeVar("T")
 R = TypeVar("R", bound=results.Reply)
 Options = Mapping[str, Any]
-_CLIENT_OPTIONS = ("model", "timeout")
+_CLIENT_OPTIONS = ("model", "timeout", "deadline")
 
 
 @dataclass(frozen=True, slots=True)

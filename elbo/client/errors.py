@@ -3,6 +3,7 @@
 ElboClientError
 ├── ConnectionFailed      there is no complete response: the server cannot be reached, or the connection broke
 ├── TimedOut              there is no response within the timeout
+│   ├── ConnectTimedOut   the connection could not be opened in time (also a ConnectionFailed)
 │   └── ServerTimedOut    408, 504: the server gave up (also an ElboHTTPError)
 ├── InvalidReply          the response does not have the form of Elbo's responses
 └── ElboHTTPError         the server refused the request
@@ -37,7 +38,21 @@ class ConnectionFailed(ElboClientError):
 
 
 class TimedOut(ElboClientError):
-    """There is no response within the timeout."""
+    """There is no response within the timeout.
+
+    `sent` says whether the server may have received a part of the request.
+    """
+
+    def __init__(self, message: str, *, sent: bool = True) -> None:
+        super().__init__(message)
+        self.sent = sent
+
+
+class ConnectTimedOut(ConnectionFailed, TimedOut):
+    """The connection could not be opened in time. Nothing was sent, so it is safe to repeat the request."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, sent=False)
 
 
 class InvalidReply(ElboClientError):

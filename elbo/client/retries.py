@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import httpx
 
-from elbo.client.errors import ConnectionFailed, ElboHTTPError, NotReady, TimedOut, TooManyRequests
+from elbo.client.errors import ConnectionFailed, ConnectTimedOut, ElboHTTPError, NotReady, TimedOut, TooManyRequests
 
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 _MAY_PASS = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout, httpx.PoolTimeout)
@@ -68,19 +68,40 @@ class Attempts:
         is_safe: whether the request may be repeated although the server may have received it.
         seconds: the time for all attempts and the waits between them; None for no limit.
         address: the address of the server, for messages.
+        deadline: the time of `time.monotonic` by which the call must end, of which the request is a part; by default,
+            the request is the whole call.
     """
 
-    def __init__(self, retries: Retries, is_safe: bool, seconds: float | None, address: str) -> None:
+    def __init__(
+        self, retries: Retries, is_safe: bool, seconds: float | None, address: str, deadline: float | None = None
+    ) -> None:
         self._retries = retries
         self._is_safe = is_safe
         self._seconds = seconds
         self._address = address
         self._count = 0
-        self.deadline = None if seconds is None else time.monotonic() + seconds
+        self.deadline = deadline
+        if deadline is None and seconds is not None:
+            self.deadline = time.monotonic() + seconds
 
     def seconds_left(self) -> float | None:
         """Return the seconds until the deadline; None for no limit."""
         return None if self.deadline is None else self.deadline - time.monotonic()
+
+    def seconds_for_request(self) -> float | None:
+        """Return the seconds until the deadline; None for no limit.
+
+        Raises:
+            TimedOut: earlier requests of the same call have used all of the time.
+        """
+        left = self.seconds_left()
+        if left is not None and left <= 0:
+            raise TimedOut(
+                f"the call to {self._address} took longer than {self._seconds:g} s, before all of its requests were "
+                "sent; raise timeout=, or pass fewer rows",
+                sent=False,
+            )
+        return left
 
     def wait_after_failure(self, error: httpx.TransportError) -> float:
         """Return the seconds to wait before the next attempt, after `error` instead of a response.
@@ -100,11 +121,12 @@ class Attempts:
         tries = f" (attempt {self._count})" if self._count > 1 else ""
         advice = "is the server running, and is this its address?"
         if isinstance(error, httpx.ConnectTimeout):  # after CONNECT_SECONDS, which `timeout` cannot raise
-            raise TimedOut(f"no connection to {self._address}: {reason}{tries}; {advice}") from error
+            raise ConnectTimedOut(f"no connection to {self._address}: {reason}{tries}; {advice}") from error
         if isinstance(error, httpx.TimeoutException):
             limit = "" if self._seconds is None else f" within {self._seconds:g} s"
             cure = "max_connections=" if isinstance(error, httpx.PoolTimeout) else "timeout=, or send fewer rows"
-            raise TimedOut(f"no response from {self._address}{limit}: {reason}{tries}; raise {cure}") from error
+            message = f"no response from {self._address}{limit}: {reason}{tries}; raise {cure}"
+            raise TimedOut(message, sent=sent) from error
         if sent and not self._is_safe:
             advice = "the server may have received the request, so it was not sent again"
         elif sent:

@@ -100,6 +100,28 @@ def to_ordered_array(rows: Frame | Sequence[Record], names: Sequence[str], sourc
     return to_array([[record.get(name) for name in names] for record in records])
 
 
+def only_features(rows: Frame, names: Sequence[str], source: str) -> Frame:
+    """Return the columns of a data frame that are features. A title may have a unit, such as "load [%]".
+
+    Args:
+        rows: a data frame.
+        names: the names of the features.
+        source: the name of the model, for messages.
+
+    Raises:
+        ValueError: no column is a feature.
+    """
+    known = set(names)
+    titles = list(rows.columns)
+    chosen = [title for title in titles if " ".join(str(title).split()).split(" [")[0] in known or str(title) in known]
+    if not chosen:
+        _require_features(names, {str(title): title for title in titles}, source)
+    if len(chosen) == len(titles):
+        return rows
+    found: Frame = rows[chosen]
+    return found
+
+
 def _column(values: Any) -> Array:
     """Return one column of a data frame as float32 [N]."""
     array = values.to_numpy()

@@ -73,9 +73,16 @@ class Settings:
         self._descriptions: dict[str | None, tuple[float, Model]] = {}
 
     def attempts(self, call: Call[Any], options: Options) -> Attempts:
-        """Return the attempts of `call`, whose time begins now."""
+        """Return the attempts of `call`, whose time begins now, unless it is a part of a call with a deadline."""
         seconds = options.get("timeout", self.timeout)
-        return Attempts(self.retries, call.is_safe, seconds, self.base_url)
+        return Attempts(self.retries, call.is_safe, seconds, self.base_url, options.get("deadline"))
+
+    def with_deadline(self, options: Options) -> Options:
+        """Return `options` with the deadline of a call that may consist of several requests. Its time begins now."""
+        seconds = options.get("timeout", self.timeout)
+        if seconds is None or "deadline" in options:
+            return options
+        return {**options, "deadline": time.monotonic() + seconds}
 
     def request(self, call: Call[Any], seconds: float | None) -> httpx.Request:
         """Return a request that may take `seconds`. The header X-Request-Timeout tells the server so."""

@@ -8,7 +8,7 @@ import asyncio
 import ssl
 import time
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -32,6 +32,7 @@ from elbo.client.settings import Settings, refusal
 
 BATCH_BYTES = 2**14  # rows are sent in chunks of about this size
 BATCH_SECONDS = 0.01  # a chunk is sent after this time, even if it is smaller
+MOST_READ_ROWS = 256  # rows that a thread reads at a time
 LAST_CHUNK = b"0\r\n\r\n"
 
 
@@ -252,6 +253,19 @@ class AnomalyStream(Iterator[Verdict | RowError]):
         return True
 
 
+def _read_rows(rows: Iterator[Any], count: int, arrived: deque[Any]) -> bool:
+    """Append the next rows to `arrived`, at most `count`, for about BATCH_SECONDS. Return whether there may be more."""
+    end = time.monotonic() + BATCH_SECONDS
+    for _ in range(count):
+        try:
+            arrived.append(next(rows))
+        except StopIteration:
+            return False
+        if time.monotonic() > end:
+            break
+    return True
+
+
 def _wants_more(error: OSError) -> bool:
     """Return whether `error` of a non-blocking socket only means that the network is not ready."""
     return isinstance(error, BlockingIOError | ssl.SSLWantReadError | ssl.SSLWantWriteError)
@@ -400,11 +414,33 @@ class AsyncAnomalyStream(AsyncIterator[Verdict | RowError]):
                     yield await anext(source)
                 except StopAsyncIteration:
                     return
-        rows = iter(self._rows)
-        while True:
+        elif isinstance(self._rows, Sequence):
+            for row in self._rows:
+                await self._credit.acquire()
+                yield row
+        else:
+            async for row in self._rows_read_in_a_thread(iter(self._rows)):
+                yield row
+
+    async def _rows_read_in_a_thread(self, rows: Iterator[Any]) -> AsyncIterator[Any]:
+        """Yield the rows of an iterator that may wait for each row, without blocking the event loop."""
+        arrived: deque[Any] = deque()
+        has_rows = True
+        while has_rows:
             await self._credit.acquire()
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            yield row
+            credit = 1
+            while credit < MOST_READ_ROWS and not self._credit.locked():
+                await self._credit.acquire()
+                credit += 1
+            reading = asyncio.ensure_future(asyncio.to_thread(_read_rows, rows, credit, arrived))
+            while not reading.done():
+                await asyncio.wait([reading], timeout=BATCH_SECONDS)
+                while arrived:
+                    credit -= 1
+                    yield arrived.popleft()
+            has_rows = reading.result()
+            while arrived:
+                credit -= 1
+                yield arrived.popleft()
+            for _ in range(credit):
+                self._credit.release()

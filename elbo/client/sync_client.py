@@ -30,7 +30,7 @@ from elbo.client.options import (
 )
 from elbo.client.results import Array
 from elbo.client.retries import Retries
-from elbo.client.rows import Frame, Record, Rows, is_frame, is_records, to_array, to_ordered_array
+from elbo.client.rows import Frame, Record, Rows, is_frame, is_records, only_features, to_array, to_ordered_array
 from elbo.client.settings import (
     CHUNK_ROWS,
     DEFAULT_TIMEOUT,
@@ -62,9 +62,9 @@ class Client:
         base_url: address of the server, such as "http://127.0.0.1:8000". It may have a path.
         model: the model of all calls: name or name@version; by default the server's default model.
         key: the API key.
-        timeout: seconds for each request, with all its attempts; None for no limit. The server gets this limit, too,
-            and stops computing when it has passed. A call sends more than one request if an array has more than
-            `chunk_rows` rows, and if the client has to ask for the features or the name of the model.
+        timeout: seconds for each call, with all its requests and attempts; None for no limit. The server gets the
+            limit, too, and stops computing when it has passed. A call sends more than one request if an array has more
+            than `chunk_rows` rows, and if the client has to ask for the features or the name of the model.
         retries: how often and how fast requests are repeated.
         verify: True to verify the server's certificate, False not to, or an SSL context, as in httpx.
         cert: the client's certificate, as in httpx.
@@ -141,10 +141,17 @@ class Client:
         return self._send(calls.edit(point, direction, self._model(options), options), options)
 
     def impute(self, rows: Rows, **options: Unpack[CallOptions]) -> results.Imputed:
-        """Return rows with estimates of their missing values (NaN, None, absent), and the uncertainty of each value."""
+        """Return rows with estimates of their missing values (NaN, None, absent), and the uncertainty of each value.
+
+        Columns of a data frame that are not features, such as a timestamp, are ignored.
+        """
+        within, reference = self._settings.with_deadline(options), self._model(options)
+        if is_frame(rows):
+            known = self._described(reference, within)
+            rows, reference = only_features(rows, known.features, known.name), f"{known.name}@{known.version}"
         if is_frame(rows) or is_records(rows):
-            return self._send(calls.impute(rows, self._model(options), options), options)
-        return self._in_parts(calls.impute, to_array(rows), options)
+            return self._send(calls.impute(rows, reference, within), within)
+        return self._in_parts(calls.impute, to_array(rows), within)
 
     def neighbours(
         self,
@@ -154,14 +161,14 @@ class Client:
         **options: Unpack[NeighbourOptions],
     ) -> results.Neighbours:
         """Return the held-out rows that are nearest to each of `rows` [N, D], or of `latents` [N, K]."""
-        vectors = None if latents is None else to_array(latents)
+        vectors, within = None if latents is None else to_array(latents), self._settings.with_deadline(options)
 
         def send(array: Array | None, model: str | None) -> results.Neighbours:
-            return self._send(calls.neighbours(array, vectors, model, options), options)
+            return self._send(calls.neighbours(array, vectors, model, within), within)
 
         if rows is None:
             return send(None, self._model(options))
-        return self._named(rows, options, send)
+        return self._named(rows, within, send)
 
     # Anomalies
 
@@ -270,7 +277,7 @@ class Client:
         attempts = self._settings.attempts(call, options)
         while True:
             try:
-                response = self._exchange(call, attempts.seconds_left())
+                response = self._exchange(call, attempts.seconds_for_request())
             except httpx.TransportError as error:
                 wait = attempts.wait_after_failure(error)
             else:
@@ -290,6 +297,7 @@ class Client:
 
     def _by_row(self, make: Callable[[Array, str | None, Options], Call[R]], rows: Rows, options: Options) -> R:
         """Return the result for `rows`, which the server computes independently of each other."""
+        options = self._settings.with_deadline(options)
         return self._named(
             rows, options, lambda array, pinned: self._in_parts(make, array, {**options, "model": pinned})
         )
@@ -325,6 +333,7 @@ class Client:
         model, parts = self._model(options), []
         if len(array) <= self._settings.chunk_rows:
             return self._send(make(array, model, options), options)
+        options = self._settings.with_deadline(options)
         for part, part_options in self._settings.parts(array, options):
             parts.append(self._send(make(part, model, part_options), options))
             model = f"{parts[0].model}@{parts[0].version}"

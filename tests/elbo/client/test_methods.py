@@ -98,12 +98,19 @@ def test_impute_gives_the_same_for_arrays_records_and_frames(call: Call, plain: 
     rows[0, 1] = rows[3, 2] = np.nan
     inputs = [[None if np.isnan(value) else float(value) for value in row] for row in rows]
     expected = post(plain, "/impute?model=hosts", {"inputs": inputs})
-    forms = [rows, pl.DataFrame(rows, schema=HOST_FEATURES), pd.DataFrame(rows, columns=HOST_FEATURES)]
+    frames = pl.DataFrame(rows, schema=HOST_FEATURES), pd.DataFrame(rows, columns=HOST_FEATURES)
+    further = frames[0].with_columns(pl.lit("web-1").alias("host")), frames[1].assign(time="2026-01-01")
+    forms = [rows, *frames, *further, further[1][[*further[1].columns][::-1]]]
     for form in forms:
         found = call("impute", form, model="hosts")
         for name in ("outputs", "std", "low", "high"):
             assert equal(getattr(found, name), expected[name])
         assert found.imputed == 2
+
+
+def test_impute_of_a_frame_without_any_feature_is_refused(call: Call) -> None:
+    with pytest.raises(ValueError, match=r"the rows have no column .*; they have 'host'"):
+        call("impute", pl.DataFrame({"host": ["web-1"]}), model="hosts")
 
 
 def test_neighbours_gives_the_nearest_held_out_rows(call: Call, plain: httpx.Client, digits: np.ndarray) -> None:

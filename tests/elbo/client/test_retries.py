@@ -5,6 +5,7 @@ A scripted server counts the requests that reach it. The last tests use a real s
 
 import asyncio
 import contextlib
+import io
 import signal
 import socket
 import threading
@@ -25,6 +26,7 @@ from elbo.client import (
     BadRequest,
     Client,
     ConnectionFailed,
+    ConnectTimedOut,
     ElboHTTPError,
     InvalidReply,
     NotAuthorised,
@@ -35,7 +37,7 @@ from elbo.client import (
     TimedOut,
     TooManyRequests,
 )
-from elbo.client.retries import parse_retry_after
+from elbo.client.retries import Attempts, parse_retry_after
 from service.app import create_app
 from service.settings import Settings
 from tests.elbo.client.scripted import (
@@ -83,6 +85,43 @@ def call(request: pytest.FixtureRequest) -> Caller:
             return getattr(elbo, method)(*arguments, **options)
 
     return run
+
+
+def test_requests_of_one_call_share_one_deadline(call: Caller) -> None:
+    content = io.BytesIO()
+    np.save(content, np.zeros((1, 3), np.float32))
+    answer = respond("200 OK", content.getvalue(), "Elbo-Model: a@1", "Content-Type: application/x-npy")
+
+    def late(connection: socket.socket) -> bool:
+        time.sleep(0.7)
+        return answer(connection)
+
+    options = {"timeout": 1.0, "chunk_rows": 1, "retries": Retries(attempts=1)}
+    with scripted(answer) as server:
+        assert call(server.address, "decode", np.zeros((3, 2)), client=options).outputs.shape == (3, 3)
+    with scripted(late) as server, pytest.raises(TimedOut):  # though each request alone takes less than 1 s
+        call(server.address, "decode", np.zeros((3, 2)), client=options)
+
+
+def test_time_out_says_whether_the_request_may_have_arrived() -> None:
+    cases: list[tuple[type[httpx.TransportError], type[TimedOut], bool]] = [
+        (httpx.ConnectTimeout, ConnectTimedOut, False), (httpx.PoolTimeout, TimedOut, False),
+        (httpx.ReadTimeout, TimedOut, True), (httpx.WriteTimeout, TimedOut, True),
+    ]  # fmt: skip
+    for failure, kind, sent in cases:
+        attempts = Attempts(Retries(attempts=1), True, 5.0, "http://example.org")
+        with pytest.raises(TimedOut) as caught:
+            attempts.wait_after_failure(failure("slow"))
+        assert type(caught.value) is kind
+        assert caught.value.sent is sent
+    assert issubclass(ConnectTimedOut, ConnectionFailed)
+
+
+def test_request_after_the_deadline_of_its_call_is_not_sent() -> None:
+    attempts = Attempts(Retries(), True, 5.0, "http://example.org", time.monotonic() - 0.1)
+    with pytest.raises(TimedOut, match="took longer than 5 s, before all of its requests were sent") as caught:
+        attempts.seconds_for_request()
+    assert caught.value.sent is False
 
 
 def test_retry_after_is_read_as_seconds_and_as_a_date() -> None:

@@ -247,6 +247,26 @@ def test_slow_source_does_not_time_out(address: str) -> None:
     assert asyncio.run(scenario()) == 3
 
 
+def test_iterator_that_waits_does_not_block_the_event_loop(address: str) -> None:
+    first_verdict = threading.Event()
+
+    def waiting() -> Iterator[Any]:
+        rows = host_rows(2)
+        yield rows[0]
+        assert first_verdict.wait(30), "the event loop did not run while the iterator waited"
+        yield rows[1]
+
+    async def scenario() -> list[int]:
+        found = []
+        async with AsyncClient(address, "hosts") as elbo:
+            async for verdict in elbo.anomaly_stream(waiting(), observe=False):
+                found.append(verdict.row)
+                first_verdict.set()
+        return found
+
+    assert asyncio.run(scenario()) == [0, 1]
+
+
 def test_stream_over_a_transport_that_cannot_read_while_it_writes_is_refused(address: str) -> None:
     with Client(address, transport=httpx.HTTPTransport()) as elbo, pytest.raises(TypeError, match="direct connection"):
         elbo.anomaly_stream([])
