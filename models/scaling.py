@@ -53,9 +53,3 @@ def standardise(x: Tensor) -> Scaling:
     deviation = x.std(dim=0, correction=0)
     constant = deviation <= 1e-7 * x.abs().amax(dim=0)  # constant up to float32 rounding
     return Scaling(x.mean(dim=0), torch.where(constant, torch.ones_like(deviation), deviation))
-
-
-def to_unit_range(low: Tensor, high: Tensor) -> Scaling:
-    """Return the scaling that maps `low` [D] to 0 and `high` [D] to 1. Features with low = high get scale 1."""
-    span = high - low
-    return Scaling(low, torch.where(span > 0, span, torch.ones_like(span)))

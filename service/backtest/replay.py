@@ -155,10 +155,6 @@ class Replay:
         )
 
 
-def _known(number: float) -> float | None:
-    return number if number == number else None
-
-
 class Replayer:
     """Judges a history part by part: for each of `parts`, call `join`, score the inputs, and call `judge`.
 

@@ -179,10 +179,6 @@ def _access_fields(record: RequestRecord) -> dict[str, Any]:
     return fields
 
 
-def _lost_notice(log_format: str, lost: int) -> bytes:
-    return format_line(log_format, time(), "WARNING", ACCESS_LOGGER, LOST_LINES, {"lost": lost})
-
-
 class Formatter(logging.Formatter):
     """Formats the records of `logging` like those of `AccessLog`. A record may have extra values in `fields`.
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.scaling import ImputingScaling, standardise, to_unit_range
+from models.scaling import ImputingScaling, standardise
 
 
 def test_standardised_columns_have_mean_zero_and_variance_one() -> None:
@@ -18,11 +18,6 @@ def test_standardise_centres_a_constant_column_and_gives_it_a_scale_of_one(const
     scaling = standardise(torch.full((1000, 1), constant))
     assert float(scaling.scale) == 1.0
     assert scaling(torch.tensor([[constant + 1.0]])).item() == pytest.approx(1.0, abs=0.1)
-
-
-def test_scaling_to_the_unit_range_maps_the_minimum_to_zero_and_the_maximum_to_one() -> None:
-    scaling = to_unit_range(torch.tensor([0.0, -2.0, 3.0]), torch.tensor([255.0, 2.0, 3.0]))
-    assert scaling(torch.tensor([[0.0, -2.0, 3.0], [255.0, 2.0, 4.0]])).tolist() == [[0, 0, 0], [1, 1, 1]]
 
 
 def test_inverse_reverses_the_scaling() -> None:

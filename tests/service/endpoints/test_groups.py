@@ -6,8 +6,10 @@ import os
 import random
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -18,6 +20,8 @@ import pytest
 from service.anomaly.group_memory import StateUnusable
 from service.app import create_app
 from service.codec import remote_write
+from service.endpoints import offload
+from service.endpoints.group_scoring import run_to_end
 from tests.service.gate import Gate
 from tests.service.groups import FEATURES, Record, records, send, settings_of
 from tests.service.process import ServerProcess, server_starter
@@ -300,6 +304,84 @@ def request(rows: list[Record], header: bytes = b"") -> bytes:
     body = json.dumps({"records": rows}).encode()
     head = b"POST /anomaly?model=windows HTTP/1.1\r\nHost: elbo\r\nContent-Type: application/json\r\n" + header
     return head + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+@pytest.mark.parametrize("reason", ["client leaves", "time is over"])
+def test_request_that_ends_while_its_groups_are_locked_changes_nothing(
+    group_models: Path, tmp_path: Path, reason: str
+) -> None:
+    rows = [row for row in records() if row["host"] == "web-0"][:2]
+
+    async def check() -> None:
+        async with serving(settings_of(group_models, tmp_path)) as (service, port):
+            memory = await service.groups.of(service.find("windows"))
+            transaction = await memory.file.begin(["web-0"], time.perf_counter() + 60)
+            seconds = b"X-Request-Timeout: 0.2\r\n" if reason == "time is over" else b""
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(request(rows, seconds))
+            await until(lambda: service.admission.requests.amount == 1)
+            if reason == "time is over":
+                answer = await reader.read(65536)
+                assert answer.startswith(b"HTTP/1.1 429 ")
+                assert b"other requests kept the groups of this request busy" in answer
+            writer.close()
+            await until(lambda: service.admission.requests.amount == 0)
+            transaction.end()
+            assert memory.file.is_idle
+            assert not memory.file.has_slot("web-0")
+            status = "429" if reason == "time is over" else "499"
+            labels = {"endpoint": "/anomaly", "model": "windows", "version": "1", "status": status}
+            assert service.metrics.registry.get_sample_value("elbo_requests_total", labels) == 1
+
+    asyncio.run(check())
+
+
+def test_cancelled_request_keeps_its_groups_locked_until_its_thread_has_ended() -> None:
+    """Otherwise another request could change a group that the thread still writes."""
+    may_end, ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        assert may_end.wait(20)
+        ended.set()
+
+    async def check() -> None:
+        task = asyncio.create_task(run_to_end(work, 2 * offload.MAX_LOOP_NS))
+        await asyncio.sleep(0.05)
+        for _ in range(2):  # the second cancel comes while the first waits for the thread
+            task.cancel()
+            await asyncio.sleep(0.05)
+            assert not task.done()
+        may_end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert ended.is_set()
+
+    asyncio.run(check())
+
+
+def test_files_of_versions_that_are_no_longer_served_are_closed_and_removed(group_models: Path, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with serving(settings_of(group_models, tmp_path)) as (service, _):
+            groups, served = service.groups, service.find("windows")
+            memory = await groups.of(served)
+            older = memory.file.path.with_name(memory.file.path.name.replace("windows@1", "windows@0"))
+            others = [tmp_path / "notes.txt", tmp_path / f"gone@1-{16 * '0'}.groups"]
+            for path in (older, *others):
+                path.write_text("")
+            groups.remove_unserved(service.registry.catalogue)
+            assert not older.exists()
+            assert memory.file.path.exists()
+            assert all(path.exists() for path in others)  # of no model that is served, so nobody knows if it returns
+            nothing = replace(service.registry.catalogue, models={})
+            transaction = await memory.file.begin(["web-0"], time.perf_counter() + 60)
+            groups.close_unserved(nothing)
+            assert [model for model, _ in groups.opened()] == [served]  # a request still uses it
+            transaction.end()
+            groups.close_unserved(nothing)
+            assert groups.opened() == []
+            assert await groups.of(served) is not memory
+
+    asyncio.run(check())
 
 
 def test_killed_worker_releases_its_groups_and_what_is_sent_again_is_judged_as_before(
