@@ -211,7 +211,7 @@ class InferenceEndpoints:
         parsed = await parse_request(self._service, request, IMPUTE)
         x, most = parsed.inputs, operations.imputed_rows(parsed.served.manifest.width)
         if len(x) > self._service.admission.max_small_rows:
-            await take_turn(parsed, len(x))
+            await take_turn(parsed, len(x), arrays=4)
         parts = [
             await run_operation(self._service, parsed, operations.IMPUTE, x[start : start + most])
             for start in range(0, len(x), most)

@@ -50,6 +50,7 @@ from service.monitoring.request_record import RequestRecord
 from service.schemas import Body
 
 Array = npt.NDArray[np.float32]
+JSON_NUMBER_BYTES = 12  # a float32 of 9 digits, with its decimal point, its comma and often a sign
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")
 
@@ -310,9 +311,21 @@ async def run_operation(
     return result.outputs
 
 
-async def take_turn(parsed: ParsedRequest[Any, Any], rows: int) -> None:
-    """Wait for the turn to compute `rows` rows. Raises ClientGone if the client disconnects meanwhile."""
-    await run_while_connected(parsed, parsed.request.ticket.take_turn(rows, parsed.deadline))
+async def take_turn(parsed: ParsedRequest[Any, Any], rows: int, arrays: int = 1) -> None:
+    """Wait for the turn to compute `rows` rows, and for room for the response.
+
+    Args:
+        parsed: the request.
+        rows: the number of rows.
+        arrays: how many arrays with the features of every row the response has.
+
+    Raises:
+        ClientGone: the client disconnected meanwhile.
+        Overloaded, DeadlineExceeded: see `Ticket.take_turn`.
+    """
+    number_bytes = 4 if is_array(parsed.media_type) else JSON_NUMBER_BYTES
+    response_bytes = arrays * rows * parsed.served.manifest.width * number_bytes
+    await run_while_connected(parsed, parsed.request.ticket.take_turn(rows, parsed.deadline, response_bytes))
 
 
 async def run_while_connected(parsed: ParsedRequest[Any, Any], work: Awaitable[T]) -> T:

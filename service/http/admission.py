@@ -13,7 +13,7 @@ from typing import NamedTuple
 from service.codec.budget import Budget
 from service.errors import DeadlineExceeded, Overloaded
 from service.http.large_reads import LargeReads
-from service.http.unread import UnreadResponses
+from service.http.unread import SLOW_AFTER_SECONDS, SMALL_RESPONSE, UnreadResponses
 from service.inference.backlog import Backlog
 from service.inference.batcher import Batcher
 from service.shared_memory import SharedNumber
@@ -21,6 +21,7 @@ from service.shared_memory import SharedNumber
 LARGE_REQUESTS = 16  # beside this many large requests, another one is refused if its expected wait is too long
 WORK_SLOTS = 64  # maximum number of requests processed at once, so that a pass of the event loop takes a few ms
 MAX_RETRY_AFTER = 60  # seconds
+ROOM_SECONDS = 0.02  # interval between two checks for room for a large response
 TICKET = "elbo.ticket"  # key of a request's ticket in its ASGI scope
 
 
@@ -60,7 +61,8 @@ class AdmissionControl:
 
     A large request is one whose rows fill more than one batch, or whose body is read in another thread. Large requests
     need no work slot and have an expected wait of their own, so that they do not delay small requests. Those with the
-    rows of more than one batch take turns, because each may take 150 MB of memory until its response is written.
+    rows of more than one batch take turns, because each may take 150 MB of memory until its response is written. A turn
+    begins when clients have read so much of the responses before it that the next response fits.
 
     Args:
         batcher: reports the pending rows and how long they are expected to take.
@@ -154,11 +156,15 @@ class AdmissionControl:
         if self.large_requests.amount >= LARGE_REQUESTS and wait > self._max_wait:
             raise self._too_long(wait).error()
 
-    async def acquire_turn(self, rows: int, deadline: float) -> None:
+    async def acquire_turn(self, rows: int, deadline: float, response_bytes: int = 0) -> None:
         """Acquire `turn` for a request of `rows` rows, which count as pending while they wait.
 
+        The turn begins when there is room for a response of about `response_bytes` bytes. Without this wait, the server
+        would compute a response beside a large one that a client still reads, and hold the memory of both.
+
         Raises:
-            Overloaded: the server refuses `rows` more rows.
+            Overloaded: the server refuses `rows` more rows, or clients that read their responses fast enough still
+                leave no room for the response.
             DeadlineExceeded: the turn did not come before `deadline`.
         """
         self.check(rows=rows, is_queued=True)
@@ -166,10 +172,24 @@ class AdmissionControl:
         try:
             async with asyncio.timeout(max(0.0, deadline - perf_counter())):
                 await self.turn.acquire()
+                try:
+                    await self._wait_for_room(response_bytes)
+                except BaseException:
+                    self.turn.release()
+                    raise
         except TimeoutError:
             raise _timed_out() from None
         finally:
             self._rows_without_turn -= rows
+
+    async def _wait_for_room(self, size: int) -> None:
+        """Wait until a response of `size` bytes fits, at most until every client that reads slowly counts as slow."""
+        end = perf_counter() + SLOW_AFTER_SECONDS + 2 * ROOM_SECONDS
+        while size > SMALL_RESPONSE and not self.unread.has_room(size):
+            if perf_counter() > end:
+                self.check_response(size)
+                return
+            await asyncio.sleep(ROOM_SECONDS)
 
     def check(self, *, rows: int, is_queued: bool) -> None:
         """Raise Overloaded if the server refuses `rows` more rows."""
@@ -246,17 +266,20 @@ class Ticket:
                 raise _timed_out() from None
         self._has_slot = True
 
-    async def take_turn(self, rows: int, deadline: float) -> None:
+    async def take_turn(self, rows: int, deadline: float, response_bytes: int = 0) -> None:
         """Go on as a large request, and wait for the turn to compute `rows` rows. A second call does nothing.
 
+        The turn begins when there is room for a response of about `response_bytes` bytes.
+
         Raises:
-            Overloaded: the server refuses the rows, or the expected wait of large requests is too long.
+            Overloaded: the server refuses the rows, the expected wait of large requests is too long, or responses that
+                clients still read leave no room for the response.
             DeadlineExceeded: the turn did not come before `deadline`.
         """
         if self._has_turn or self._is_released:
             return
         self.mark_large()
-        await self._admission.acquire_turn(rows, deadline)
+        await self._admission.acquire_turn(rows, deadline, response_bytes)
         self._has_turn = True
         if self._is_released:  # meanwhile
             self.release()

@@ -15,18 +15,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 
+import numpy as np
 import torch
 
 from service.errors import NotReady
 from service.inference.backends import Array
 from service.inference.backlog import Backlog
-from service.inference.batch import concatenate, run_batch
+from service.inference.batch import run_batch
 from service.inference.batch_queue import Batch, BatchQueue, BatchResult, Job, Model, check_delay
 from service.inference.operations import Operation
 from service.shared_memory import SharedNumber
 
 MAX_INLINE_SECONDS = 0.002  # a batch runs in the event loop's thread if it is expected to take at most this long
-MAX_INLINE_BYTES = 2**20  # larger outputs are joined in another thread, because joining would block the event loop
+MAX_INLINE_BYTES = 2**20  # larger outputs are copied in another thread, because copying would block the event loop
 CHECK_SECONDS = 0.01  # interval between checks of deadlines; a job that has waited longer than this counts as delayed
 
 Outcome = tuple[Job, BatchResult | BaseException]
@@ -121,14 +122,16 @@ class Batcher:
             if rows <= max_rows:
                 job = Job(inputs, self._loop.create_future(), deadline, on_delay)
                 return await self._run_job(model, operation, job)
-            results = []
+            joined = _JoinedResult(rows)
             for start in range(0, rows, max_rows):
                 piece = tuple(array[start : start + max_rows] for array in inputs)
                 job = Job(piece, self._loop.create_future(), deadline, None if start else on_delay, is_piece=True)
-                results.append(await self._run_job(model, operation, job))
-            if sum(output.nbytes for result in results for output in result.outputs) > MAX_INLINE_BYTES:
-                return await asyncio.to_thread(_joined, results)
-            return _joined(results)
+                result = await self._run_job(model, operation, job)
+                if sum(output.nbytes for output in result.outputs) > MAX_INLINE_BYTES:
+                    await asyncio.to_thread(joined.add, start, result)
+                else:
+                    joined.add(start, result)
+            return joined.result
         finally:
             self._add_pending(-rows)
 
@@ -243,11 +246,25 @@ def _run(batch: Batch) -> list[Outcome]:
     return outcomes
 
 
-def _joined(results: list[BatchResult]) -> BatchResult:
-    """Join the results of a request's pieces into one result."""
-    outputs = concatenate([result.outputs for result in results])
-    return BatchResult(
-        outputs,
-        queued=sum(result.queued for result in results),
-        computed=sum(result.computed for result in results),
-    )
+class _JoinedResult:
+    """The result of a request that runs in pieces.
+
+    The outputs of a piece are copied as soon as the piece has run, so that memory never holds all outputs twice.
+
+    Args:
+        rows: the number of rows of the request.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.result = BatchResult((), queued=0.0, computed=0.0)
+        self._rows = rows
+
+    def add(self, start: int, piece: BatchResult) -> None:
+        """Add the result of the piece whose first row is row `start` of the request."""
+        result = self.result
+        if not start:
+            result.outputs = tuple(np.empty((self._rows, *part.shape[1:]), part.dtype) for part in piece.outputs)
+        for output, part in zip(result.outputs, piece.outputs, strict=True):
+            output[start : start + len(part)] = part
+        result.queued += piece.queued
+        result.computed += piece.computed

@@ -272,6 +272,65 @@ def test_request_that_ends_while_it_waits_for_its_turn_leaves_the_turn_to_the_ne
     asyncio.run(scenario())
 
 
+class SteadyReader:
+    """A client that reads a response at a given rate until it is dropped."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self.dropped: list[str] = []
+
+    def bytes_read_per_second(self, now: float) -> float:  # noqa: ARG002 - as a connection
+        return self.rate
+
+    def drop(self, reason: str) -> None:
+        self.dropped.append(reason)
+
+
+def test_turn_of_a_large_response_begins_when_clients_have_read_the_responses_before_it() -> None:
+    """Unread responses may take 2**18 bytes."""
+
+    async def scenario() -> None:
+        async with running_batcher() as batcher:
+            admission = admission_for(batcher)
+            reader, ticket = SteadyReader(rate=1e6), admission.ticket()
+            admission.unread.set(reader, 2**17)
+            await admission.ticket().take_turn(9, perf_counter() + 10, 2**17)  # fits
+            admission.turn.release()
+            turn = asyncio.create_task(ticket.take_turn(9, perf_counter() + 10, 2**17 + 1))
+            await asyncio.sleep(0.1)
+            assert not turn.done()
+            admission.unread.set(reader, 0)  # the client has read everything
+            await turn
+            assert reader.dropped == []
+            ticket.release()
+            assert not admission.turn.locked()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("rate", "is_refused"), [(1e6, True), (100.0, False)])
+def test_large_response_that_finds_no_room_is_refused_unless_slow_clients_can_be_dropped(
+    rate: float, is_refused: bool
+) -> None:
+    async def scenario() -> None:
+        async with running_batcher() as batcher:
+            admission = admission_for(batcher)
+            reader, ticket = SteadyReader(rate), admission.ticket()
+            admission.unread.set(reader, 2**18)
+            turn = asyncio.create_task(ticket.take_turn(9, perf_counter() + 10, 2**18))
+            if is_refused:
+                with pytest.raises(Overloaded, match="responses that clients do not read take too much memory"):
+                    await turn
+            else:
+                await turn
+            assert reader.dropped == ([] if is_refused else ["unread_response"])
+            assert admission.turn.locked() is not is_refused
+            ticket.release()
+            assert (admission.turn.locked(), admission.large_requests.amount) == (False, 0)
+
+    asyncio.run(scenario())
+
+
 def test_flood_of_requests_gets_prompt_refusals_and_correct_responses(
     start: Callable[..., ServerProcess], artifacts: Path, vae: Artifact
 ) -> None:

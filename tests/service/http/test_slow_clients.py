@@ -127,19 +127,14 @@ def test_server_answers_small_requests_in_bounded_memory_while_many_clients_do_n
     close_all(connections)
 
 
-def test_large_response_gets_429_until_the_client_that_fills_the_memory_counts_as_slow(artifacts: Path) -> None:
+def test_large_response_waits_until_the_client_that_fills_the_memory_counts_as_slow(artifacts: Path) -> None:
     """One such response fits, but not two. A client counts as slow when it has read nothing for one second."""
     with server_starter() as start_server:
         server = start_server(artifacts, MAX_BODY_BYTES=MIB, HELD_BYTES=MIB, DEFAULT_MODEL="pca")
         with connect_with_small_buffer(server) as first, server.client() as client:
             first.sendall(sample(LARGE_SAMPLE))
             assert first.recv(1) == b"H"
-            refused = client.post("/sample", content=LARGE_SAMPLE, headers={"content-type": "application/json"})
-            assert (refused.status_code, refused.json()["code"]) == (429, "overloaded")
-            assert "do not read" in refused.json()["detail"]
-            assert refused.headers["retry-after"] == "1"
             assert client.post("/sample", json={"n": 1}).status_code == 200
-            time.sleep(1.2)
             accepted = client.post("/sample", content=LARGE_SAMPLE, headers={"content-type": "application/json"})
             assert accepted.status_code == 200  # `first` has read nothing for more than a second, and is dropped
             with suppress(ConnectionError):
