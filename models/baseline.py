@@ -1,4 +1,4 @@
-"""What score is usual for a group, such as a host, at an hour of the week.
+"""The baseline: what score is usual for a group, such as a host, at an hour of the week.
 
 The adjusted score of a row is u = (log(score + shift) - location) / scale. Location and scale are linear functions of
 the encodings of the time (`models.season`), with coefficients of the group. A group without coefficients of its own has
@@ -10,7 +10,7 @@ A start set is a set of adjusted scores with which the calibration of a group be
 compared with those of the same group: Mondrian conformal prediction (Vovk, Gammerman & Shafer, "Algorithmic learning in
 a random world", 2005, section 4.5). If the rows of a group are exchangeable with its calibration rows, which the
 baseline was not fitted to, then P(p <= alpha) <= alpha within that group. The start set of the pool promises this only
-on average over groups, for a group that is drawn like the groups in training.
+on average over groups that are drawn like the groups in training.
 """
 
 from bisect import bisect_right
@@ -26,7 +26,7 @@ from models.feature_baseline import FEATURE_BUFFERS, FeatureBaseline
 from models.season import Floats, Period, columns, encode, encode_one, to_local
 
 START_ROWS = 100  # adjusted scores in a start set, and the calibration rows that a group needs for a set of its own
-MIN_SCALE_SHARE = 0.25  # the scale is at least this share of its mean over the week
+MIN_SCALE_SHARE = 0.25  # the scale of a group is at least this share of its mean over the periods
 BUFFERS = (
     "coefficients", "start_sets", "has_start_set", "moments", "offsets", "shift", "smallest",
 )  # fmt: skip
@@ -38,7 +38,7 @@ class BaselineBuffers(nn.Module):
     """The arrays of a `Baseline` in an artifact.
 
     Args:
-        arrays: the arrays by name: one for each of BUFFERS, and perhaps of FEATURE_BUFFERS.
+        arrays: the arrays by name: those of BUFFERS and, if rows are scaled by group, those of FEATURE_BUFFERS.
     """
 
     def __init__(self, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
@@ -56,7 +56,7 @@ class Baseline:
         arrays: coefficients: [G + 1, 2, E] float32, of location and scale; the last are those of the pool.
             start_sets: [G + 2, Q] float32, ascending. Set G is for rows adjusted by the pool's coefficients. Set G + 1
             is for groups with coefficients of their own, but too few calibration rows.
-            has_start_set: [G + 1] bool, whether a group has a start set of its own.
+            has_start_set: [G + 1] bool, whether a group has a start set of its own; true for the pool.
             moments, offsets: of the time zone, see `models.season.offsets_of_zone`.
             shift, smallest: scalars; the logarithm is that of max(score + shift, smallest).
             feature_location, feature_scale: see `models.feature_baseline`; absent if rows are not scaled by group.
@@ -79,7 +79,7 @@ class Baseline:
         self._start_sets = self.arrays["start_sets"].astype(np.float32)
         self._has_start_set = self.arrays["has_start_set"].tolist()
         self._moments, self._offsets = self.arrays["moments"], self.arrays["offsets"]
-        self._moment_list, self._offset_list = self._moments.tolist(), self._offsets.tolist()  # quicker for one row
+        self._moment_list, self._offset_list = self._moments.tolist(), self._offsets.tolist()  # faster for one row
         self._shift, self._smallest = float(self.arrays["shift"]), float(self.arrays["smallest"])
         self._index = {name: index for index, name in enumerate(self.groups)}
         self.pool = len(self.groups)  # index of the pool
@@ -129,7 +129,8 @@ class Baseline:
         Args:
             score: scores, [B].
             group: results of `find`, [B].
-            time: Unix times in seconds, [B]; NaN if the time is unknown, which stands for the mean of the seasons.
+            time: Unix times in seconds, [B]; NaN if the time is unknown. The location and the scale are then the means
+                over the seasons.
         """
         if len(score) == 1:
             return self._adjust_one(float(score[0]), int(group[0]), float(time[0]))
@@ -163,7 +164,7 @@ class Baseline:
         return both[:, 0], np.maximum(both[:, 1], MIN_SCALE_SHARE * own[:, 1, 0])
 
     def start_set(self, group: int) -> tuple[npt.NDArray[np.float32], Origin]:
-        """Return the start set of a group, [Q], ascending, and whether it comes from the group itself or the pool.
+        """Return the start set of a group, [Q], ascending, and whether its scores are of the group or of the pool.
 
         Args:
             group: a result of `find`.
@@ -178,8 +179,8 @@ def choose_start_set(adjusted: npt.NDArray[np.float32]) -> npt.NDArray[np.float3
 
     Element i, counted from 1, is the smallest score of rank at least i (n + 1) / (Q + 1). A further row that is
     exchangeable with the calibration rows exceeds this score with a probability of at most 1 - i / (Q + 1), so the
-    conformal p-values with regard to the start set are valid, as those with regard to all n scores are. If n is smaller
-    than START_ROWS, they are valid from 1 / (n + 1) on.
+    conformal p-values from the start set are valid, as are those from all n scores. If n is smaller than START_ROWS,
+    they are valid only at alphas of at least 1 / (n + 1).
     """
     n = len(adjusted)
     ranks = np.ceil(np.arange(1, START_ROWS + 1) * (n + 1) / (START_ROWS + 1) - 1e-9).astype(int)

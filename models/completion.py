@@ -17,18 +17,18 @@ from models.prior import Prior
 from models.scaling import Scaling
 
 CHAINS = 16
-FIRST_STEPS = 4  # steps of each chain before its states are used
+FIRST_STEPS = 4  # steps of each chain whose states are discarded
 KEPT_STEPS = 4  # later steps of each chain, whose states are used; more of them lower the error by less than 2 %
 SCORED_STEPS = 2  # steps of each chain before its state is scored; more of them change the AUROC by less than 0.003
-CANDIDATES = 256
-MAX_EXACT_FEATURES = 256  # limits the matrix that the exact scores of PCA need: it is [D, D] for D features
+CANDIDATES = 256  # draws from the prior, among which the first states of the chains are chosen
+MAX_EXACT_FEATURES = 256  # limits the matrices [B, D, D] that the exact scores of PCA need for B rows of D features
 
 
 class CompletingPipeline(Pipeline):
     """A pipeline that can complete rows, and score rows with missing values. See `Pipeline`.
 
     Args:
-        gap_scores: the scale of the scores of rows with missing values.
+        gap_scores: maps the scores of rows with missing values to the scale of complete rows; by default, the identity.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class CompletingPipeline(Pipeline):
     def score_gaps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Score rows x [B, D] whose missing values are NaN. Return what `Pipeline.score` returns for complete rows.
 
-        The score is the expected score of the complete row given the known values, in the scale of `gap_scores`. A
-        missing value contributes nothing, and its expected value is that given the known values.
+        The score is the expected score of the complete row given the known values, mapped by `gap_scores`. A missing
+        value has the contribution 0, and its expected value is its mean given the known values.
         """
         score, parts, contribution, expected = self.expected_score(x)
         share = x.isnan().to(x.dtype).mean(dim=1)  # [B]
@@ -72,7 +72,7 @@ class CompletingPipeline(Pipeline):
         return scaled, parts + shift.unsqueeze(1), contribution, expected
 
     def expected_score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return what `score_gaps` returns for x [B, D], with the scores in their own scale."""
+        """Return what `score_gaps` returns for x [B, D], but with scores that `gap_scores` has not mapped."""
         raise NotImplementedError
 
     def complete(self, x: Tensor, noise: Tensor, choice: Tensor, row_noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,8 +87,8 @@ class CompletingPipeline(Pipeline):
         Returns:
             z: the latents, [B, K].
             x_hat: the rows with the values that z decodes to, [B, D].
-            rows: the rows with observation noise, [B, D]. They are within the range of the training rows, and
-                whole-number features are rounded.
+            rows: the rows with observation noise, [B, D]. Drawn values are within the range of the training rows, and
+                are rounded if the feature has only whole numbers. Known values are unchanged.
         """
         raise NotImplementedError
 
@@ -102,10 +102,10 @@ class CompletingPCA(CompletingPipeline):
     the missing values are Gaussian too. All of this is computed in float64, because s2 can be very small.
 
     See `CompletingPipeline` for the other arguments. `core` is a PCA. The latents have this Gaussian prior, not the
-    mixture of `prior`: only then is the distribution of the missing values known exactly.
+    mixture of `prior`, so that the missing values given the known ones are Gaussian.
 
     Args:
-        score_form: what `PCA.score_form` returns for `core`; placeholders if there are too many features.
+        score_form: what `_score_form` returns for `core`; None to compute it.
     """
 
     if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class CompletingPCA(CompletingPipeline):
         has it is the conditional mean x_m = mean_m - P_mm^-1 P_mo (x_o - mean_o).
 
         With more than MAX_EXACT_FEATURES features, P would be too large. The rows are then completed by the conditional
-        mean of probabilistic PCA, as `impute` does.
+        mean of probabilistic PCA, as in `impute`.
         """
         missing = x.isnan()  # [B, D]
         gaps = missing.double()  # [B, D]
@@ -199,6 +199,7 @@ class CompletingPCA(CompletingPipeline):
         noisy = decoded + deviation * row_noise[:, : x.shape[1]]  # [B, D]
         x_hat = torch.where(missing, self.scaling.inverse(decoded), x.double()).float()  # [B, D]
         rows = self.scaling.inverse(noisy).float()  # [B, D]
+        # These rows have noise already: `observation` only clamps and rounds them.
         rows = torch.where(missing, self.observation(rows, torch.zeros_like(rows)), x)
         return (latents * self._deviations()).float(), x_hat, rows
 
@@ -213,7 +214,7 @@ class CompletingPCA(CompletingPipeline):
     def _condition(self, x: Tensor, loadings: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean [B, K] of t given the known values of x [B, D], and F [B, K, K], where M = F F'."""
         known = 1.0 - x.isnan().double()  # [B, D]
-        # Any number may stand for a missing value, because `known` takes it out again.
+        # The number in place of a missing value has no effect, because `known` is 0 there.
         filled = torch.where(x.isnan(), torch.zeros_like(x), x).double()
         centred = known * (self.scaling(filled) - self.core.mean)  # [B, D]
         weighted = loadings * known.unsqueeze(1)  # [B, K, D]
@@ -231,11 +232,12 @@ class Chains(nn.Module):
 
     Args:
         deviation: standard deviation of each feature around the decoder's output, in model units, positive, [D].
-        candidate_noise: standard normal noise of candidates from the prior, [M, K].
-        candidate_choice: uniform numbers in [0, 1) of the candidates, [M].
+        candidate_noise: standard normal noise, with which candidates are drawn from the prior, [M, K].
+        candidate_choice: uniform numbers in [0, 1), which choose the Gaussian of each candidate, [M].
         noise: standard normal noise of the latents, [C, K].
         row_noise: standard normal noise of the rows, [C, D].
-        spread: factor that makes the standard deviation of the chains right on calibration rows, [D].
+        spread: factor by which the standard deviation of the chains is multiplied, so that it matches the errors on
+            calibration rows, [D].
         low: lower end of the interval of a missing value, measured from the mean of the chains in their standard
             deviations, [D]. The interval contains 90 % of the values that were taken out of calibration rows.
         high: upper end of this interval, in the same unit, [D].
@@ -286,14 +288,14 @@ class CompletingNetwork(CompletingPipeline):
     Each chain alternates between two draws: latents given the whole row, and missing values given the latents. For a
     VAE, see Rezende, Mohamed & Wierstra 2014, "Stochastic backpropagation", appendix F. For an autoencoder, see the
     walkback of Bengio et al. 2013, "Generalized denoising auto-encoders as generative models". The chains begin with
-    candidates from the prior, chosen with probabilities in proportion to the density of the known values (sampling
-    importance resampling). A chain that begins with medians needs many more steps if most values are missing.
+    candidates from the prior, chosen with probabilities in proportion to the density of the known values
+    (sampling-importance resampling). A chain that begins with medians needs many more steps if most values are missing.
 
     The encoder only approximates the posterior, so the distribution of the chains is not exact. The deviations and the
     intervals of `impute` are therefore calibrated: on rows that did not train the networks, 90 % of the values that
     were taken out are within their intervals.
 
-    All noise of `impute` is a part of the artifact, so that equal rows get equal answers.
+    The noise of `impute` and `score_gaps` is a part of the artifact, so equal rows get equal results.
 
     See `CompletingPipeline` for the other arguments. `chains` is a `Chains`.
     """
@@ -360,7 +362,7 @@ class CompletingNetwork(CompletingPipeline):
         return mean, variance.sqrt()
 
     def complete(self, x: Tensor, noise: Tensor, choice: Tensor, row_noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw B rows that have the known values of one row: `choice` chooses a state of a chain for each of them.
+        """Draw B rows that have the known values of one row. `choice` chooses a state of the chains for each of them.
 
         See `CompletingPipeline.complete`.
         """
@@ -382,7 +384,7 @@ class CompletingNetwork(CompletingPipeline):
         return u
 
     def _run_chains(self, x: Tensor) -> Tensor:
-        """Return the decoded states of the chains in model units, [B, S, D]: S = 4 C, four states of each chain.
+        """Return the decoded states of the chains in model units, [B, S, D]: S = KEPT_STEPS C.
 
         Args:
             x: rows [B, D], whose missing values are NaN.
@@ -421,7 +423,8 @@ class CompletingNetwork(CompletingPipeline):
             decoded: the decoded present states in model units, [B, C, D].
             missing: whether a value is missing, [B, 1, D].
             values: the known values in model units, [B, 1, D].
-            step: the number of the step. The noise of the chains is rotated by it: each step has other noise.
+            step: the number of the step, below C. Each chain uses the noise of the chain `step` places further on, so
+                each step of a chain has other noise.
         """
         noise = torch.cat((self.chains.noise[step:], self.chains.noise[:step]))  # [C, K]
         row_noise = torch.cat((self.chains.row_noise[step:], self.chains.row_noise[:step]))  # [C, D]
@@ -439,5 +442,5 @@ def _score_form(core: Core) -> tuple[Tensor, Tensor]:
     return core.score_form()
 
 
-# By the name of the class.
+# The classes of pipelines that complete rows, by their names.
 COMPLETING: dict[str, type[Pipeline]] = {kind.__name__: kind for kind in (CompletingPCA, CompletingNetwork)}

@@ -34,11 +34,11 @@ class Observation(nn.Module):
 
 
 class BernoulliObservation(Observation):
-    """A Bernoulli draw: the high value with the probability that the decoded value stands for, else the low value.
+    """A Bernoulli draw: `high` with the probability (x_hat - low) / (high - low), else `low`.
 
     Args:
-        low: the value that stands for probability 0, [D].
-        high: the value that stands for probability 1, [D].
+        low: the decoded value at probability 0, [D].
+        high: the decoded value at probability 1, [D].
     """
 
     def __init__(self, low: Tensor, high: Tensor) -> None:

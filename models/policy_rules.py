@@ -1,4 +1,4 @@
-"""The rules of a policy, as they stand in a TOML file and in the manifest. This module does not import torch."""
+"""The rules of a policy, as a TOML file and the manifest contain them. This module does not import torch."""
 
 import re
 from collections.abc import Sequence
@@ -9,11 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_valid
 
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+# Looks like the name of a time zone. `ZoneInfo` makes a path from the name, so a name must not lead to another folder.
 ZONE = re.compile(r"[A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+){0,2}", re.ASCII)
 MAX_RULES = 10_000  # features with a rule
 MAX_SILENCES = 200
 MAX_GROUPS = 1000  # patterns of one silence
-RANGE_PART = "range"  # the part of the score that a value outside of its valid range adds
+RANGE_PART = "range"  # name of the part of the score that a value outside of its valid range adds
 Text = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -24,11 +25,11 @@ class _Rules(BaseModel):
 class FeatureRule(_Rules):
     """Which deviations of one feature matter. Numbers are in the units of the feature."""
 
-    direction: Literal["high", "low", "both"] = "both"  # of the deviations from the expected value that matter
-    least: float = Field(0.0, ge=0.0)  # smaller deviations from the expected value do not matter
+    direction: Literal["high", "low", "both"] = "both"  # only deviations in this direction from the prediction matter
+    least: float = Field(0.0, ge=0.0)  # smaller deviations from the prediction do not matter
     minimum: float | None = None  # smaller values are anomalous in themselves
     maximum: float | None = None  # larger values are anomalous in themselves
-    alone: bool = True  # whether this feature can make a row anomalous that is usual without it
+    alone: bool = True  # whether this feature can make a row anomalous that is normal without it
 
     @model_validator(mode="after")
     def _check_range(self) -> Self:
@@ -77,9 +78,14 @@ class Silence(_Rules):
         if self.first is not None and self.last is not None and self.last < self.first:
             raise ValueError(f"expected first no later than last, got {self.first} and {self.last}")
         if self.start is not None and self.start == self.end:
-            raise ValueError("expected another start than end: leave out both for whole days")
+            raise ValueError(
+                f"start and end are both {self.start}: expected two different times, or neither for whole days"
+            )
         if not (self.model_fields_set - {"name", "zone"}):
-            raise ValueError("expected days, start and end, first and last, or groups: else it would never end")
+            raise ValueError(
+                "expected at least one of days, start, end, first, last and groups: without them, no row would ever be "
+                "anomalous"
+            )
         return self
 
     @field_serializer("start", "end", when_used="unless-none")
@@ -92,15 +98,15 @@ class Silence(_Rules):
 
 
 class AlarmRule(_Rules):
-    """When anomalous rows of a group become an alert, and how many may."""
+    """When an alert of a group opens, and how many false alarms are accepted."""
 
-    rows: int = Field(1, ge=1, le=1_000_000)  # successive anomalous rows that an alert needs
-    seconds: float = Field(0.0, ge=0.0, le=1e9)  # time from the first to the last of them
-    per_day: float | None = Field(None, gt=0.0, le=1e6)  # accepted false alarms for each day and group
+    rows: int = Field(1, ge=1, le=1_000_000)  # an alert needs this many successive rows with a mean severity above 1
+    seconds: float = Field(0.0, ge=0.0, le=1e9)  # and at least this time from the first to the last of them
+    per_day: float | None = Field(None, gt=0.0, le=1e6)  # accepted false alarms per day and group; None: no limit
 
 
 class Policy(_Rules):
-    """A whole policy."""
+    """All rules of a policy."""
 
     features: dict[str, FeatureRule] = Field(default_factory=dict, max_length=MAX_RULES)
     silences: list[Silence] = Field(default_factory=list, max_length=MAX_SILENCES)
@@ -117,15 +123,18 @@ class Policy(_Rules):
         return any(rule.minimum is not None or rule.maximum is not None for rule in self.features.values())
 
     def parts(self, parts: Sequence[str]) -> list[str]:
-        """Return the names of the parts of the score, given those of a score with or without a policy."""
+        """Return the names of the parts of the score under this policy.
+
+        `parts`: the names without a policy or under another one.
+        """
         others = [name for name in parts if name != RANGE_PART]
         return [*others, RANGE_PART] if self.has_ranges else others
 
 
 class AppliedPolicy(_Rules):
-    """The policy of a model, and what it did to the calibration."""
+    """The policy of a model, and its effect on the calibration."""
 
     rules: Policy
-    alpha: float | None = Field(None, gt=0.0, lt=1.0)  # keeps `rules.alarms.per_day`; the default alpha of /anomaly
+    alpha: float | None = Field(None, gt=0.0, lt=1.0)  # default of /anomaly, which keeps `rules.alarms.per_day`
     outside: int = Field(0, ge=0)  # normal rows left out of the calibration, because a value is outside of its range
     silenced: int = Field(0, ge=0)  # normal rows left out of the calibration, because a silence holds for them
