@@ -1,7 +1,7 @@
 """Measures of samples: how well they resemble held-out rows, and whether they copy training rows.
 
-Rows of images are compared in their own units. The columns of other rows are first divided by their standard deviations
-over the real rows.
+Images are compared in raw units. The columns of other rows are first divided by their standard deviations over the real
+rows. A real row is a row of a table, in contrast to a sample of a model.
 """
 
 from dataclasses import dataclass
@@ -23,17 +23,17 @@ from training.fitting.prepared_data import PreparedData
 from training.random_streams import SAMPLES, random_stream
 
 DRAWS = 1_000  # number of samples; they are compared with at most as many real rows
-MIN_ROWS = 20
+MIN_ROWS = 20  # fewest real rows to compare with
 TRAINING_ROWS = 20_000  # the nearest training row is sought among at most this many
-FEW_DRAWS = 300  # number of samples for the metrics of a training run, which should take no noticeable time
-FEW_TRAINING_ROWS = 5_000
+FEW_DRAWS = 300  # DRAWS for the metrics of a training run, which should take no noticeable time
+FEW_TRAINING_ROWS = 5_000  # TRAINING_ROWS for these metrics
 BATCH = 128  # samples that are drawn at once; limits the memory
 NEIGHBOURS = 5  # k of density and coverage, as in the experiments of Naeem et al. 2020
 PERMUTATIONS = 200
-TEST_ROWS = 500  # the two-sample test uses at most this many rows, and as many samples
-CONFIDENT = 0.9
+TEST_ROWS = 500  # the two-sample test uses at most this many rows, and at most as many samples
+CONFIDENT = 0.9  # a classifier is sure of a class with a probability above this
 CLASSIFIER_ROWS = 10_000  # the classifier is fitted to at most this many labelled rows, and tested on as many
-VOTES = 10  # the classifier looks at the labels of this many nearest rows
+VOTES = 10  # the probability of a class is its share among this many nearest rows
 Rows = npt.NDArray[np.float64]
 Labels = npt.NDArray[Any]
 
@@ -44,9 +44,10 @@ class Likeness(NamedTuple):
     A ball around each real row reaches to the k-th nearest other real row.
 
     Args:
-        density: mean number of balls that contain a sample, divided by k. Low if samples lie far from real rows; about
-            1 for samples of the distribution of the rows; above 1 if samples are more typical than rows.
-        coverage: share of the balls that contain a sample. Low if kinds of rows are missing among the samples.
+        density: mean number of balls in which a sample lies, divided by k. Low if samples lie far from real rows; about
+            1 if samples and rows have one distribution; above 1 if samples vary less than rows.
+        coverage: share of the balls that contain at least one sample. Low if kinds of rows are missing among the
+            samples.
     """
 
     density: float
@@ -63,14 +64,14 @@ class SampleQuality:
     coverage: float
     expected_coverage: float  # mean coverage if as many samples came from the distribution of the rows
     two_sample_p_value: float  # small if the samples do not have the distribution of the rows
-    confident: float | None  # share of the samples that the classifier is sure of; None without labels
-    confident_rows: float | None  # the same share of labelled rows on which the classifier was not trained
-    classifier_accuracy: float | None  # on the rows of `confident_rows`
+    confident: float | None  # share of the samples of which a classifier is sure; None without labels
+    confident_rows: float | None  # share of the labelled rows that it was not fitted to and of which it is sure
+    classifier_accuracy: float | None  # on the same rows
     distance_to_training: float | None  # median from a sample to the nearest training row; None without training rows
-    distance_of_rows: float | None  # from a real row, or from its reconstruction if samples have no noise
+    distance_of_rows: float | None  # median from a real row, or from its reconstruction if samples have no noise
     copy_p_value: float | None  # small if samples are nearer to training rows than real rows are
-    # Conditional models: the share of samples in which a classifier finds the condition that was asked for, and the
-    # share of rows in which it finds their own condition. It was not trained on these rows.
+    # Of a conditional model: the share of the samples that a classifier assigns to the condition that was asked for,
+    # and the share of the rows that it was not fitted to and assigns to their own condition.
     condition_accuracy: float | None = None
     condition_accuracy_of_rows: float | None = None
 
@@ -78,11 +79,11 @@ class SampleQuality:
 def measure_samples(artifact: Artifact, table: Table) -> SampleQuality:
     """Measure samples of `artifact` against rows of `table`.
 
-    If the model was trained on the table, the rows are its held-out and calibration rows (with cross-conformal
-    calibration, only its held-out rows), and the samples are compared with its fit rows too.
+    If the model was trained on the table, samples are compared with its held-out and calibration rows (with
+    cross-conformal calibration, only its held-out rows), and their distances to its fit rows are measured, too.
 
     Raises:
-        DataError: there are too few rows.
+        DataError: there are fewer than MIN_ROWS rows to compare with.
     """
     manifest, random = artifact.manifest, np.random.RandomState(0)
     split = _split_of_training(artifact, table)
@@ -90,7 +91,9 @@ def measure_samples(artifact: Artifact, table: Table) -> SampleQuality:
     if split is not None and not isinstance(split, CrossSplit):
         unseen = np.concatenate((unseen, split.calibration))
     if len(unseen) < MIN_ROWS:
-        raise DataError(f"--samples compares samples with at least {MIN_ROWS} rows, got {len(unseen)}: give more rows")
+        raise DataError(
+            f"--samples needs at least {MIN_ROWS} rows that did not train the model, got {len(unseen)}: give more rows"
+        )
     medians = np.array([feature.median for feature in manifest.features])
 
     def read(indices: npt.NDArray[np.int64]) -> Rows:
@@ -118,27 +121,28 @@ def measure_samples(artifact: Artifact, table: Table) -> SampleQuality:
         every = np.sort(random.permutation(len(table.x))[: 2 * CLASSIFIER_ROWS])
         known = table.coded.one_hot(every)
         complete = known.sum(axis=1) == len(table.coded.codes[0])  # rows with a level in every column
-        asked, names = condition.numpy(), known[complete]
-        conditional = condition_accuracy(read(every[complete]) / scale, names, drawn, asked, random)
-    copies: tuple[float, float, float] | tuple[None, None, None] = (None, None, None)
+        labelled_rows = read(every[complete]) / scale
+        conditional = condition_accuracy(labelled_rows, known[complete], drawn, condition.numpy(), random)
+    distances: tuple[float, float, float] | tuple[None, None, None] = (None, None, None)
     if split is not None:
-        # Samples without noise are means, which lie nearer to every row than rows do. Compare them with other means.
+        # Samples without noise are smoother than rows, and lie nearer to all rows. Compare them with reconstructions,
+        # which are as smooth.
         of_rows = None if table.coded is None else table.coded.one_hot(chosen)
-        given_back = real if with_noise else _reconstruct(artifact, rows, of_rows) / scale
-        copies = _compare_distances(drawn, given_back, read(random.permutation(split.fit)[:TRAINING_ROWS]) / scale)
+        compared = real if with_noise else _reconstruct(artifact, rows, of_rows) / scale
+        distances = _compare_distances(drawn, compared, read(random.permutation(split.fit)[:TRAINING_ROWS]) / scale)
     return SampleQuality(
         draws=len(drawn),
         rows=len(real),
         density=found.density,
         coverage=found.coverage,
         expected_coverage=expected_coverage(len(real), len(drawn)),
-        two_sample_p_value=two_sample_p_value(real[:TEST_ROWS], drawn[:TEST_ROWS], random),
+        two_sample_p_value=two_sample_p_value(real, drawn, random),
         confident=confident,
         confident_rows=confident_rows,
         classifier_accuracy=accuracy,
-        distance_to_training=copies[0],
-        distance_of_rows=copies[1],
-        copy_p_value=copies[2],
+        distance_to_training=distances[0],
+        distance_of_rows=distances[1],
+        copy_p_value=distances[2],
         condition_accuracy=None if conditional is None else conditional[0],
         condition_accuracy_of_rows=None if conditional is None else conditional[1],
     )
@@ -147,8 +151,9 @@ def measure_samples(artifact: Artifact, table: Table) -> SampleQuality:
 def sample_metrics(pipeline: Pipeline, data: PreparedData) -> dict[str, float]:
     """Return the metrics of samples of a fitted model against its held-out rows; see docs/reference/measures.md.
 
-    There are few samples, so that the training takes no longer: `measure_samples` is more exact. Return nothing if
-    there are too few held-out rows, and for models whose samples are not rows of the table.
+    Only FEW_DRAWS samples are drawn, to save time: `measure_samples` is more exact. Return no metrics if there are
+    fewer than MIN_ROWS held-out rows, or if samples are not rows of the table (models with a window or scaled by
+    group).
     """
     if data.windows is not None or data.by_group is not None or len(data.held_out) < MIN_ROWS:
         return {}
@@ -170,24 +175,24 @@ def sample_metrics(pipeline: Pipeline, data: PreparedData) -> dict[str, float]:
     drawn = draw_rows(pipeline, FEW_DRAWS, (latents, len(medians)), condition, with_noise=with_noise)
     scale = column_scale(held_out, is_image=is_image)
     found = likeness(held_out / scale, drawn / scale)
-    given_back = held_out
-    if not with_noise:
+    compared = held_out
+    if not with_noise:  # see `measure_samples`
         with torch.inference_mode():
-            given_back = pipeline(inputs).double().numpy()
-    nearest = _compare_distances(drawn / scale, given_back / scale, training / scale)
+            compared = pipeline(inputs).double().numpy()
+    _, _, p_value = _compare_distances(drawn / scale, compared / scale, training / scale)
     return {
         "sample_density": found.density,
         "sample_coverage": found.coverage,
         "expected_coverage": expected_coverage(len(held_out), FEW_DRAWS),
-        "copy_p_value": nearest[2],
+        "copy_p_value": p_value,
     }
 
 
 def _split_of_training(artifact: Artifact, table: Table) -> Split | None:
     """Return the split with which the model was trained on `table`.
 
-    Return None if the model was trained on other rows, or on only some of the fit rows. Return None also for a model
-    with a window, because windows overlap.
+    Return None if the model was trained on another table or, with --robust, on only some of the fit rows. Return None
+    also for a model with a window, because windows overlap.
     """
     manifest = artifact.manifest
     if table.fingerprint != manifest.data.fingerprint or manifest.window is not None:
@@ -203,7 +208,7 @@ def _split_of_training(artifact: Artifact, table: Table) -> Split | None:
 
 
 def _reconstruct(artifact: Artifact, rows: Rows, condition: Floats | None = None) -> Rows:
-    """Return the reconstructions of rows [N, D]. A conditional model needs the `condition` [N, C] of each, one-hot."""
+    """Return the reconstructions of rows [N, D]. A conditional model needs their conditions [N, C], one-hot."""
     inputs = rows if condition is None else np.concatenate((rows, condition), axis=1)
     with torch.inference_mode():
         x = torch.from_numpy(inputs.astype(np.float32)).to(artifact.device)
@@ -212,6 +217,7 @@ def _reconstruct(artifact: Artifact, rows: Rows, condition: Floats | None = None
 
 
 def _compare_distances(drawn: Rows, real: Rows, training: Rows) -> tuple[float, float, float]:
+    """Return the median distance of samples to the nearest training row, that of real rows, and the copy p-value."""
     of_samples, of_rows = nearest_distances(drawn, training), nearest_distances(real, training)
     return float(np.median(of_samples)), float(np.median(of_rows)), copy_p_value(of_samples, of_rows)
 
@@ -230,8 +236,8 @@ def likeness(real: Rows, drawn: Rows, neighbours: int = NEIGHBOURS) -> Likeness:
 def expected_coverage(rows: int, draws: int, neighbours: int = NEIGHBOURS) -> float:
     """Return the mean coverage of `rows` real rows by `draws` samples of the same distribution.
 
-    For any one row, the other rows and the samples are exchangeable. The ball of the row contains no sample if the k
-    nearest of these are all rows (Naeem et al. 2020, lemma 2, for any number of samples).
+    For any one row, the other rows and the samples are exchangeable. The ball of the row contains no sample if its k
+    nearest neighbours are all rows (Naeem et al. 2020, lemma 2).
     """
     places = np.arange(neighbours)
     return float(1.0 - np.prod((rows - 1 - places) / (rows + draws - 1 - places)))
@@ -259,14 +265,16 @@ def two_sample_p_value(real: Rows, drawn: Rows, random: np.random.RandomState) -
     """Return the p-value of the hypothesis that real [N, D] and drawn [M, D] have one distribution.
 
     A permutation test with the maximum mean discrepancy of a Gaussian kernel, whose width is the median distance
-    (Gretton et al. 2012, "A kernel two-sample test"). Permutations make the p-value valid for any number of rows.
+    (Gretton et al. 2012, "A kernel two-sample test"). Permutations make the p-value valid for any number of rows. At
+    most TEST_ROWS of each set are used, chosen at random, because the rows of a table may be sorted.
     """
     from sklearn.metrics import euclidean_distances
 
+    real, drawn = (rows[random.permutation(len(rows))[:TEST_ROWS]] for rows in (real, drawn))
     both = np.concatenate((real, drawn))
     squares = euclidean_distances(both, squared=True)
-    width = np.median(squares[np.triu_indices(len(both), 1)])
-    kernel = np.exp(-squares / max(float(width), 1e-300))
+    squared_width = float(np.median(squares[np.triu_indices(len(both), 1)]))
+    kernel = np.exp(-squares / max(squared_width, 1e-300))
     is_sample = np.arange(len(both)) >= len(real)
     divisions = [is_sample, *(random.permutation(is_sample) for _ in range(PERMUTATIONS))]
     observed, *others = squared_mmd(kernel, np.stack(divisions, axis=1))
@@ -297,10 +305,10 @@ def classify(
 ) -> tuple[float, float, float] | None:
     """Return the shares of samples drawn [M, D] and of rows that a classifier is sure of, and its accuracy on rows.
 
-    The classifier is fitted to one half of the labelled rows [N, D]. Both numbers for rows come from the other half.
-    The classifier is sure of a row or sample whose VOTES nearest rows all have the same label. Many poor samples lie
-    between two kinds of rows, where the labels differ. Return None if a class has fewer than 2 x VOTES rows, or if
-    there is only one class.
+    The classifier is fitted to one half of the labelled rows [N, D]. The two numbers for rows come from the other half.
+    The classifier is sure of a row or sample if its VOTES nearest rows all have the same label. Many poor samples lie
+    between two classes, where the labels differ. Return None if a class has fewer than 2 x VOTES rows, or if there is
+    only one class.
     """
     from sklearn.neighbors import KNeighborsClassifier
 
@@ -318,11 +326,11 @@ def classify(
 def condition_accuracy(
     rows: Rows, conditions: Floats, drawn: Rows, asked: Floats, random: np.random.RandomState
 ) -> tuple[float, float] | None:
-    """Return how accurate a classifier of conditions is: its accuracy on samples, and its accuracy on rows.
+    """Return the accuracy of a classifier of conditions on samples, and its accuracy on rows.
 
-    On a sample, it is right if it finds the condition that was asked for. The classifier votes like that of `classify`.
-    It is fitted to one half of the rows, and its accuracy on rows is measured on the other half. Return None if a
-    condition has fewer than 2 x VOTES rows, or if there is only one condition.
+    On a sample, the classifier is right if it finds the condition that was asked for. It is fitted as in `classify`: to
+    one half of the rows. Its accuracy on rows is measured on the other half. Return None if a condition has fewer than
+    2 x VOTES rows, or if there is only one condition.
 
     Args:
         rows: rows, [N, D].

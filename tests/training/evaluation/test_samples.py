@@ -14,6 +14,7 @@ from tests.commands import succeed
 from tests.data import ROOT
 from training.evaluation.samples import (
     DRAWS,
+    TEST_ROWS,
     SampleQuality,
     classify,
     copy_p_value,
@@ -77,6 +78,12 @@ def test_two_sample_p_values_are_uniform_if_the_distributions_are_equal() -> Non
 @pytest.mark.parametrize("change", [lambda x: x + 0.5, lambda x: 1.8 * x, np.abs])
 def test_two_sample_p_value_is_small_if_the_distributions_differ(change: Callable[[Rows], Rows]) -> None:
     assert two_sample_p_value(normal(200, 0), change(normal(200, 1)), np.random.RandomState(0)) < 0.01
+
+
+def test_two_sample_p_value_of_sorted_rows_is_large_if_the_distributions_are_equal() -> None:
+    real = normal(3 * TEST_ROWS, 0)
+    real = real[real[:, 0].argsort()]  # the first TEST_ROWS rows have another distribution than all rows
+    assert two_sample_p_value(real, normal(TEST_ROWS, 1), np.random.RandomState(0)) > 0.05
 
 
 def test_nearest_distances_equal_a_direct_computation() -> None:
