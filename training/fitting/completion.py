@@ -1,4 +1,4 @@
-"""Fit what a model needs in order to complete rows: see `models.completion`."""
+"""Fit the parts of a model that complete rows and score rows with missing values: see `models.completion`."""
 
 import numpy as np
 import torch
@@ -21,19 +21,20 @@ from training.random_streams import VALIDATION, random_stream
 
 MIN_DEVIATION = 0.01  # smallest noise of a feature around the decoder's output, in model units; less is mostly rounding
 INTERVAL = 0.9  # share of the missing values that are within their intervals
-MISSING_SHARES = (0.1, 0.2, 0.3, 0.5)  # which share of the values is taken out of calibration rows
-CALIBRATED_ROWS = 400  # at most so many rows calibrate the intervals; each takes about a millisecond
+MISSING_SHARES = (0.1, 0.2, 0.3, 0.5)  # shares of the values that are taken out of calibration rows, in turn
+CALIBRATED_ROWS = 400  # at most this many rows calibrate the intervals; each takes about a millisecond
 BATCH = 4096  # complete rows per forward pass
-LEAST_VALUES = 60  # a feature with fewer values has no interval of its own; of 60, three are outside on each side
+LEAST_VALUES = 60  # a feature with fewer values has no interval of its own; of 60 values, 2 lie beyond each end
 GAP_LEVELS = 4  # numbers of missing values, up to half of the features, for which the scale of the scores is fitted
-GAP_ROWS = 500  # at most so many rows fit the scale of the scores at each level
+GAP_ROWS = 500  # at most this many rows fit the scale of the scores at each level
 LEAST_GAP_ROWS = 20  # with fewer complete rows, the scores of rows with missing values stay as they are
 
 
 def with_completion_of_rows(pipeline: Pipeline, data: PreparedData, seed: int) -> Pipeline:
     """Return what `with_completion` returns for the rows of `data`.
 
-    Return `pipeline` itself if it has a window: it sees summaries of rows, which do not determine a missing value.
+    Return `pipeline` itself if it has a window: its inputs are summaries of rows, which do not determine a missing
+    value.
     """
     return pipeline if data.windows else with_completion(pipeline, data.held_out, data.calibration, seed)
 
@@ -43,7 +44,7 @@ def with_completion(pipeline: Pipeline, held_out: Tensor, calibration: Tensor, s
 
     Args:
         held_out: rows that did not train the networks, in raw units, [N, D].
-        calibration: further such rows, in raw units, [M, D].
+        calibration: further rows that did not train the networks, in raw units, [M, D].
         seed: the seed of the noise.
     """
     parts: tuple[
@@ -58,7 +59,8 @@ def with_completion(pipeline: Pipeline, held_out: Tensor, calibration: Tensor, s
     else:
         completing = network = CompletingNetwork(*parts, chains=_new_chains(pipeline, held_out, seed)).eval()
         _calibrate(network, calibration[:CALIBRATED_ROWS], seed)
-    # If calibration rows have gaps, their scores depend on the scale, and must be exchangeable with those of new rows.
+    # If calibration rows have missing values, `gap_scores` changes their scores. To keep these scores exchangeable with
+    # those of new rows, `gap_scores` is then fitted to held-out rows.
     has_gaps = bool(calibration.isnan().any())
     completing.gap_scores = fit_gap_scores(completing, held_out if has_gaps else calibration, seed)
     return completing
@@ -87,7 +89,7 @@ def fit_gap_scores(pipeline: CompletingPipeline, rows: Tensor, seed: int) -> Gap
 
 
 def _new_chains(pipeline: Pipeline, held_out: Tensor, seed: int) -> Chains:
-    """Return the chains of `pipeline` before their intervals are calibrated."""
+    """Return the chains of `pipeline`, with intervals that are not calibrated yet."""
     random, latents, width = random_stream(seed, VALIDATION), pipeline.prior.means.shape[1], held_out.shape[1]
     with torch.no_grad():
         u = pipeline.scaling(held_out)  # [N, D]
@@ -120,7 +122,7 @@ def _calibrate(pipeline: CompletingNetwork, rows: Tensor, seed: int) -> None:
     random, width = random_stream(seed, VALIDATION), rows.shape[1]
     shares = torch.tensor(MISSING_SHARES)[torch.arange(len(rows)) % len(MISSING_SHARES)]  # [M]
     taken = torch.rand(rows.shape, generator=random) < shares.unsqueeze(1)  # [M, D]
-    taken[taken.all(dim=1), 0] = False  # a row without any value says nothing
+    taken[taken.all(dim=1), 0] = False  # a row without known values could not be estimated from anything
     gaps = torch.where(taken, torch.nan, rows)
     with torch.no_grad():
         estimates = [pipeline.estimate(part) for part in gaps.split(max(1, MAX_COMPLETED_VALUES // width))]
@@ -140,6 +142,9 @@ def _calibrate(pipeline: CompletingNetwork, rows: Tensor, seed: int) -> None:
 
 
 def _quantile(values: "np.ndarray[tuple[int], np.dtype[np.float64]]", level: float) -> float:
-    """Return the smallest value that a new value exceeds with a probability of at most 1 - level (Vovk 2005)."""
+    """Return the smallest of `values` that a new value exceeds with a probability of at most 1 - level (Vovk 2005).
+
+    If there are too few values for this level, return the largest one.
+    """
     rank = min(len(values), int(np.ceil(level * (len(values) + 1))))
     return float(np.sort(values)[rank - 1])

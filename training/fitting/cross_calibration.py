@@ -1,4 +1,4 @@
-"""Cross-conformal calibration: score every row by a model that was fitted without it."""
+"""Cross-conformal calibration: score every row by a model that was fitted without this row."""
 
 import torch
 
@@ -13,12 +13,12 @@ from training.fitting.policy import score_rows, set_calibration
 from training.fitting.prepared_data import PreparedData, prepare_data
 from training.progress import Reporter, SilentReporter
 
-FOLDS = {"pca": 20}  # PCA is fitted within milliseconds, and more folds bring the rate of false alarms nearer to alpha
+FOLDS = {"pca": 20}  # PCA is fitted within milliseconds, and more folds bring the false-alarm rate nearer to alpha
 DEFAULT_FOLDS = 5
 
 
 def with_calibration(config: TrainConfig, table: Table) -> TrainConfig:
-    """Return `config` with the method of calibration that auto stands for."""
+    """Return `config` with "cross" or "split" in place of the calibration "auto"."""
     if config.calibration != "auto":
         return config
     is_cross = (
@@ -46,9 +46,9 @@ def fit_and_calibrate(
     """Return the fitted and calibrated pipeline: see `fit_pipeline`.
 
     If the split of `data` is a CrossSplit, the calibration consists of the scores of all calibration rows. The score of
-    a row comes from a model that was fitted in the same way, but without the fold of the row: neither networks nor
-    score statistics nor the prior have seen the row (cross-conformal prediction, Vovk 2015). The artifact does not
-    contain the models of the folds: Hennhoefer & Preisach 2024 call this variant CV.
+    a row comes from a model that was fitted in the same way, but without the fold of the row: neither the networks nor
+    the score statistics of this model have seen the row (cross-conformal prediction, Vovk 2015). The models of the
+    folds are then discarded: Hennhöfer & Preisach 2024 call this variant CV.
 
     Raises:
         FitError: a fit failed.
@@ -59,12 +59,12 @@ def fit_and_calibrate(
     folds = data.split.folds(count_folds(config.model, len(data.split.order)))
     scores = []
     for index, fold in enumerate(folds, start=1):
-        if not len(fold.calibration):  # the policy has left out all rows of the fold
+        if not len(fold.calibration):  # the policy leaves out all rows of the fold
             continue
         reporter.stage(f"calibrating: fitting the model of fold {index} of {len(folds)}")
         of_fold = prepare_data(data.table, fold, config.robust, data.policy)
         store = checkpoints and checkpoints.of_fold(index)
-        other = fit_pipeline(
+        model = fit_pipeline(
             config,
             of_fold,
             _FoldReporter(reporter, index),
@@ -72,18 +72,18 @@ def fit_and_calibrate(
             processes=processes,
             for_scores=True,
         )
-        scores.append(score_rows(other, of_fold.calibration))
+        scores.append(score_rows(model, of_fold.calibration))
     set_calibration(pipeline, torch.cat(scores))
     return pipeline
 
 
 class _FoldReporter(SilentReporter):
-    """Passes on only the warnings about the model of a fold."""
+    """Passes on only the warnings about the model of a fold, with the number of the fold."""
 
     def __init__(self, inner: Reporter, fold: int) -> None:
         self._inner, self._fold = inner, fold
 
     def note(self, message: str) -> None:
-        """Pass on a warning."""
+        """Pass on `message` if it is a warning."""
         if message.lower().startswith("warning"):
             self._inner.note(f"fold {self._fold}: {message}")

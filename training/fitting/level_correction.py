@@ -8,7 +8,7 @@ from torch import Tensor
 from models.conditional import LevelCorrection
 from models.core import Core
 
-MAX_KNOTS = 48  # number of quantiles; half of them are in the upper tail, which decides about alarms
+MAX_KNOTS = 48  # largest number of quantiles; half of them are in the upper tail, which decides about alarms
 MIN_ROWS = 20  # with fewer rows that have all levels, scores are not corrected
 BATCH = 4096  # rows per forward pass; limits the memory
 
@@ -16,10 +16,12 @@ BATCH = 4096  # rows per forward pass; limits the memory
 def fit_level_correction(core: Core, u: Tensor, levels: Sequence[int]) -> LevelCorrection:
     """Return the correction of the scores of `core` for rows without a level.
 
-    Scores of the same rows with and without their levels give the quantiles. The correction of a score is the
-    difference between quantiles of the same rank. It is linear between quantiles, and constant beyond the last one.
+    The quantiles are those of the scores of the same rows with and without their levels. The correction at a quantile
+    without levels is the difference from the quantile of the same rank with all levels. Between quantiles, the
+    correction is linear. Below the first and above the last one, it is constant.
 
     Args:
+        core: a conditional model, which scores rows [B, D + C].
         u: calibration rows in model units, with their conditions, [N, D + C].
         levels: number of levels of each of the J columns of conditions; the sum is C.
     """
@@ -35,13 +37,13 @@ def fit_level_correction(core: Core, u: Tensor, levels: Sequence[int]) -> LevelC
     return LevelCorrection(
         levels,
         torch.stack([torch.cat((knots, knots[-1:].expand(count - len(knots)))) for knots, _, _ in fitted]),
-        torch.stack([torch.cat((slopes, torch.zeros(count - len(slopes)))) for _, slopes, _ in fitted]),
+        torch.stack([torch.cat((changes, torch.zeros(count - len(changes)))) for _, changes, _ in fitted]),
         torch.stack([start for _, _, start in fitted]),
     )
 
 
 def _keep(rows: Tensor, kept: Sequence[bool], levels: Sequence[int]) -> Tensor:
-    """Return rows [N, D + C] without the levels of the columns that are false in `kept`."""
+    """Return rows [N, D + C] without the levels of the columns j for which `kept[j]` is false."""
     mask = torch.tensor(kept).repeat_interleave(torch.tensor(levels)).to(rows)  # [C]
     width = rows.shape[1] - len(mask)
     return torch.cat((rows[:, :width], rows[:, width:] * mask), dim=1)
@@ -53,7 +55,7 @@ def _sorted_scores(core: Core, rows: Tensor) -> Tensor:
 
 
 def _fit(complete: Tensor, lacking: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the knots [Q], the changes of the slope there [Q], and the correction at the first knot.
+    """Return the knots [Q], the changes of the slope at the knots [Q], and the correction at the first knot, a scalar.
 
     Args:
         complete: scores of rows with all levels, ascending, [N].
