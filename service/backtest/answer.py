@@ -1,4 +1,4 @@
-"""The fields of the response of /backtest."""
+"""The response of POST /backtest."""
 
 from pydantic import BaseModel, Field
 
@@ -13,12 +13,13 @@ class BacktestDrawings(BaseModel):
         description="the severities of each of the first groups of the report over time, with their alerts; at most 24"
     )
     alerts: list[str] = Field(
-        description="for each of the worst alerts, the values of the feature that caused it; empty if it is unknown"
+        description="for each of the `worst_false_alerts` of the report, the values of the feature that caused it; an "
+        "empty text if this feature is unknown"
     )
 
 
 class BacktestAnswer(ModelAnswer):
-    """The alerts that the server would have sent for the rows, if each had arrived at its time."""
+    """The alerts that the server would have sent for the rows if each row had arrived at its time."""
 
     report: Report
     drawings: BacktestDrawings | None = Field(description="null if `drawings` is false")

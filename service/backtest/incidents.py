@@ -35,14 +35,14 @@ class Incident:
 def read_incidents(path: Path, group_column: str | None = None) -> list[Incident]:
     """Return the incidents in a CSV file with the columns `start` and `end`, and perhaps a column of groups.
 
-    Times are timestamps in any form that `elbo train --time` reads. An empty group stands for all groups.
+    Times are timestamps that `to_unix_seconds` reads. An empty group stands for all groups.
 
     Args:
         path: the file.
-        group_column: another name of the column of groups, besides `group`.
+        group_column: the name of the column of groups if the file has no column `group`; None for no other name.
 
     Raises:
-        IncidentsInvalid: the file cannot be read, lacks a column, or has an invalid line.
+        IncidentsInvalid: the file cannot be read, has no column `start` or `end`, or has an invalid line.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -65,7 +65,7 @@ def read_incidents(path: Path, group_column: str | None = None) -> list[Incident
 
 
 def _incident(path: Path, number: int, line: Sequence[str], start: int, end: int, group: int | None) -> Incident:
-    """Return the incident in a line of the file."""
+    """Return the incident in `line`, which has this number in the file. `start`, `end`, `group`: indices of columns."""
 
     def cell(column: int) -> str:
         return line[column].strip() if column < len(line) else ""
@@ -74,10 +74,11 @@ def _incident(path: Path, number: int, line: Sequence[str], start: int, end: int
     for name, text, seconds in ((START, cell(start), first), (END, cell(end), last)):
         if seconds != seconds:
             raise IncidentsInvalid(
-                f"{path}, line {number}: {name} is {text!r}: expected a timestamp in ISO 8601 or Unix seconds"
+                f"{path}, line {number}: {name} is {text!r}: expected a timestamp in Unix seconds or in ISO 8601, such "
+                "as 2026-01-03T12:00:00Z"
             )
     if last < first:
         raise IncidentsInvalid(
-            f"{path}, line {number}: the incident ends ({cell(end)}) before it starts ({cell(start)})"
+            f"{path}, line {number}: the incident ends ({cell(end)}) before it starts ({cell(start)}): correct one"
         )
     return Incident(first, last, None if group is None else cell(group) or None)

@@ -2,7 +2,7 @@
 
 The rows of a group pass through the code of /anomaly: `service.anomaly.streams` joins them to the past of their group,
 the model scores them, and the online calibration of the group judges them. The code of the alerts then finds the alarms
-among them. Groups do not influence each other, so one group is replayed after the other. Every group begins without a
+among them. Groups do not influence each other, so they are replayed one after the other. Every group begins without a
 past, as after a server's first start.
 """
 
@@ -29,14 +29,14 @@ from service.inference.served_model import ServedModel
 CHUNK_ROWS = 4096  # rows that are replayed at once
 PART_BYTES = 2**20  # windows are scored in parts of about this size, as in the service
 DEFAULT_ALPHAS = (0.05, 0.01, 0.001)
-CAUSES = 3  # features that are remembered of an anomalous row: those that contribute most
+CAUSES = 3  # features of an anomalous row that are kept as its causes: those that contribute most
 
 MAX_FLOAT32 = np.finfo(np.float32).max
 
 Array = npt.NDArray[np.float32]
 Times = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
-_Causes = tuple[npt.NDArray[np.int64], npt.NDArray[np.intp], Array, Times]  # see `Replay`
+_Causes = tuple[npt.NDArray[np.int64], npt.NDArray[np.intp], Array, Times]  # the fields `causes_...` of `Replay`
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,15 @@ class Options:
     Args:
         alphas: K false-alarm rates.
         extrapolated: whether rows may be anomalous at an alpha below the smallest possible p-value.
-        half_life_rows: half-life in rows of the smoothed severity that decides; 0 decides by each row's severity.
+        half_life_rows: half-life, in rows, with which severities are smoothed before a row is called anomalous; 0: they
+            are not smoothed.
         online: whether rows are judged by the online calibration of their group, if the model was trained with times.
-        incident_rows: after how many rows an incident counts as a change; None: as the manifest of the model says.
+        incident_rows: after how many rows an incident counts as a change; None: the number in the manifest of the model
+            or, without one, the default of the server.
         alert_half_life: half-life in rows of the mean severity that raises an alert (ELBO_ALERT_HALF_LIFE).
-        calm_seconds: time without an alarm after which an alert ends (ELBO_ALERT_CALM_SECONDS); see `calm_for_step`.
-        incident_seconds: how long after its last row an incident keeps an alert open (ELBO_ALERT_MAX_AGE_SECONDS).
+        calm_seconds: shortest time without an alarm after which an alert ends (ELBO_ALERT_CALM_SECONDS); see
+            `calm_for_step`.
+        incident_seconds: how long an incident keeps an alert open if no more rows arrive (ELBO_ALERT_MAX_AGE_SECONDS).
     """
 
     alphas: tuple[float, ...] = DEFAULT_ALPHAS
@@ -86,12 +89,12 @@ class Replay:
     Args:
         history: the rows.
         options: the K alphas, and how the rows are judged.
-        alarm_rule: what the policy of the model demands of an alert.
-        calm_seconds: time without an alarm after which an alert ends.
+        alarm_rule: how many rows and how much time the policy of the model demands of an alert.
+        calm_seconds: time without an alarm after which an alert ends, for the usual step of the model's rows.
         severity: severities, smoothed if the options say so, [K, M]. A row without a verdict has 0.
         p_value: [M]. A row without a verdict has 1.
         is_alarm: whether a row opens an alert or keeps it open, [K, M].
-        is_incident: whether the group is in an incident after a row that is not silenced, [M].
+        is_incident: whether the group is in an incident after the row, [M]; false for a silenced row.
         is_warming_up: whether a row has too few rows before it to be anomalous, [M].
         states: the state of the group's online calibration after each row, [M]; None without online calibration.
         causes_rows: rows whose causes are known: those whose own severity at the first alpha is above 1, [A].
@@ -136,23 +139,22 @@ class Replay:
         return next((causes for causes in found if causes), ())
 
     def causes_of(self, row: int) -> tuple[Cause, ...]:
-        """Return the features that contribute most to the score of an anomalous row; none if they are unknown."""
+        """Return the features that contribute most to the score of `row`; no features if its causes are unknown."""
         place = int(np.searchsorted(self.causes_rows, row))
         if place == len(self.causes_rows) or self.causes_rows[place] != row:
             return ()
         columns = self.causes_features[place].tolist(), self.causes_numbers[place].tolist()
         return tuple(
-            Cause(
-                self.names[feature],
-                value if value == value else None,
-                expected,
-                contribution,
-                since if since == since else None,
-            )
+            Cause(self.names[feature], _known(value), expected, contribution, _known(since))
             for feature, (value, expected, contribution), since in zip(
                 *columns, self.causes_since[place].tolist(), strict=True
             )
         )
+
+
+def _known(number: float) -> float | None:
+    """Return `number`; None if it is NaN."""
+    return number if number == number else None
 
 
 class Replayer:
@@ -161,7 +163,7 @@ class Replayer:
     Args:
         served: the model.
         history: the rows.
-        options: alphas and how the rows are judged.
+        options: the alphas, and how the rows are judged.
     """
 
     def __init__(self, served: ServedModel, history: History, options: Options) -> None:
@@ -173,8 +175,10 @@ class Replayer:
         self._rules = rules_of(served, has_calibration=starts is not None)
         if options.incident_rows is not None:
             self._rules = replace(self._rules, incident_rows=options.incident_rows)
-        self._payloads: dict[int, bytes] = {}  # the last group of the last part, as it is stored between two requests
-        self._alarms: tuple[int, list[LastingAlarm]] = (-1, [])  # the same group, and its alarms for each alpha
+        # The next part may continue the last group of the previous part. These two have its number, and the state that
+        # the server would store between two requests, or its running alarms at each alpha.
+        self._payloads: dict[int, bytes] = {}
+        self._alarms: tuple[int, list[LastingAlarm]] = (-1, [])
         self._causes: list[_Causes] = []
         rows, policy = len(history), served.manifest.policy
         self._result = Replay(
@@ -231,7 +235,7 @@ class Replayer:
             yield joined.inputs(slice(start, start + size))
 
     def judge(self, part: slice, joined: JoinedRows, outputs: Sequence[tuple[Array, ...]]) -> None:
-        """Judge the rows in `part`. `outputs`: what `operation` returned for each of `inputs`."""
+        """Judge the rows in `part`. `outputs`: the results of `runs`, in the order of the rows, for each `inputs`."""
         scores = Scores(*(np.concatenate(arrays) for arrays in zip(*outputs, strict=True)))
         if joined.units is not None:
             scores = replace(scores, expected=joined.units.from_pool(scores.expected))
@@ -241,7 +245,7 @@ class Replayer:
         self._payloads = {last: joined.groups[self._result.history.groups[last]].dump(joined.pool)}
 
     def finish(self) -> Replay:
-        """Return the verdicts, after `judge` was called for each part."""
+        """Return the verdicts. Call `judge` for each part before."""
         result = self._result
         _finish(result, result.options.half_life_rows)
         result.causes_rows, result.causes_features, result.causes_numbers, result.causes_since = (
@@ -276,7 +280,7 @@ class Replayer:
         result.is_warming_up[part] = is_short
         result.p_value[part] = np.where(usable, p_value, 1)
         if silenced is not None:
-            usable = usable & ~silenced  # a silenced row counts as a row without a verdict: it is not anomalous
+            usable = usable & ~silenced  # a silenced row has no verdict, so it is not anomalous
             result.is_incident[part] &= ~silenced
             severities = [np.where(silenced, np.nan, severity) for severity in severities]
         self._find_alarms(part, severities)
@@ -307,8 +311,8 @@ def replay(
     Args:
         served: the model.
         history: the rows.
-        options: alphas and how the rows are judged.
-        report: is called with the number of rows that are judged so far.
+        options: the alphas, and how the rows are judged.
+        report: is called with the number of rows judged so far.
     """
     replayer = Replayer(served, history, options)
     for part in replayer.parts():
@@ -342,9 +346,9 @@ def _find_causes(result: Replay, part: slice, joined: JoinedRows, scores: Scores
 
 
 def _finish(result: Replay, half_life_rows: float) -> None:
-    """Smooth the severities as /anomaly does if one request has the whole history, and let no NaN remain.
+    """Smooth the severities as /anomaly does if one request has the whole history, and replace NaN by 0.
 
-    A row without a verdict has NaN so far, so that it does not count for other rows.
+    The severity of a row without a verdict is NaN up to here, so that the row does not count for other rows.
     """
     for severity in result.severity:
         if half_life_rows:
