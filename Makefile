@@ -28,6 +28,13 @@ MUTATOR_PACKAGES := mutmut==3.8.1 libcst==1.9.0
 # The options of tests/mutation; by default a sample of 30 mutants of every file.
 MUTANTS ?=
 GENERATOR_PACKAGE := openapi-python-client==0.29.1
+# Clients of the Open Inference Protocol, for a test. kserve requires 80 packages, most of which only its servers use, so
+# it is installed without its requirements, and with the packages that its client imports.
+CLIENTS := .venv-clients
+CLIENT_PACKAGES := tritonclient[http]==2.73.0 httpx==0.28.1 orjson grpcio 'protobuf>=6.33.5,<7' 'pandas<3' \
+	'cloudevents<2' fastapi uvicorn 'psutil<6' kubernetes timing-asgi tabulate grpc-interceptor prometheus-client six \
+	'python-dateutil<3' watchfiles python-multipart
+KSERVE_PACKAGE := kserve==0.21.0
 INSTALL := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check install
 PEER_INSTALL := $(PEERS)/bin/python -m pip --quiet --disable-pip-version-check install
 # The model servers that bench-serve compares with Elbo. Each server has its own environment, because their requirements
@@ -58,7 +65,7 @@ check: lint types ## Lint, type-check and run the tests that need no training, b
 docs: $(READY) ## Build the documentation site into site/
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet && echo "open site/index.html"
 
-test: $(READY) $(GENERATOR)/.ready ## Run every test: first those that may share the machine, then those that measure time or memory
+test: $(READY) $(GENERATOR)/.ready $(CLIENTS)/.ready ## Run every test: first those that may share the machine, then those that measure time or memory
 	@$(VENV)/bin/python -m pytest -n 2 -m "not alone"
 	@$(VENV)/bin/python -m pytest -m alone
 
@@ -144,7 +151,7 @@ fuzz: $(READY) $(FUZZER)/.ready ## Fuzz every reader for FUZZ_SECONDS (default 1
 		PYTHONPATH=$(FUZZER) $(VENV)/bin/python -m tests.fuzz $$target --seconds $(FUZZ_SECONDS) || failed="$$failed $$target"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed; the inputs are in build/fuzz/" >&2; exit 1; }
 
-coverage: $(READY) $(GENERATOR)/.ready $(COVERAGE)/.ready ## List the branches that no test reaches; TESTS='tests/models' for some tests
+coverage: $(READY) $(GENERATOR)/.ready $(CLIENTS)/.ready $(COVERAGE)/.ready ## List the branches that no test reaches; TESTS='tests/models' for some tests
 	@$(COVERAGE)/bin/python -m coverage erase
 	@$(COVERAGE)/bin/python -m coverage run -m pytest -n 0 $(TESTS); status=$$?; \
 		$(COVERAGE)/bin/python -m coverage combine --quiet && $(COVERAGE)/bin/python -m coverage report --include='models/*,service/*' && exit $$status
@@ -202,8 +209,15 @@ $(GENERATOR)/.ready: $(READY)
 	@$(GENERATOR)/bin/python -m pip --quiet --disable-pip-version-check install $(GENERATOR_PACKAGE)
 	@touch $@
 
+$(CLIENTS)/.ready: $(READY)
+	@$(VENV)/bin/python -m venv $(CLIENTS)
+	@echo "installing the clients of the Open Inference Protocol"
+	@$(CLIENTS)/bin/python -m pip --quiet --disable-pip-version-check install $(CLIENT_PACKAGES)
+	@$(CLIENTS)/bin/python -m pip --quiet --disable-pip-version-check install --no-deps $(KSERVE_PACKAGE)
+	@touch $@
+
 clean: ## Remove what the other targets made, except artifacts/
-	@rm -rf $(VENV) $(GENERATOR) $(AUDIT) $(FUZZER) $(COVERAGE) $(MUTATOR) $(PEERS) $(PEERS)-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* node_modules
+	@rm -rf $(VENV) $(GENERATOR) $(CLIENTS) $(AUDIT) $(FUZZER) $(COVERAGE) $(MUTATOR) $(PEERS) $(PEERS)-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* node_modules
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The locked packages are installed first. They include torch's dependencies, and pip checks the hashes of all of them.

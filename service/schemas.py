@@ -57,7 +57,7 @@ _ROW_CONDITIONS = (
 )
 
 
-def _drop_null_defaults(schema: dict[str, Any]) -> None:
+def drop_null_defaults(schema: dict[str, Any]) -> None:
     """Remove each `"default": null`: it would be invalid for a field that must be an array if it is present."""
     for field in schema.get("properties", {}).values():
         if field.get("default", ...) is None:
@@ -67,7 +67,7 @@ def _drop_null_defaults(schema: dict[str, Any]) -> None:
 class Body(BaseModel):
     """Base class of all request bodies. Validation is strict: numbers in quotes and unknown fields are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, json_schema_extra=_drop_null_defaults)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, json_schema_extra=drop_null_defaults)
 
     @field_validator("seed", "n", "steps", "explain", mode="before", check_fields=False)
     @classmethod

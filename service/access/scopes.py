@@ -39,9 +39,19 @@ ROUTES: dict[str, Scope | None] = {
     "/models/{reference}/peers": Scope.METRICS,  # names of groups, and values of their newest rows
     "/models/{reference}/held-out": Scope.ADMIN,  # rows of the training data
     "/metrics": Scope.METRICS,
+    # The Open Inference Protocol. As for /anomaly, the rows of a request for scores may be live traffic.
+    "/v2/models/{name}/infer": Scope.INFER,
+    "/v2/models/{name}/versions/{version}/infer": Scope.INFER,
+    "/v2/models/{name}": Scope.INFER,
+    "/v2/models/{name}/versions/{version}": Scope.INFER,
+    "/v2/models/{name}/ready": Scope.INFER,
+    "/v2/models/{name}/versions/{version}/ready": Scope.INFER,
     # Orchestrators probe without a key.
     "/livez": OPEN,
     "/readyz": OPEN,
+    "/v2": OPEN,
+    "/v2/health/live": OPEN,
+    "/v2/health/ready": OPEN,
     # The page, its files and the reference are the same on every server. The page asks for a key.
     "/": OPEN,
     "/static/{path:path}": OPEN,

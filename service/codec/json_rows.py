@@ -26,9 +26,9 @@ FREE_VALUES = 50_000
 FREE_LISTS = 20_000
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
 _IS_SPECIAL = np.isin(np.arange(256), [ord(character) for character in '[]{}"\\'])
-_DEPTH_CHANGE = np.zeros(256, np.int64)
-_DEPTH_CHANGE[[ord("["), ord("{")]] = 1
-_DEPTH_CHANGE[[ord("]"), ord("}")]] = -1
+DEPTH_CHANGE = np.zeros(256, np.int64)
+DEPTH_CHANGE[[ord("["), ord("{")]] = 1
+DEPTH_CHANGE[[ord("]"), ord("}")]] = -1
 _WHITE_SPACE = b" \t\r\n"
 
 Positions = npt.NDArray[np.int64]
@@ -129,10 +129,10 @@ def _arrays(body: bytes, budget: Budget) -> list[_Array]:
     closed: list[int] = []
     ends: list[Positions] = []
     count = depth = last = 0
-    for part_end, places, characters in _brackets(body, budget):
+    for part_end, places, characters in brackets(body, budget):
         if part_end - last > 2 * budget.max_row_bytes + SCAN_BYTES:
             raise _too_long("a row or a field of the body has", budget.max_row_bytes)
-        change = _DEPTH_CHANGE[characters]
+        change = DEPTH_CHANGE[characters]
         depths = depth + np.cumsum(change)
         if not len(depths):
             continue
@@ -172,7 +172,7 @@ def _arrays(body: bytes, budget: Budget) -> list[_Array]:
     return arrays
 
 
-def _brackets(body: bytes, budget: Budget) -> Iterator[tuple[int, Positions, npt.NDArray[np.uint8]]]:
+def brackets(body: bytes, budget: Budget) -> Iterator[tuple[int, Positions, npt.NDArray[np.uint8]]]:
     """Yield, for each part of `body`, its end, the places of the brackets outside of strings, and the brackets."""
     whole = np.frombuffer(body, np.uint8)
     in_string = 0  # 1 if the part begins inside a string

@@ -23,7 +23,7 @@ ARRAY_FORMATS: tuple[str, ...] = (JSON, *ARRAY_MEDIA_TYPES)
 IMAGE_FORMATS: tuple[str, ...] = (*ARRAY_FORMATS, png.MEDIA_TYPE)
 
 
-_PIECE_NUMBERS = 2**12  # numbers of a response that are written at once, while the interpreter lock is held
+PIECE_NUMBERS = 2**12  # numbers of a response that are written at once, while the interpreter lock is held
 _PIECE_ELEMENTS = 256  # elements of a list that are written at once
 _PART = re.compile(r'(?:[^,"]|"(?:\\.|[^"\\])*"?)+')  # one element of a list; commas in quotation marks do not end it
 _QUALITY = re.compile(r"\d+(?:\.\d*)?|\.\d+", re.ASCII)
@@ -99,7 +99,7 @@ def to_json(fields: dict[str, Any]) -> bytes | memoryview:
     for name, value in fields.items():
         if type(value) is np.ndarray:
             require_finite(name, value)
-            is_large = is_large or value.size > _PIECE_NUMBERS
+            is_large = is_large or value.size > PIECE_NUMBERS
         elif (type(value) is list and len(value) > _PIECE_ELEMENTS) or type(value) is GeneratorType:
             is_large = True
     return _write_in_pieces(fields) if is_large else orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
@@ -116,8 +116,8 @@ def _write_in_pieces(fields: dict[str, Any]) -> bytes | memoryview:
     for name, value in fields.items():
         written.write(before + orjson.dumps(name) + b":")
         before = b","
-        if type(value) is np.ndarray and value.size > _PIECE_NUMBERS:
-            _write_array(value, written)
+        if type(value) is np.ndarray and value.size > PIECE_NUMBERS:
+            write_array(value, written)
         elif type(value) in (list, GeneratorType):
             _write_list(value, written)
         else:
@@ -126,9 +126,9 @@ def _write_in_pieces(fields: dict[str, Any]) -> bytes | memoryview:
     return written.view()
 
 
-def _write_array(array: npt.NDArray[Any], written: LargeContent) -> None:
-    """Write `array` [N, ...] as JSON in pieces of at most _PIECE_NUMBERS numbers, but at least one row."""
-    rows = max(1, _PIECE_NUMBERS * len(array) // array.size)
+def write_array(array: npt.NDArray[Any], written: LargeContent) -> None:
+    """Write `array` [N, ...] as JSON in pieces of at most PIECE_NUMBERS numbers, but at least one row."""
+    rows = max(1, PIECE_NUMBERS * len(array) // array.size)
     before = b"["
     for start in range(0, len(array), rows):
         piece = orjson.dumps(array[start : start + rows], option=orjson.OPT_SERIALIZE_NUMPY)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -126,22 +126,26 @@ class InferenceEndpoints:
             return await self._sample_near(parsed, start)
         if isinstance(start, Given):
             return await self._complete(parsed, start)
+        samples = await self.draw_samples(parsed, start)
+        fields = {"latents": samples.latents, "outputs": samples.outputs, "seed": samples.seed}
+        cost = 0.0
+        if known := parsed.served.conditions:
+            cost = len(samples.outputs) * offload.NORMAL
+            describe = partial(known.describe, known.codes_of(samples.noise[:, -known.width :]))
+            fields["conditions"] = await run_in_thread_if_long(describe, cost)
+        return await render_response(parsed, fields, samples.outputs, write_ns=cost)
+
+    async def draw_samples(self, parsed: "ParsedRequest[SampleBody, Any]", codes: Codes | None) -> "Samples":
+        """Return rows that are drawn from the prior of the model; `codes` [B, J] are their conditions."""
         seed = _seed(parsed.body.seed)
         is_standard = _is_standard(parsed)
-        noise = await self._draw(parsed, seed, parsed.served.manifest.width if _with_noise(parsed) else 0, start)
+        noise = await self._draw(parsed, seed, parsed.served.manifest.width if _with_noise(parsed) else 0, codes)
         if is_standard:
             operation = operations.SAMPLE_STANDARD_ROWS if len(noise) == 3 else operations.SAMPLE_STANDARD
         else:
             operation = operations.SAMPLE_ROWS if len(noise) == 3 else operations.SAMPLE
         latents, outputs = await run_operation(self._service, parsed, operation, *noise)
-        fields = {"latents": latents, "outputs": outputs, "seed": seed}
-        cost = 0.0
-        if known := parsed.served.conditions:
-            fields["latents"] = without_conditions(parsed.served, latents)
-            cost = len(outputs) * offload.NORMAL
-            describe = partial(known.describe, known.codes_of(noise[0][:, -known.width :]))
-            fields["conditions"] = await run_in_thread_if_long(describe, cost)
-        return await render_response(parsed, fields, outputs, write_ns=cost)
+        return Samples(without_conditions(parsed.served, latents), outputs, seed, noise[0])
 
     async def _draw(
         self, parsed: "ParsedRequest[SampleBody, Start]", seed: int, row_width: int, codes: Codes | None = None
@@ -346,6 +350,22 @@ def read_point(served: ServedModel, point: End | EditBody, pointer: str, may_con
         window = parse_window(served.window_schema, point.input, pointer, may_contain_non_floats)
         return Point(window, is_latent=False)
     return Point(parse_row(served.row_schema, point.input, pointer, may_contain_non_floats), is_latent=False)
+
+
+class Samples(NamedTuple):
+    """Rows that are drawn from the prior of a model.
+
+    Args:
+        latents: the latents of the rows, [B, K].
+        outputs: the rows, [B, D].
+        seed: the seed of the noise.
+        noise: the noise of the latents, followed by the conditions of the rows, [B, K + C].
+    """
+
+    latents: Array
+    outputs: Array
+    seed: int
+    noise: Array
 
 
 # What samples start from: given values, a point of the latent space, the codes of conditions, or the prior alone.

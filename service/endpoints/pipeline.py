@@ -122,8 +122,8 @@ async def parse_request(
         media_types = JSON_FORMATS
     media_type = negotiate_media_type(request.header(b"accept", "*/*"), media_types)
     compressed = b"content-encoding" in request.headers and is_gzip(request.header(b"content-encoding"))
-    deadline = _deadline(service, request)
-    raw_body = await _admit(service, request, deadline)
+    deadline = deadline_of(service, request)
+    raw_body = await admit(service, request, deadline)
     content_type = request.header(b"content-type")
 
     started = perf_counter()
@@ -166,7 +166,7 @@ def _read_inputs(
         values = merge(values, options.values)
         may_contain_non_floats = may_contain_non_floats or options.may_contain_non_floats
     body = validate(spec.schema, values)
-    _require_row_limit(spec, body, max_rows)
+    require_row_limit(spec, body, max_rows)
     return body, spec.read(served, body, may_contain_non_floats, budget)
 
 
@@ -214,7 +214,7 @@ async def _read_costly(
     return await read_within_budget(service.readers, read, budget, cost, on_long=request.ticket.mark_large)
 
 
-async def _admit(service: ServiceContext, request: RequestContext, deadline: float) -> bytes:
+async def admit(service: ServiceContext, request: RequestContext, deadline: float) -> bytes:
     """Read the request body, wait for a work slot, and return the body.
 
     Raises:
@@ -241,7 +241,7 @@ def _cost_per_byte(content_type: str) -> float:
     return offload.ARRAY_BYTE if is_array(content_type) else offload.RECORD_BYTE
 
 
-def _deadline(service: ServiceContext, request: RequestContext) -> float:
+def deadline_of(service: ServiceContext, request: RequestContext) -> float:
     """Return the deadline of `request`, on the `perf_counter` clock. Raises InvalidField for an invalid header."""
     header = request.headers.get(b"x-request-timeout")
     if header is None:
@@ -260,7 +260,7 @@ def _deadline(service: ServiceContext, request: RequestContext) -> float:
     return request.record.started + seconds
 
 
-def _require_row_limit(spec: RequestSpec[Any, Any], body: Body, limit: int) -> None:
+def require_row_limit(spec: RequestSpec[Any, Any], body: Body, limit: int) -> None:
     """Raise an error if the request or its response would have more than `limit` rows.
 
     Raises:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from service.access.scopes import OPEN, ROUTES
 from service.backtest.answer import BacktestAnswer
-from service.codec import ndjson, pictures, remote_write
+from service.codec import ndjson, open_inference, pictures, remote_write
 from service.codec.request_body import ARRAY_MEDIA_TYPES, JSON
 from service.codec.response_body import ARRAY_FORMATS, IMAGE_FORMATS
 from service.endpoints.backtest import BACKTEST, BacktestEndpoint
@@ -31,10 +31,22 @@ from service.endpoints.inference import (
 )
 from service.endpoints.information import InformationEndpoints
 from service.endpoints.latent_tools import EDIT, NEIGHBOURS, LatentEndpoints
+from service.endpoints.open_inference.endpoints import OpenInferenceEndpoints
+from service.endpoints.open_inference.schemas import (
+    InferenceAnswer,
+    InferenceBody,
+    InferenceError,
+    ModelMetadata,
+    ModelReady,
+    ServerLive,
+    ServerMetadata,
+    ServerReady,
+)
 from service.endpoints.peers import PeersEndpoint
 from service.endpoints.pipeline import RequestSpec
 from service.endpoints.remote_write import RemoteWriteEndpoint
 from service.errors import PROBLEM_JSON
+from service.http.open_inference import INFER, INFER_VERSION, is_protocol_path
 from service.http.request import request_of
 from service.schemas import (
     AnomalyAnswer,
@@ -64,6 +76,8 @@ SUPPORT_ERRORS = (*MODEL_ERRORS, 409)  # of endpoints that not every model suppo
 WRITE_ERRORS = (408, 413, 415, 422, 500, 503)
 LOOKUP_ERRORS = (404, 503)
 PEERS_ERRORS = (*LOOKUP_ERRORS, 409, 422)
+INFER_ERRORS = (404, 408, 409, 413, 415, 422, 429, 500, 503, 504)
+FIND_ERRORS = (404, 409, 503)
 KEY_ERRORS = (401, 403, 429)  # of routes that need an API key
 SECURITY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "an API key that `elbo key add` has made"},
@@ -85,6 +99,27 @@ REFERENCE_PARAMETER = {
     "required": True,
     "schema": {"type": "string"},
     "description": "`name` (its newest version) or `name@version`; GET /models lists the names",
+}
+MODEL_NAME_PARAMETER = {
+    "name": "name",
+    "in": "path",
+    "required": True,
+    "schema": {"type": "string"},
+    "description": "`NAME`, `NAME:decode` or `NAME:sample`, for a name that GET /models lists",
+}
+VERSION_PARAMETER = {
+    "name": "version",
+    "in": "path",
+    "required": True,
+    "schema": {"type": "string"},
+    "description": "the version of the model",
+}
+JSON_LENGTH_HEADER = {
+    "name": "Inference-Header-Content-Length",
+    "in": "header",
+    "required": False,
+    "schema": {"type": "integer", "minimum": 1},
+    "description": "number of bytes of the JSON object, if binary numbers follow it in the body",
 }
 COMPRESSION_HEADER = {  # of remote write
     "name": "Content-Encoding",
@@ -110,6 +145,7 @@ class Endpoint:
         spec: the request that an endpoint accepts; None for an endpoint that does not run a model.
         reads: media types of the request body, for an endpoint whose request body has no schema.
         query: schema of the options in the query of an endpoint without a body.
+        body: schema of a JSON request body, for an endpoint of the Open Inference Protocol that reads one.
     """
 
     path: str
@@ -120,11 +156,12 @@ class Endpoint:
     spec: RequestSpec[Any, Any] | None = None
     reads: tuple[str, ...] = ()
     query: type[Body] | None = None
+    body: type[BaseModel] | None = None
 
     @property
     def method(self) -> str:
         """Return POST for an endpoint that reads a body, otherwise GET."""
-        return "POST" if self.spec or self.reads else "GET"
+        return "POST" if self.spec or self.reads or self.body else "GET"
 
 
 def endpoints(service: ServiceContext, receiver: RemoteWriteEndpoint) -> list[Endpoint]:
@@ -156,6 +193,23 @@ def endpoints(service: ServiceContext, receiver: RemoteWriteEndpoint) -> list[En
         Endpoint("/metrics", inform.metrics, media_type="text/plain"),
         Endpoint("/", inform.page, media_type="text/html"),
         Endpoint("/docs", inform.docs, media_type="text/html"),
+        *_open_inference_endpoints(OpenInferenceEndpoints(service, infer)),
+    ]
+
+
+def _open_inference_endpoints(protocol: OpenInferenceEndpoints) -> list[Endpoint]:
+    model = "/v2/models/{name}"
+    version = f"{model}/versions/{{version}}"
+    return [
+        Endpoint("/v2", protocol.server_metadata, response=ServerMetadata),
+        Endpoint("/v2/health/live", protocol.server_live, response=ServerLive),
+        Endpoint("/v2/health/ready", protocol.server_ready, (503,), ServerReady),
+        Endpoint(model, protocol.model_metadata, FIND_ERRORS, ModelMetadata),
+        Endpoint(version, protocol.version_metadata, FIND_ERRORS, ModelMetadata),
+        Endpoint(f"{model}/ready", protocol.model_ready, FIND_ERRORS, ModelReady),
+        Endpoint(f"{version}/ready", protocol.version_ready, FIND_ERRORS, ModelReady),
+        Endpoint(INFER, protocol.infer, INFER_ERRORS, InferenceAnswer, body=InferenceBody),
+        Endpoint(INFER_VERSION, protocol.infer_version, INFER_ERRORS, InferenceAnswer, body=InferenceBody),
     ]
 
 
@@ -166,7 +220,7 @@ def handlers(found: Iterable[Endpoint]) -> dict[str, Handler]:
 
 def admission_paths(found: Iterable[Endpoint]) -> frozenset[str]:
     """Return the paths under admission control. Remote write is exempt, because refused samples would be lost."""
-    return frozenset(endpoint.path for endpoint in found if endpoint.spec)
+    return frozenset(endpoint.path for endpoint in found if endpoint.spec or endpoint.body)
 
 
 def register(app: FastAPI, found: Iterable[Endpoint], has_keys: bool) -> None:
@@ -194,10 +248,16 @@ def register(app: FastAPI, found: Iterable[Endpoint], has_keys: bool) -> None:
             },
             summary=(endpoint.handler.__doc__ or "").partition("\n")[0],
             description=getdoc(endpoint.handler),
-            tags=["models" if endpoint.method == "POST" else "service"],
+            tags=[_tag(endpoint)],
             name=endpoint.handler.__name__,
             operation_id=endpoint.handler.__name__,
         )
+
+
+def _tag(endpoint: Endpoint) -> str:
+    if is_protocol_path(endpoint.path):
+        return "open inference protocol"
+    return "models" if endpoint.method == "POST" else "service"
 
 
 async def _documented_only() -> None:
@@ -223,10 +283,12 @@ def _security(endpoint: Endpoint) -> dict[str, Any]:
 
 def _responses(endpoint: Endpoint, has_keys: bool) -> dict[int | str, dict[str, Any]]:
     """Return the OpenAPI responses by status."""
-    problem = {"schema": {"$ref": "#/components/schemas/Problem"}}
+    problem = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    if is_protocol_path(endpoint.path):
+        problem = {JSON: {"schema": {"$ref": "#/components/schemas/InferenceError"}}}
     statuses = {*endpoint.errors, *(KEY_ERRORS if has_keys and ROUTES[endpoint.path] is not OPEN else ())}
     errors: dict[int | str, dict[str, Any]] = {
-        status: {"description": "an error", "content": {PROBLEM_JSON: problem}} for status in sorted(statuses)
+        status: {"description": "an error", "content": problem} for status in sorted(statuses)
     }
     if endpoint.reads:
         return {204: {"description": "the samples are accepted"}, **errors}
@@ -236,6 +298,8 @@ def _responses(endpoint: Endpoint, has_keys: bool) -> dict[int | str, dict[str, 
         success["model"] = endpoint.response
     else:
         success["content"][endpoint.media_type] = TEXT
+    if endpoint.body:
+        success["content"][open_inference.BINARY] = BINARY
     if endpoint.spec:
         if not endpoint.spec.json_output:
             binary_formats = (IMAGE_FORMATS if endpoint.spec.png_output else ARRAY_FORMATS)[1:]  # without JSON
@@ -254,6 +318,9 @@ def _request_body(endpoint: Endpoint) -> dict[str, Any]:
     """Return the OpenAPI request body of a POST endpoint; nothing for a GET endpoint."""
     if endpoint.reads:
         return {"requestBody": {"required": True, "content": dict.fromkeys(endpoint.reads, BINARY)}}
+    if endpoint.body:
+        json_body = {"schema": {"$ref": f"#/components/schemas/{endpoint.body.__name__}"}}
+        return {"requestBody": {"required": True, "content": {JSON: json_body, open_inference.BINARY: BINARY}}}
     spec = endpoint.spec
     if spec is None:
         return {}
@@ -274,6 +341,10 @@ def _parameters(endpoint: Endpoint) -> list[dict[str, Any]]:
         return [MODEL_PARAMETER, *_query_options(endpoint.spec.schema)]
     if endpoint.reads:
         return [COMPRESSION_HEADER]
+    if is_protocol_path(endpoint.path):
+        named = {"name": MODEL_NAME_PARAMETER, "version": VERSION_PARAMETER}
+        in_path = [parameter for name, parameter in named.items() if f"{{{name}}}" in endpoint.path]
+        return [*in_path, JSON_LENGTH_HEADER] if endpoint.body else in_path
     options = _query_options(endpoint.query) if endpoint.query else []
     return [REFERENCE_PARAMETER, *options] if "{reference}" in endpoint.path else options
 
@@ -317,4 +388,4 @@ def state_row_limit(document: dict[str, Any], found: Iterable[Endpoint], max_row
 
 def components() -> list[type[BaseModel]]:
     """Return the schemas that the OpenAPI document needs but FastAPI cannot find in the signatures of the handlers."""
-    return [Problem, *EXAMPLES]
+    return [Problem, InferenceError, InferenceBody, *EXAMPLES]

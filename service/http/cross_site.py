@@ -4,7 +4,8 @@
   read the responses. The Host header of its requests contains the page's own name, so `AllowedHosts` can refuse them.
 - A page can send a body without a Content-Type, or of type text/plain: the browser does not first ask the server
   whether it may. `read_fields` refuses a body without a Content-Type. `check_origin` refuses text/plain from pages of
-  other sites only, because Telegraf sends this type, too.
+  other sites only, because Telegraf sends this type, too. For the same reason, requests for inference of the Open
+  Inference Protocol may lack a Content-Type only if they have no Origin: Triton's client sends none.
 """
 
 import re

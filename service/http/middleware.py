@@ -12,6 +12,7 @@ from service.access.scopes import OPEN, scope_of
 from service.errors import BadRequest, ClientGone, InternalError, ServiceError
 from service.http.admission import TICKET, AdmissionControl
 from service.http.cross_site import AllowedHosts, check_origin
+from service.http.open_inference import infer_route
 from service.http.request import BodyLimits, HttpResponse, RequestContext, scope_with_request
 from service.monitoring.logs import AccessLog, logged_path
 from service.monitoring.metrics import Metrics
@@ -29,7 +30,7 @@ class RequestMiddleware:
 
     Args:
         app: the application that handles all requests without an entry in `handlers`.
-        handlers: the handlers of POST requests by path.
+        handlers: the handlers of POST requests by path, or by route for requests of the Open Inference Protocol.
         metrics: counts the requests.
         access: logs the requests.
         limits: limits on request bodies.
@@ -72,10 +73,15 @@ class RequestMiddleware:
         ticket = scope.get(TICKET) or self._admission.ticket()  # only `Protocol` adds a ticket to the scope
         request = RequestContext(scope, receive, send, self._limits, ticket)
         path = scope["path"].removeprefix(scope.get("root_path", ""))  # root_path: prefix at which the app is mounted
-        handler = self._handlers.get(path) if scope["method"] == "POST" else None
+        handler, route = None, path
+        if scope["method"] == "POST":
+            handler = self._handlers.get(path)
+            if handler is None:
+                route = infer_route(path)
+                handler = self._handlers.get(route)
         try:
             if handler:
-                request.record.endpoint = path
+                request.record.endpoint = route
             self._check(request, path)
             if handler:
                 await request.respond(await _respond(handler, request))

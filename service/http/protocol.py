@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from service.codec.response_body import stream_media_type
 from service.http.admission import TICKET, AdmissionControl, Refusal, Ticket
 from service.http.lingering import LingeringTransport
+from service.http.open_inference import infer_route
 from service.http.refusal import HeadRefusal
 from service.http.unread import SLOW_AFTER_SECONDS, SMALL_RESPONSE
 
@@ -568,7 +569,7 @@ class Protocol(HttpToolsProtocol):
         return b"".join([*lines, b"\r\n"])
 
     def _is_controlled(self, path: str) -> bool:
-        return path in self._paths and self.parser.get_method() == b"POST"
+        return (path in self._paths or infer_route(path) in self._paths) and self.parser.get_method() == b"POST"
 
     def _may_refuse(self) -> bool:
         """Return whether the request is under admission control and the refusal can be written now.

@@ -11,16 +11,13 @@ from starlette.types import Scope
 from service.access.control import AccessControl
 from service.access.scopes import scope_of
 from service.errors import PROBLEM_JSON, BadRequest, Forbidden, Overloaded, Unauthorized
+from service.http import open_inference
 from service.http.admission import Refusal
 from service.http.request import Header, new_record
 from service.monitoring.logs import AccessLog
 from service.monitoring.metrics import Metrics
 
-_HEAD = (
-    b"HTTP/1.1 429 Too Many Requests\r\n"
-    b"content-type: " + PROBLEM_JSON.encode() + b"\r\n"
-    b"retry-after: %d\r\n"
-)  # fmt: skip
+_HEAD = b"HTTP/1.1 429 Too Many Requests\r\ncontent-type: %b\r\nretry-after: %d\r\n"
 _REQUEST_HEADERS = b"x-request-id: %b\r\ncontent-length: %d\r\n\r\n"
 
 
@@ -55,18 +52,23 @@ class HeadRefusal:
         """
         headers_by_name = dict(reversed(scope["headers"]))
         record = new_record(scope, headers_by_name)
-        record.endpoint = scope["path"].removeprefix(self._root_path)
+        path = scope["path"].removeprefix(self._root_path)
+        record.endpoint = open_inference.infer_route(path)
         if self._keys:
             try:
                 key = self._keys.find(headers_by_name)
-                key.require(scope_of(record.endpoint))
+                key.require(scope_of(path))
             except (BadRequest, Unauthorized, Forbidden):
                 return None
             record.key = key.name
         record.status = Overloaded.status
         record.problem = Overloaded.code
-        head, body_start, body_end = _template(refusal)
-        request_id = orjson.dumps(record.request_id)
+        if open_inference.is_protocol_path(path):
+            head, body_start, body_end = _protocol_template(refusal)
+            request_id = b""
+        else:
+            head, body_start, body_end = _template(refusal)
+            request_id = orjson.dumps(record.request_id)
         length = len(body_start) + len(request_id) + len(body_end)
         headers = [b"%b: %b\r\n" % header for header in default_headers]
         headers.append(_REQUEST_HEADERS % (record.request_id.encode(), length))
@@ -80,4 +82,11 @@ class HeadRefusal:
 def _template(refusal: Refusal) -> tuple[bytes, bytes, bytes]:
     """Return the head of the response, the body up to the request id, and the body after the request id."""
     body_start, body_end = orjson.dumps(refusal.error().problem("<id>")).split(b'"<id>"')
-    return _HEAD % refusal.retry_after, body_start, body_end
+    return _HEAD % (PROBLEM_JSON.encode(), refusal.retry_after), body_start, body_end
+
+
+@lru_cache(maxsize=256)
+def _protocol_template(refusal: Refusal) -> tuple[bytes, bytes, bytes]:
+    """Return the same for a request of the Open Inference Protocol, whose errors have no request id."""
+    head = _HEAD % (open_inference.ERROR_MEDIA_TYPE.encode(), refusal.retry_after)
+    return head, open_inference.error_body(refusal.error()), b""

@@ -16,7 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 from service.access.control import GrantedKey
 from service.codec.budget import ROW_BYTES, Budget
 from service.errors import PROBLEM_JSON, BodyTooLarge, BodyTooSlow, ClientGone, InvalidField, ServiceError
-from service.http import security_headers
+from service.http import open_inference, security_headers
 from service.http.admission import Ticket
 from service.http.unread import SMALL_RESPONSE
 from service.monitoring.request_record import RequestRecord
@@ -299,11 +299,15 @@ class RequestContext:
             raise ClientGone(f"the client read nothing of the response for {self._limits.seconds:g} s") from None
 
     async def respond_with_error(self, error: ServiceError) -> None:
-        """Send `error` as application/problem+json."""
+        """Send `error` as application/problem+json, or as the Open Inference Protocol demands on its paths."""
         headers = as_headers(error.headers)
-        content = orjson.dumps(error.problem(self.record.request_id))
+        path = self.scope["path"].removeprefix(self.scope.get("root_path", ""))
+        if open_inference.is_protocol_path(path):
+            content, media_type = open_inference.error_body(error), open_inference.ERROR_MEDIA_TYPE
+        else:
+            content, media_type = orjson.dumps(error.problem(self.record.request_id)), PROBLEM_JSON
         complete = tuple(security_headers.complete(headers))
-        await self.respond(HttpResponse(content, PROBLEM_JSON.encode(), complete, error.status))
+        await self.respond(HttpResponse(content, media_type.encode(), complete, error.status))
 
     def finish(self) -> None:
         """Record the total time, and release the ticket.

@@ -106,6 +106,22 @@ def _mutate_keys(value: dict[str, Any], random: Random) -> dict[str, Any]:
     return changed if random.random() < 0.5 else changed | {random.choice((key.upper(), *EXTREME_TEXTS)): value[key]}
 
 
+def mutate_inference(data: bytes, random: Random) -> bytes:
+    """Change the JSON object, its stated length or the binary numbers of a request of the Open Inference Protocol."""
+    stated, _, body = data.partition(b"\n")
+    length = int(stated) if stated.isdigit() else len(body)
+    head, numbers = body[:length], body[length:]
+    change = random.randrange(10)
+    if change < 6:
+        head = mutate_json(head, random)
+        stated = b"%d" % len(head) if stated else b""
+    elif change < 8:
+        numbers = mutate_bytes(numbers, random)
+    else:
+        stated = random.choice((b"", b"0", b"-1", b"%d" % (length + 1), b"%d" % (length - 1), b"9" * 30, b"\xb2"))
+    return _limit(stated + b"\n" + head + numbers)
+
+
 def mutate_lines(mutate_line: Mutate) -> Mutate:
     """Return a function that changes, repeats, empties or joins lines."""
 

@@ -20,7 +20,7 @@ from models.errors import ArtifactError, ElboError
 from models.inspection import inspect_artifact
 from models.onnx_check import check_twin
 from models.pickle_check import check_operations, check_pickle
-from service.codec import ndjson, npy, remote_write, safetensors
+from service.codec import ndjson, npy, open_inference, remote_write, safetensors
 from service.codec.budget import Budget
 from service.codec.compression import decompress_gzip
 from service.codec.feature_names import FeatureSelectors
@@ -28,12 +28,14 @@ from service.codec.pictures import PictureRow
 from service.codec.request_body import read_fields
 from service.codec.row_schema import RowSchema
 from service.endpoints.inference import ANOMALY, ENCODE
+from service.endpoints.open_inference.endpoints import read_for_model
+from service.endpoints.open_inference.models import ProtocolModel
 from service.endpoints.query_options import read_options
 from service.endpoints.validation import merge, validate
 from service.errors import ServiceError
 from service.inference.served_model import ServedModel
 from tests.fuzz import mutations
-from tests.fuzz.oracle import MAX_BODY_BYTES, Target
+from tests.fuzz.oracle import MAX_BODY_BYTES, MAX_ROWS, Target
 from tests.models.publishing import pca_artifacts
 from tests.service.hosts import HOST_FEATURES, JSON, NDJSON, as_inputs, as_ndjson, host_records, host_rows
 
@@ -48,11 +50,19 @@ def _served() -> ServedModel:
     """Return what readers ask of a model of four features: its names, units and shape. No reader runs the model."""
     schema = RowSchema((4,), HOST_FEATURES, medians=(0.0,) * 4, units=UNITS)
     selectors = FeatureSelectors({name: name for name in HOST_FEATURES})
-    without_times = SimpleNamespace(timeline=None)
+    without_times = SimpleNamespace(
+        timeline=None, window=None, policy=None, width=4, latents=2, parts=["t2"], only_reconstructs=False
+    )
     return cast(
         ServedModel,
         SimpleNamespace(
-            row_schema=schema, window_schema=None, selectors=selectors, manifest=without_times, conditions=None
+            name="hosts",
+            row_schema=schema,
+            window_schema=None,
+            selectors=selectors,
+            manifest=without_times,
+            conditions=None,
+            default_alpha=None,
         ),
     )
 
@@ -85,6 +95,29 @@ def _read_series(body: bytes, budget: Budget) -> None:
     reader = remote_write.SeriesReader(body, MAX_BODY_BYTES, budget)
     while reader.has_more:
         reader.read()
+
+
+def _read_inference(body: bytes, budget: Budget) -> None:
+    """Read a request of the Open Inference Protocol: the length of its JSON object in one line, then its body."""
+    length, newline, content = body.partition(b"\n")
+    asked = open_inference.read_request(content, length if newline and length else None, budget)
+    read_for_model(ProtocolModel(_served(), ""), asked, MAX_ROWS, budget)
+
+
+def _inference_seeds() -> list[bytes]:
+    def request(count: int, *, is_binary: bool, **fields: Any) -> bytes:
+        x = np.array(host_rows(count), np.float32)
+        tensor: dict[str, Any] = {"name": "x", "shape": [count, 4], "datatype": "FP32"}
+        tensor |= {"parameters": {"binary_data_size": x.nbytes}} if is_binary else {"data": x.tolist()}
+        head = json.dumps({"inputs": [tensor], **fields}).encode()
+        return b"%d\n" % len(head) + head + (x.tobytes() if is_binary else b"")
+
+    wanted = [{"name": "score", "parameters": {"binary_data": True}}, {"name": "x_hat"}]
+    return [
+        request(3, is_binary=True, id="a", outputs=wanted, parameters={"alpha": 0.1, "timeout": 10**6}),
+        request(900, is_binary=True, parameters={"binary_data_output": True}),
+        *(b"\n" + request(count, is_binary=False).partition(b"\n")[2] for count in (3, 900)),
+    ]
 
 
 def _json_seeds(**options: object) -> list[bytes]:
@@ -252,6 +285,7 @@ TARGETS: dict[str, Target] = {
     **_of_request(safetensors.MEDIA_TYPE, _safetensors_seeds, mutations.mutate_safetensors, name="safetensors"),
     **_of_request("image/png", partial(_picture_seeds, "PNG"), mutations.mutate_png, name="png"),
     **_of_request("image/jpeg", partial(_picture_seeds, "JPEG"), mutations.mutate_jpeg, name="jpeg"),
+    "open-inference": Target(_read_inference, _inference_seeds, mutations.mutate_inference, ServiceError),
     "ndjson-stream": Target(_read_stream, _ndjson_seeds, _lines(_json), ServiceError),
     "remote-write": Target(_read_series, _series_seeds, mutations.mutate_snappy, ServiceError, may_be_small=False),
     "query": Target(_read_query, _query_seeds, mutations.mutate_query, ServiceError),

@@ -72,9 +72,9 @@ def api(generated: ModuleType, client: httpx.Client) -> Iterator[Any]:
         yield api
 
 
-def call(api: Any, tag: str, name: str, **arguments: Any) -> Any:
+def call(api: Any, tag: str, operation: str, /, **arguments: Any) -> Any:
     """Call an operation by its module in the generated package; return the response with its parsed content."""
-    module = importlib.import_module(f"{PACKAGE}.api.{tag}.{name}")
+    module = importlib.import_module(f"{PACKAGE}.api.{tag}.{operation}")
     return module.sync_detailed(client=api, **arguments)
 
 
@@ -87,6 +87,12 @@ def body(name: str, **fields: Any) -> Any:
 ROW = [0.5] * 64
 LATENTS = [0.1] * 16
 ENDS = {"start": {"input": ROW}, "end": {"latent": LATENTS}}
+PROTOCOL = "open_inference_protocol"  # the tag as the generator writes it
+INFERENCE = {
+    "inputs": [{"name": "x", "shape": [1, 64], "datatype": "FP32", "data": [ROW]}],
+    "outputs": [{"name": "mean"}, {"name": "score"}],
+    "parameters": {"observe": False},
+}
 # For each operation id: its tag, the schema of its JSON body ("" without one), the fields of this body, and the other
 # arguments of the call.
 CALLS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
@@ -104,6 +110,15 @@ CALLS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "held_out": ("service", "", {}, {"reference": "vae@1"}),
     "calibration": ("service", "", {}, {"reference": "vae"}),
     "card": ("service", "", {}, {"reference": "vae"}),
+    "infer": (PROTOCOL, "InferenceBody", INFERENCE, {"name": "vae"}),
+    "infer_version": (PROTOCOL, "InferenceBody", INFERENCE, {"name": "vae", "version": "1"}),
+    "server_metadata": (PROTOCOL, "", {}, {}),
+    "server_live": (PROTOCOL, "", {}, {}),
+    "server_ready": (PROTOCOL, "", {}, {}),
+    "model_metadata": (PROTOCOL, "", {}, {"name": "vae:decode"}),
+    "version_metadata": (PROTOCOL, "", {}, {"name": "vae", "version": "1"}),
+    "model_ready": (PROTOCOL, "", {}, {"name": "vae"}),
+    "version_ready": (PROTOCOL, "", {}, {"name": "vae", "version": "1"}),
     "livez": ("service", "", {}, {}),
     "readyz": ("service", "", {}, {}),
     "metrics": ("service", "", {}, {}),

@@ -23,7 +23,11 @@ def test_document_lists_every_endpoint(document: dict[str, Any]) -> None:
     of_model = {f"/models/{{reference}}/{name}" for name in ("held-out", "calibration", "card", "peers")}
     gets = of_model | {"/models", "/models/{reference}", "/livez", "/readyz", "/metrics", "/", "/docs"}
     others = {"/api/v1/write", "/backtest", "/feedback", "/edit", "/neighbours"}
-    assert set(document["paths"]) == {*POSTS, *gets, *others}
+    version = "/v2/models/{name}/versions/{version}"
+    protocol = {"/v2", "/v2/health/live", "/v2/health/ready"} | {
+        f"{model}{end}" for model in ("/v2/models/{name}", version) for end in ("", "/ready", "/infer")
+    }
+    assert set(document["paths"]) == {*POSTS, *gets, *others, *protocol}
     assert set(document["paths"]["/api/v1/write"]) == {"post"}
     for path in POSTS:
         assert list(document["paths"][path]) == ["post"]
@@ -118,10 +122,16 @@ def test_response_to_every_example_matches_the_schema(
 
 
 @pytest.mark.parametrize(
-    "path", ["/models", "/models/vae", "/models/vae/held-out", "/models/vae/calibration", "/livez", "/readyz"]
-)
+    "path",
+    [
+        "/models", "/models/vae", "/models/vae/held-out", "/models/vae/calibration", "/livez", "/readyz",
+        "/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/vae", "/v2/models/vae/ready",
+        "/v2/models/vae/versions/1", "/v2/models/vae/versions/1/ready",
+    ],
+)  # fmt: skip
 def test_get_response_matches_its_schema(client: httpx.Client, document: dict[str, Any], path: str) -> None:
-    template = path.replace("vae", "{reference}")
+    name = "{name}" if path.startswith("/v2") else "{reference}"
+    template = path.replace("vae", name).replace("versions/1", "versions/{version}")
     schema = document["paths"][template]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
     response = client.get(path)
     assert response.status_code == 200

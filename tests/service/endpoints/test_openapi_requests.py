@@ -26,7 +26,7 @@ from schemathesis.openapi import media_type
 from schemathesis.schemas import BaseSchema
 
 from service.app import create_app
-from service.codec import ndjson, npy, safetensors
+from service.codec import ndjson, npy, open_inference, safetensors
 from service.settings import Settings
 from tests.service.hosts import HOST_FEATURES
 from tests.service.running import running
@@ -55,6 +55,7 @@ RULES = (
     "before it starts",
     "no row has a time",  # which column has the times is an option
 )
+VALUES = {"model": ["hosts", "hosts@1"], "reference": ["hosts", "hosts@1"], "name": ["hosts"], "version": ["1"]}
 WIDTHS = {"inputs": len(HOST_FEATURES), "input": len(HOST_FEATURES), "latents": 2, "latent": 2}
 
 
@@ -127,13 +128,44 @@ def narrow(document: dict[str, Any], number: dict[str, Any]) -> dict[str, Any]:
         content = operations.get("post", {}).get("requestBody", {}).get("content", {})
         for name in [*content]:
             is_array = name in (npy.MEDIA_TYPE, safetensors.MEDIA_TYPE)
-            if name.startswith("image/") or (is_array and path == "/decode"):
+            if name.startswith("image/") or name == open_inference.BINARY or (is_array and path == "/decode"):
                 del content[name]
-        for operation in operations.values():
-            for parameter in operation.get("parameters", ()):
-                if parameter["name"] in ("model", "reference"):
-                    parameter["schema"] = {"enum": ["hosts", "hosts@1"]}
+        parameters = [one for operation in operations.values() for one in operation.get("parameters", ())]
+        for parameter in parameters:
+            if parameter["name"] in VALUES:
+                parameter["schema"] = {"enum": VALUES[parameter["name"]]}
+    narrow_protocol(document, number)
     return document
+
+
+def narrow_protocol(document: dict[str, Any], number: dict[str, Any]) -> None:
+    """Give the schemas of the Open Inference Protocol the names, the shape and the parameters of the model `hosts`.
+
+    The requests have no binary numbers, and so no length of the JSON object before these.
+    """
+    for path, operations in document["paths"].items():
+        if path.endswith("/infer"):
+            named = operations["post"]["parameters"]
+            operations["post"]["parameters"] = [each for each in named if each["in"] == "path"]
+    schemas = document["components"]["schemas"]
+    width = len(HOST_FEATURES)
+    tensor = schemas["InferenceInput"]
+    tensor["properties"] |= {
+        "name": {"const": "x"},
+        "shape": {"const": [1, width]},
+        "datatype": {"enum": ["FP16", "FP32", "INT32", "UINT8"]},
+        "data": {"type": "array", "items": number, "minItems": width, "maxItems": width},
+    }
+    tensor["required"] = ["name", "shape", "datatype", "data"]
+    schemas["RequestedOutput"]["properties"]["name"] = {"enum": ["x_hat", "mean", "std", "score", "p_value"]}
+    flag = {"type": ["boolean", "null"]}
+    flags = {"type": ["object", "null"], "properties": {"binary_data": flag}}
+    schemas["RequestedOutput"]["properties"]["parameters"] = flags
+    body = schemas["InferenceBody"]["properties"]
+    body["inputs"] |= {"minItems": 1, "maxItems": 1}
+    alpha = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+    options = {"alpha": alpha, "observe": flag, "binary_data_output": flag}
+    body["parameters"] = {"type": ["object", "null"], "properties": options, "additionalProperties": False}
 
 
 @pytest.fixture(scope="module")
