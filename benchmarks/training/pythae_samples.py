@@ -1,10 +1,11 @@
 """Train pythae's VAE with the networks of Elbo, and draw samples with pythae's samplers, for `samples.py`.
 
-`python benchmarks/training/pythae_samples.py IMAGES FOLDER DRAWS OPTIONS` loads the images x in the npz file IMAGES.
-OPTIONS are the options of Elbo's model, in JSON. The script writes the samples of each sampler to a file in FOLDER,
-with values from 0 to 255, and prints a line of JSON for each. All other output goes to standard error.
+`python benchmarks/training/pythae_samples.py IMAGES FOLDER DRAWS OPTIONS [--quick]` loads the images x [N, H, W] in the
+npz file IMAGES. OPTIONS are the options of Elbo's model, in JSON. The script writes DRAWS samples of each sampler to a
+file in FOLDER, with values from 0 to 255, and prints a line of JSON for each sampler. All other output goes to standard
+error. With --quick, it trains for two epochs and uses two samplers.
 
-pythae's loss is the sum of the KL term and the squared error, or the cross entropy if OPTIONS have a Bernoulli
+pythae's loss is the KL term plus half the squared error, or plus the cross entropy if OPTIONS have a Bernoulli
 likelihood. Its trainer keeps the model with the lowest held-out loss.
 """
 
@@ -39,7 +40,8 @@ from training.config import TrainConfig
 from training.fitting.architecture import build_decoder, build_encoder
 
 HELD_OUT_SHARE = 0.1
-STEPS = 3_000  # as many as Elbo's default for images
+STEPS = 3_000  # unless the options set the epochs: DEFAULT_STEPS of `training/fitting/trainer.py`
+LEARNING_RATE = 1e-3  # ten times pythae's default
 SAMPLERS = {
     "prior N(0, I)": (NormalSampler, None),
     "mixture of 10 Gaussians": (GaussianMixtureSampler, GaussianMixtureSamplerConfig(n_components=10)),
@@ -51,35 +53,41 @@ SAMPLERS = {
 
 
 class Encoder(BaseEncoder):  # type: ignore[misc] # pythae has no types
-    """Gives the mean and the log-variance of the latents."""
+    """An encoder for pythae, from layers that return the mean and the log-variance of the latents, [B, 2 K]."""
 
     def __init__(self, layers: nn.Sequential) -> None:
         super().__init__()
         self.layers = layers
 
     def forward(self, x: Tensor) -> Any:
-        """Encode images x [B, 1, H, W] or rows [B, D]."""
+        """Return the mean and the log-variance, each [B, K], of images x [B, 1, H, W] or rows x [B, D]."""
         mean, log_variance = self.layers(x.flatten(1)).chunk(2, dim=1)
         return ModelOutput(embedding=mean, log_covariance=log_variance)
 
 
 class Decoder(BaseDecoder):  # type: ignore[misc] # pythae has no types
-    """Gives images with values from 0 to 1."""
+    """A decoder for pythae, which returns images with values from 0 to 1.
+
+    Args:
+        layers: map latents [B, K] to images [B, D].
+        shape: the shape of an image.
+        logits: whether `layers` return logits of the values.
+    """
 
     def __init__(self, layers: nn.Sequential, shape: tuple[int, ...], *, logits: bool) -> None:
         super().__init__()
         self.layers, self.shape, self.logits = layers, shape, logits
 
     def forward(self, z: Tensor) -> Any:
-        """Decode latents z [B, K]."""
+        """Return the images that latents z [B, K] decode to, [B, *shape]."""
         x = self.layers(z)
         return ModelOutput(reconstruction=(torch.sigmoid(x) if self.logits else x).reshape(-1, *self.shape))
 
 
 def main() -> None:
-    """Train the model, draw the samples, and print where they are."""
+    """Train the model, draw the samples, and print a line of JSON per sampler: its name, the file and CPU minutes."""
     results = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what pythae prints goes to standard error
+    os.dup2(2, 1)  # from here on, pythae prints to standard error
     torch.set_num_threads(1)
     torch.manual_seed(0)
     source, folder, draws, options = sys.argv[1:5]
@@ -103,7 +111,7 @@ def main() -> None:
         num_epochs=2 if quick else epochs,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=1_000,
-        learning_rate=1e-3,
+        learning_rate=LEARNING_RATE,
     )
     started = process_time()
     BaseTrainer(model, *(BaseDataset(x, torch.zeros(len(x))) for x in (fit, held_out)), settings).train()

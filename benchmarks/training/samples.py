@@ -1,4 +1,4 @@
-"""Compare samples of Elbo's models with those of pythae's VAE: do they resemble real images, and do they copy any?
+"""Compare samples of Elbo's models with those of pythae's VAE: do they resemble real images, and are they copies?
 
     python benchmarks/training/samples.py                  # `make bench-train` also installs pythae
     python benchmarks/training/samples.py --data mnist     # at most an hour of one core for each model
@@ -7,15 +7,16 @@
 
 The digits are those of scikit-learn: half of them train the models, and the other half are the held-out rows. MNIST has
 60,000 training rows and 10,000 held-out rows. There are as many samples as held-out rows. Elbo's samples are those that
-/sample serves by default. pythae trains the same networks for as many epochs, and its samplers fit the latents of its
-VAE. pythae runs in a separate Python environment (`pythae_samples.py`).
+/sample serves by default. pythae trains the same networks on more of the training rows (90 %, Elbo 70 %) and for at
+least as many steps, and its samplers are fitted to the latents of its VAE. pythae runs in a separate Python environment
+(`pythae_samples.py`).
 
 The model map is a VAE with two latents, and conditional is a VAE that knows the class. The columns:
 
-- confident: the share of the samples of which a classifier, a convolutional network trained on the labels of the
-  training rows, is sure (probability above 0.9)
-- density and coverage: Naeem et al. 2020, k = 5, against the held-out rows, by the distances between pixels
-- asked for: of conditional models, the share of the samples in which the classifier finds the class that was asked for
+- confident: the share of the samples of which a classifier is sure (probability above 0.9). The classifier is a
+  convolutional network that was trained on the labels of the training rows
+- density and coverage: Naeem et al. 2020, k = 5, against the held-out rows, by distances between images in pixel space
+- asked for: the share of the samples that the classifier assigns to the class that was asked for (conditional models)
 - nearer than rows: p-value of the hypothesis that samples are no nearer to training rows than the reconstructions of
   held-out rows are; small if the model copies rows (Meehan, Chaudhuri & Dasgupta 2020). For pythae, the samples are
   compared with the held-out rows themselves.
@@ -60,7 +61,7 @@ from training.train import train
 
 SEED = 0
 NEAREST_AMONG = 20_000  # the nearest training row is sought among at most this many
-CLASSIFIER_STEPS = 4_000
+CLASSIFIER_STEPS = 4_000  # optimiser steps of the classifier
 Images = npt.NDArray[np.float32]
 
 CONV = {"network": "conv", "hidden": (32, 64), "dense": (256,), "likelihood": "bernoulli", "learning_rate": 3e-3}
@@ -88,19 +89,20 @@ class LabelledImages(NamedTuple):
 
     @property
     def rows(self) -> Images:
-        """The images as rows [N, D]."""
+        """The images as rows [N, D], with values from 0 to 255."""
         return self.x.reshape(len(self.x), -1).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Samples of a model, and what they are compared with.
+    """Samples of a model, and the reconstructions with which they are compared.
 
     Args:
         rows: samples [M, D], with values from 0 to 255.
         minutes: CPU minutes of training; None without training.
         asked: the class that each sample was drawn for, [M]; None for a model without conditions.
-        reconstructions: reconstructions of the held-out rows, [N, D]; None to compare with the held-out rows.
+        reconstructions: reconstructions of the held-out rows, [N, D]; None to compare with the held-out rows
+            themselves.
     """
 
     rows: Images
@@ -110,7 +112,11 @@ class Drawn:
 
 
 class Classifier(nn.Module):
-    """A convolutional network that tells the ten digits apart."""
+    """A convolutional network that classifies images [H, W] of the ten digits.
+
+    Args:
+        shape: H and W.
+    """
 
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__()
@@ -124,13 +130,13 @@ class Classifier(nn.Module):
         )
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Return the logits [N, 10] of rows [N, D]."""
+        """Return the logits [N, 10] of rows [N, D] with values from 0 to 255."""
         logits: Tensor = self.layers(rows.reshape(-1, 1, *self.shape) / 255.0)
         return logits
 
 
 def train_classifier(images: LabelledImages, steps: int) -> Classifier:
-    """Return a classifier that is trained on the labels of the images."""
+    """Return a classifier that is trained on the labels of the images, for `steps` optimiser steps."""
     torch.manual_seed(SEED)
     height, width = images.x.shape[1:]
     classifier = Classifier((height, width))
@@ -155,7 +161,7 @@ def classify(classifier: Classifier, rows: Images) -> tuple[npt.NDArray[np.int64
 
 
 def draw_with_elbo(options: dict[str, Any], images: LabelledImages, held_out: LabelledImages, *, quiet: bool) -> Drawn:
-    """Train a model with `options` of `elbo train`, and return samples as /sample serves them."""
+    """Train a model with `options` of `elbo train` on `images`, and return its samples as /sample serves them."""
     with tempfile.TemporaryDirectory() as folder:
         np.savez(source := Path(folder, "images.npz"), x=images.x, y=images.labels)
         config = TrainConfig.model_validate({"name": "samples", "seed": SEED} | options)
@@ -164,17 +170,17 @@ def draw_with_elbo(options: dict[str, Any], images: LabelledImages, held_out: La
         minutes = (process_time() - started) / 60.0
         model = artifact.load(path)
     conditions = model.manifest.conditions
-    condition, asked, known = None, None, held_out.rows
+    condition, asked, inputs = None, None, held_out.rows
     if conditions is not None:
         condition = draw_conditions(conditions, len(held_out.x), random_stream(SEED, SAMPLES))
         levels = np.array([int(level) for level in conditions.columns[0].levels])
         asked = levels[condition.argmax(dim=1).numpy()]
         one_hot = (held_out.labels[:, None] == levels).astype(np.float32)
-        known = np.concatenate((known, one_hot), axis=1)
+        inputs = np.concatenate((inputs, one_hot), axis=1)
     size = model.manifest.latents, model.manifest.width
     rows = draw_rows(model.module, len(held_out.x), size, condition, with_noise=False)
     with torch.inference_mode():
-        reconstructions = torch.cat([model.module(part) for part in torch.from_numpy(known).split(1_000)]).numpy()
+        reconstructions = torch.cat([model.module(part) for part in torch.from_numpy(inputs).split(1_000)]).numpy()
     return Drawn(rows, minutes, asked, reconstructions)
 
 
@@ -182,6 +188,13 @@ def draw_with_pythae(
     options: dict[str, Any], images: LabelledImages, held_out: LabelledImages, python: str, *, quick: bool
 ) -> Iterator[tuple[str, Drawn]]:
     """Train pythae's VAE with the networks of `options`, and yield the samples of each of its samplers.
+
+    Args:
+        options: the options of Elbo's VAE, as for `elbo train`.
+        images: the training rows.
+        held_out: the held-out rows. Only their number matters.
+        python: the interpreter of the environment with pythae.
+        quick: train only for two epochs, and use only two samplers.
 
     Raises:
         RuntimeError: pythae is missing or fails. The message gives the reason.
@@ -191,7 +204,7 @@ def draw_with_pythae(
         np.savez(source := Path(folder, "images.npz"), x=images.x)
         command = [python, script, str(source), folder, str(len(held_out.x)), json.dumps(options)]
         if not Path(python).exists():
-            raise RuntimeError(f"{python} does not exist: run make bench-train")
+            raise RuntimeError(f"{python} does not exist: run make bench-train, or give --peers")
         done = subprocess.run(
             command + ["--quick"] * quick,
             check=False,
@@ -212,13 +225,13 @@ class Judge:
     Args:
         images: the training rows.
         held_out: the rows with which samples are compared.
-        steps: steps for which the classifier is trained.
+        steps: optimiser steps of the classifier.
     """
 
     def __init__(self, images: LabelledImages, held_out: LabelledImages, steps: int) -> None:
         self._held_out = held_out
         self._classifier = train_classifier(images, steps)
-        self._near = np.random.RandomState(SEED).permutation(images.rows)[:NEAREST_AMONG].astype(np.float64)
+        self._training = np.random.RandomState(SEED).permutation(images.rows)[:NEAREST_AMONG].astype(np.float64)
         classes, sure = classify(self._classifier, held_out.rows)
         print(f"The classifier is right for {(classes == held_out.labels).mean():.2%} of the held-out rows.\n")
         print("| model | confident | density | coverage | asked for | nearer than rows | CPU minutes |")
@@ -236,7 +249,7 @@ class Judge:
         found = likeness(self._held_out.rows.astype(np.float64), rows.astype(np.float64))
         asked = "" if drawn.asked is None else f"{(classes == drawn.asked).mean():.1%}"
         real = self._held_out.rows if drawn.reconstructions is None else drawn.reconstructions
-        nearer = copy_p_value(*(nearest_distances(each.astype(np.float64), self._near) for each in (rows, real)))
+        nearer = copy_p_value(*(nearest_distances(each.astype(np.float64), self._training) for each in (rows, real)))
         confident = f"{(sure > CONFIDENT).mean():.3f}"
         print(
             f"| {title} | {confident} | {found.density:.2f} | {found.coverage:.3f} | {asked} | {nearer:.3f} "
@@ -272,12 +285,16 @@ def main() -> None:
         help="interpreter with pythae (default that of make bench-train)",
     )
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    images, held_out = load(options.data)
     models = MNIST if options.data == "mnist" else DIGITS
     chosen = {"pca", "conditional"} if options.smoke else set(models)
     if options.only:
         chosen = set(options.only)
+        if unknown := chosen - set(models):
+            parser.error(
+                f"--data {options.data} has no model {', '.join(unknown)}: expected some of {', '.join(models)}"
+            )
+    torch.set_num_threads(1)
+    images, held_out = load(options.data)
     print(describe_machine("torch"), end="\n\n")
     judge = Judge(images, held_out, 50 if options.smoke else CLASSIFIER_STEPS)
     for title, model in models.items():
