@@ -78,6 +78,14 @@ class Escape(StrEnum):
     backslash = "backslash"
 
 
+class ExportFormat(StrEnum):
+    """FORMATS of `training.exporting.export`, which this module does not import."""
+
+    ONNX = "onnx"
+    ONNX_PIPELINE = "onnx-pipeline"
+    PT2 = "pt2"
+
+
 class KeyScope(StrEnum):
     """The scopes of an API key, as in `service/access/scopes.py`."""
 
@@ -280,6 +288,7 @@ TrustedKeysOption = Annotated[
     ),
 ]
 DEFAULT_ARTIFACTS = Path("artifacts")
+DEFAULT_EXPORTS = Path("exports")
 
 
 @app.command(
@@ -1158,6 +1167,40 @@ def directions(
         typer.echo(f"{direction.label:{width}}  {direction.rows:>9,}  {direction.separation:.3f}")
     typer.echo(f"published {published.path.parents[1].name}@{published.path.parent.name}: {published.path}")
     _note_missing_signature(published.path)
+
+
+@app.command(epilog="Examples: elbo export hosts --format onnx-pipeline | elbo export hosts@3 --format pt2")
+def export(
+    name: Name,
+    format_: Annotated[
+        ExportFormat,
+        typer.Option(
+            "--format",
+            help="onnx-pipeline: one ONNX file from rows to scores and p-values. onnx: one ONNX file each for encode, "
+            "decode and score. pt2: what onnx-pipeline has, for torch.export.load",
+        ),
+    ] = ExportFormat.ONNX_PIPELINE,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="folder of the exported models")
+    ] = DEFAULT_EXPORTS,
+    artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
+    trusted_keys: TrustedKeysOption = None,
+) -> None:
+    """Export a model for ONNX Runtime, torch.export or Triton.
+
+    Writes FOLDER/NAME/VERSION/model.onnx (or model.pt2), and FOLDER/NAME/config.pbtxt for Triton, which loads FOLDER as
+    its model repository. Preprocessing is part of the exported model: it takes rows in raw units. The export fails if
+    an output differs from that of the artifact by more than 1e-5 (ONNX) or 1e-6 (pt2) of its size.
+    """
+    path = _artifact_path(name, artifacts)
+    from models.artifact import load_after_trial
+    from training.exporting.export import export
+
+    artifact = load_after_trial(path, keys=_trusted_keys(trusted_keys))
+    version = int(path.parent.name) if path.parent.name.isdigit() else 1
+    model = path.parents[1].name if path.parent.name.isdigit() else artifact.manifest.name
+    for file in export(artifact, model, version, format_, out):
+        typer.echo(f"exported {model}@{version}: {file}")
 
 
 def _write(path: Path, text: str) -> None:

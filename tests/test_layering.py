@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "training.adoption": (
         "models publishing evaluation reports fitting data config errors progress random_streams train"
     ),
+    "training.exporting": "models adoption errors",
     "training.train": "models publishing evaluation reports fitting data config errors progress",
     "training.__main__": "elbo.cli",
     "elbo.errors": "models.errors",

@@ -23,3 +23,9 @@ class AdoptionError(ElboError):
 
 class RowsMadeConstant(AdoptionError):
     """Python computed a number from the number of rows, and the tracer made it a constant."""
+
+
+class ExportError(ElboError):
+    """A model cannot be exported, or its export already exists."""
+
+    code = "export_failed"

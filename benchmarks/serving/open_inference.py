@@ -87,7 +87,9 @@ def main() -> None:
     """Train a model, start a server, and compare the two formats."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a few requests, to check that the benchmark works")
-    rounds = 20 if parser.parse_args().smoke else 4000
+    parser.add_argument("--rounds", type=int, default=2000, help="requests of each kind per table row (default 2000)")
+    options = parser.parse_args()
+    rounds = 20 if options.smoke else options.rounds
     with tempfile.TemporaryDirectory() as name:
         folder, port = Path(name), free_port()
         workload = create_workload(folder)

@@ -29,6 +29,11 @@ ON_NUMBERS: dict[str, Callable[..., Any]] = {
     "__range_length": lambda first, last, step: len(range(first, last, step)), "__derive_index":
     lambda index, first, step: first + index * step, "warn": lambda *_: None, "format": str.format,
 }  # fmt: skip
+ON_TENSORS: dict[str, Callable[..., Any]] = {
+    "size": lambda tensor, *axes: tensor.size(*axes) if axes else list(tensor.size()),
+    "dim": lambda tensor: tensor.dim(),
+    "broadcast_tensors": lambda tensors: list(torch.broadcast_tensors(*tensors)),
+}
 PRIMITIVES: dict[str, Callable[..., Any]] = {
     "ListConstruct": lambda *parts: list(parts), "TupleConstruct": lambda *parts: tuple(parts), "dtype":
     lambda tensor: tensor.dtype, "device": lambda tensor: tensor.device, "NumToTensor": lambda number: number,
@@ -57,17 +62,19 @@ class Interpreted(nn.Module):
         return self._runner("forward")(*inputs)
 
     def _runner(self, name: str) -> Callable[..., Any]:
-        def run(*inputs: Any) -> Any:
-            graph = getattr(self.script, name).inlined_graph
-            given = list(inputs)
-            expected = len(list(graph.inputs())) - 1
-            # The graph does not have the defaults of arguments. None is the most frequent one.
-            given += [None] * (expected - len(given))
-            names = [each.debugName() for each in graph.inputs()]
-            found = _run(graph, dict(zip(names, [self.script, *given], strict=True)))
-            return found[0] if len(found) == 1 else tuple(found)
+        return lambda *inputs: run_method(self.script, name, self.script, *inputs)
 
-        return run
+
+def run_method(script: torch.jit.ScriptModule, name: str, owner: Any, *inputs: Any) -> Any:
+    """Run a method of `script` in Python, with `owner` as the module whose weights and parts it uses."""
+    graph = getattr(script, name).inlined_graph
+    given = list(inputs)
+    expected = len(list(graph.inputs())) - 1
+    # The graph does not have the defaults of arguments. None is the most frequent one.
+    given += [None] * (expected - len(given))
+    names = [each.debugName() for each in graph.inputs()]
+    found = _run(graph, dict(zip(names, [owner, *given], strict=True)))
+    return found[0] if len(found) == 1 else tuple(found)
 
 
 def _run(block: Any, values: dict[str, Any]) -> list[Any]:
@@ -133,14 +140,13 @@ def _loop(node: Any, given: list[Any], values: dict[str, Any]) -> Sequence[Any]:
 def _call(node: Any, name: str, given: list[Any]) -> Any:
     """Call an operator by its name in Python, which the tracer follows."""
     first: Any = given[0] if given else None
-    if name == "size":
-        return first.size(*given[1:]) if len(given) > 1 else list(first.size())
+    if name in ON_TENSORS:
+        return ON_TENSORS[name](*given)
     if name == "len" and isinstance(first, Tensor):
         return first.size(0)
-    if name == "broadcast_tensors":
-        return list(torch.broadcast_tensors(*first))
-    if name == "dim":
-        return first.dim()
+    if name == "to" and isinstance(given[1], torch.dtype | int):
+        # torch.export cannot choose among the overloads of torch.ops.aten.to.
+        return first.to(TYPES[given[1]] if isinstance(given[1], int) else given[1])
     if name in ("Bool", "Int", "Float", "item", "ScalarImplicit", "IntImplicit") and isinstance(first, Tensor):
         _decided(node, first)
         return first  # the size of a tensor, of which the tracer makes a tensor
