@@ -282,6 +282,30 @@ class Chains(nn.Module):
         self.register_buffer("state_places", torch.arange(1, states) / states)  # [C KEPT_STEPS - 1]
 
 
+class ChainsFromRows(Chains):
+    """The tensors that the chains of `CompletingReconstruction` need.
+
+    Args:
+        chains: the tensors that all chains need.
+        candidates: reconstructions of normal rows in model units, with which chains may begin, [M, D].
+    """
+
+    candidates: Tensor
+
+    def __init__(self, chains: Chains, candidates: Tensor) -> None:
+        super().__init__(
+            chains.deviation,
+            chains.candidate_noise,
+            chains.candidate_choice,
+            chains.noise,
+            chains.row_noise,
+            chains.spread,
+            chains.low,
+            chains.high,
+        )
+        self.register_buffer("candidates", candidates)
+
+
 class CompletingNetwork(CompletingPipeline):
     """A pipeline of a VAE, an autoencoder or an ensemble that completes rows by Markov chains.
 
@@ -378,6 +402,10 @@ class CompletingNetwork(CompletingPipeline):
         rows = self.observation(x_hat, row_noise[:, width:])  # [B, D]
         return latents, torch.where(missing, x_hat, x), torch.where(missing, rows, x)
 
+    def candidates(self) -> Tensor:
+        """Return the decoded states with which chains may begin, in model units, [M, D]."""
+        return self.core.decode(self.prior(self.chains.candidate_noise, self.chains.candidate_choice))
+
     def _known(self, x: Tensor) -> Tensor:
         """Return x [B, D] in model units, with arbitrary numbers in place of missing values."""
         u: Tensor = self.scaling(torch.where(x.isnan(), torch.zeros_like(x), x))  # [B, D]
@@ -406,7 +434,7 @@ class CompletingNetwork(CompletingPipeline):
             x: rows [B, D], whose missing values are NaN.
         """
         known, u = 1.0 - x.isnan().to(x.dtype), self._known(x)  # [B, D], [B, D]
-        candidates = self.core.decode(self.prior(self.chains.candidate_noise, self.chains.candidate_choice))  # [M, D]
+        candidates = self.candidates()  # [M, D]
         weight = known / self.chains.deviation.square()  # [B, D]
         # The log-density of the known values given each candidate, without terms that are equal for all candidates of a
         # row, [B, M].
@@ -434,6 +462,46 @@ class CompletingNetwork(CompletingPipeline):
         return self.core.decode(z.flatten(0, 1)).reshape(rows.shape)
 
 
+class CompletingAdopted(CompletingNetwork):
+    """A pipeline of an adopted network that encodes and decodes, which completes rows like `CompletingNetwork`.
+
+    Its scaling need not be an affine map.
+    """
+
+    def impute(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Estimate the missing values of rows x [B, D], which are NaN. See `CompletingPipeline.impute`.
+
+        The standard deviation is half of the distance between one standard deviation above and below in model units.
+        """
+        missing = x.isnan()  # [B, D]
+        mean, deviation = self.estimate(x)  # [B, D], [B, D]
+        spread = self.chains.spread * deviation  # [B, D]
+        scaled = (self.scaling.inverse(mean + spread) - self.scaling.inverse(mean - spread)).abs() / 2.0  # [B, D]
+        first = self.scaling.inverse(mean + self.chains.low * deviation)  # [B, D]
+        last = self.scaling.inverse(mean + self.chains.high * deviation)  # [B, D]
+        return (
+            torch.where(missing, self.scaling.inverse(mean), x),
+            torch.where(missing, scaled, torch.zeros_like(scaled)),
+            torch.where(missing, torch.minimum(first, last), x),  # a scaling may reverse the order
+            torch.where(missing, torch.maximum(first, last), x),
+        )
+
+
+class CompletingReconstruction(CompletingAdopted):
+    """A pipeline of an adopted network that only reconstructs rows. Its chains begin with reconstructions of rows.
+
+    `chains` is a `ChainsFromRows`.
+    """
+
+    if TYPE_CHECKING:
+        chains: ChainsFromRows  # TorchScript cannot compile this annotation
+
+    def candidates(self) -> Tensor:
+        """Return the decoded states with which chains may begin, in model units, [M, D]."""
+        found: Tensor = self.chains.candidates
+        return found
+
+
 def _score_form(core: Core) -> tuple[Tensor, Tensor]:
     """Return `PCA.score_form` of `core`; placeholders [1] and [1, 1] if the matrix would be too large."""
     assert isinstance(core, PCA)
@@ -443,4 +511,6 @@ def _score_form(core: Core) -> tuple[Tensor, Tensor]:
 
 
 # The classes of pipelines that complete rows, by their names.
-COMPLETING: dict[str, type[Pipeline]] = {kind.__name__: kind for kind in (CompletingPCA, CompletingNetwork)}
+COMPLETING: dict[str, type[Pipeline]] = {
+    kind.__name__: kind for kind in (CompletingPCA, CompletingNetwork, CompletingAdopted, CompletingReconstruction)
+}

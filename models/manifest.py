@@ -300,6 +300,7 @@ class Adoption(_Frozen):
     spread: Literal["log_variance", "std"] | None = None  # what the encoder gives besides the mean
     scaler: str | None = None  # the class of the scaler; None if the model takes raw rows
     prior: Literal["fitted", "standard"] | None = None  # None if the model only reconstructs
+    without_completion: str | None = None  # why the model does not complete rows; None if it does
 
 
 class Golden(_Frozen):

@@ -104,7 +104,9 @@ def require_completion(served: ServedModel) -> None:
     elif served.scales_by_group:
         reason, hint = "sees rows in units of their group, but this request does not name a group", None
     elif served.manifest.adoption is not None:
-        reason, hint = "was trained elsewhere and adopted", "use a model that elbo train has trained"
+        why = served.manifest.adoption.without_completion
+        reason = "was adopted, " + (f"and {why}" if why else "by a release of Elbo that did not support this")
+        hint = "use a model that elbo train has trained" if why else "adopt it again with elbo adopt"
     else:
         reason = "comes from an earlier release of Elbo, or from a tool that does not support this"
         hint = "train the model again with elbo train"

@@ -4,9 +4,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.adopted import Adopted, AdoptedReconstruction
 from models.artifact import MAX_COMPLETED_VALUES
 from models.calibration import Calibration
-from models.completion import CANDIDATES, CHAINS, Chains, CompletingNetwork, CompletingPCA, CompletingPipeline
+from models.completion import (
+    CANDIDATES,
+    CHAINS,
+    Chains,
+    ChainsFromRows,
+    CompletingAdopted,
+    CompletingNetwork,
+    CompletingPCA,
+    CompletingPipeline,
+    CompletingReconstruction,
+)
 from models.core import Core
 from models.explanation import Explanation
 from models.gap_scores import GapScores, no_gap_scores
@@ -57,7 +68,17 @@ def with_completion(pipeline: Pipeline, held_out: Tensor, calibration: Tensor, s
     if isinstance(pipeline.core, PCA):
         completing = CompletingPCA(*parts).eval()
     else:
-        completing = network = CompletingNetwork(*parts, chains=_new_chains(pipeline, held_out, seed)).eval()
+        chains = _new_chains(pipeline, held_out, seed)
+        network: CompletingNetwork
+        if isinstance(pipeline.core, AdoptedReconstruction):
+            with torch.no_grad():
+                candidates = pipeline.core.encode(pipeline.scaling(held_out[:CANDIDATES]))[0]
+            network = CompletingReconstruction(*parts, chains=ChainsFromRows(chains, candidates)).eval()
+        elif isinstance(pipeline.core, Adopted):
+            network = CompletingAdopted(*parts, chains=chains).eval()
+        else:
+            network = CompletingNetwork(*parts, chains=chains).eval()
+        completing = network
         _calibrate(network, calibration[:CALIBRATED_ROWS], seed)
     # If calibration rows have missing values, `gap_scores` changes their scores. To keep these scores exchangeable with
     # those of new rows, `gap_scores` is then fitted to held-out rows.

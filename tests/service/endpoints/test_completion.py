@@ -161,7 +161,8 @@ def test_models_say_whether_they_complete_rows(hosts: httpx.Client, others: http
         for model in client.get("/models").json()["models"]
     }
     complete = {"hosts": True, "pca": True, "ae": True, "vae": True}
-    assert listed == complete | {"earlier": False, "window": False, "adopted": False}
+    incomplete = {"earlier": False, "window": False, "slow": False}
+    assert listed == complete | incomplete | {"adopted": True, "reconstructs": True}
 
 
 def test_more_rows_than_allowed_are_refused(hosts: httpx.Client) -> None:
@@ -173,9 +174,10 @@ def test_more_rows_than_allowed_are_refused(hosts: httpx.Client) -> None:
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """Yield a client of a server with three models that cannot complete rows.
+    """Yield a client of a server with three models that cannot complete rows, and two adopted models that can.
 
-    `earlier` is a model of an earlier release, `window` has a window, and `adopted` was trained elsewhere.
+    `earlier` is a model of an earlier release, `window` has a window, and `slow` is an adopted network that is too
+    slow for it. `reconstructs` has no latents.
     """
     root = tmp_path_factory.mktemp("others")
     complete = builders.pipeline("pca")
@@ -185,7 +187,14 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     publish_windowed(root, "pca", "window")
     encoder, decoder = torch.nn.Linear(builders.D, 2), torch.nn.Linear(2, builders.D)
     module = torch.nn.ModuleDict({"encoder": encoder, "decoder": decoder})
-    adopt(module, np.random.RandomState(0).normal(size=(60, builders.D)), name="adopted", artifacts=root)
+    rows, layer = np.random.RandomState(0).normal(size=(120, builders.D)), torch.nn.Linear(800, 800)
+    slow = torch.nn.Sequential(torch.nn.Linear(builders.D, 800), *[layer] * 24, torch.nn.Linear(800, 2))
+    for name, network in (
+        ("adopted", module),
+        ("reconstructs", torch.nn.Sequential(encoder, decoder)),
+        ("slow", torch.nn.ModuleDict({"encoder": slow, "decoder": decoder})),
+    ):
+        adopt(network, rows, name=name, artifacts=root, feature_names=names)
     with running(create_app(Settings(artifacts=root, default_model="earlier", log_level="warning"))) as client:
         yield client
 
@@ -195,9 +204,9 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     [
         ("earlier", "comes from an earlier release", "train the model again"),
         ("window", "judges windows", "without --window"),
-        ("adopted", "was trained elsewhere and adopted", "that elbo train has trained"),
+        ("slow", "was adopted, and the network is too slow", "that elbo train has trained"),
     ],
-    ids=["earlier", "window", "adopted"],
+    ids=["earlier", "window", "slow"],
 )
 @pytest.mark.parametrize(
     ("path", "body"), [("/impute", {"inputs": [[1.0, None]]}), ("/sample", {"given": {"x0": 1.0}})]
@@ -211,6 +220,20 @@ def test_model_that_cannot_complete_rows_says_what_to_do(
     assert reason in problem["detail"]
     assert hint in problem["hint"]
     assert others.post("/sample", json={"n": 2}, params={"model": model}).status_code == 200
+
+
+@pytest.mark.parametrize("model", ["adopted", "reconstructs"])
+def test_adopted_model_completes_rows_and_scores_rows_with_missing_values(others: httpx.Client, model: str) -> None:
+    rows: list[list[float | None]] = np.random.RandomState(1).normal(size=(3, builders.D)).tolist()
+    rows[1][0] = rows[2][builders.D - 1] = None
+    answer = post(others, "/impute", {"inputs": rows}, params={"model": model})
+    assert answer["imputed"] == 2
+    low, high = np.array(answer["low"]), np.array(answer["high"])
+    assert (low[1, 0] < high[1, 0], low[2, -1] < high[2, -1]) == (True, True)
+    records = [{f"x{i}": value for i, value in enumerate(row) if value is not None} for row in rows]
+    verdicts = post(others, "/anomaly", {"records": records}, params={"model": model})
+    assert len(verdicts["results"]) == 3
+    assert verdicts["errors"] == []
 
 
 def test_samples_near_a_row_scatter_around_its_latents_by_spread(hosts: httpx.Client) -> None:
