@@ -19,6 +19,7 @@ from training.adoption import adopt as adoption
 from training.adoption.estimators import is_estimator, module_of, split_pipeline
 from training.adoption.files import read_module
 from training.adoption.inspection import Named, Spread
+from training.adoption.scalers import require_same_columns
 from training.adoption.statistics import PriorOption
 from training.data.readers import InMemory
 from training.data.table import read_table
@@ -84,6 +85,9 @@ def adopt(
     """
     rows, names = _rows(calibration_rows, None)
     others = None if fit_rows is None else _rows(fit_rows, names)[0]
+    feature_names = names if feature_names is None else feature_names
+    for fitted in (scaler, module):
+        require_same_columns(fitted, feature_names)
     if isinstance(module, str | os.PathLike):
         module = read_module(os.fspath(module))
     elif is_estimator(module):
@@ -101,7 +105,7 @@ def adopt(
         scaler=scaler,
         prior=prior,
         shape=shape,
-        feature_names=names if feature_names is None else feature_names,
+        feature_names=feature_names,
         encode=encode,
         decode=decode,
         spread=spread,

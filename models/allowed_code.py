@@ -105,7 +105,7 @@ ADOPTED: dict[str, Rule] = {
     **_rules("max_pool1d max_pool2d avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d", 1),
     **_rules("constant_pad_nd reflection_pad1d reflection_pad2d", 1),
     # Parts and shapes of tensors.
-    **_rules("chunk unbind narrow t transpose movedim", 1, grows=False),
+    **_rules("unbind narrow t transpose movedim", 1, grows=False),
     **_rules("flip roll pixel_shuffle ones_like", 1),
     **_rules("expand repeat new_zeros new_ones new_full", 1),
 }

@@ -231,8 +231,16 @@ def record_golden(module: torch.jit.ScriptModule, x: Tensor, noise: Tensor, choi
     `load` later verifies that the module still gives the same outputs. If the model imputes missing values, x may
     contain NaN, which the manifest stores as null. Outputs that are all NaN, such as `log_weight` of an autoencoder,
     are omitted.
+
+    Raises:
+        ArtifactCorrupt: another output has values that are not finite, so no answer of the module could be verified.
     """
     computed = compute_outputs(module, x, noise, choice)
+    for name, output in computed.items():
+        if name != "log_weight" and not bool(output.isfinite().all()):
+            raise ArtifactCorrupt(
+                f"{name} of the module gives values that are not finite: check the rows and the weights"
+            )
     outputs = {name: output for name, output in computed.items() if not bool(output.isnan().all())}
     return Golden(
         inputs={"x": x.tolist(), "noise": noise.tolist(), "choice": choice.tolist()},

@@ -206,7 +206,7 @@ def test_scaler_of_a_frame_whose_columns_are_in_another_order_is_refused(
     scaler.feature_names_in_ = np.array(["memory", "cpu", "disk", "network", "errors"], object)
     joblib.dump(scaler, files.folder / "frame.joblib")
     code, _, err = files.adopt(capsys, *_network(files), "--scaler", str(files.folder / "frame.joblib"))
-    assert code == 2
+    assert code == 1
     assert "column 1 is 'memory' and 'cpu'" in err
 
 

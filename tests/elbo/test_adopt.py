@@ -69,6 +69,30 @@ def test_adopted_module_gives_its_numbers_and_alarms_with_the_names_of_a_frame(t
     assert model.sample(3, seed=1).shape == (3, 5)
 
 
+@pytest.mark.parametrize("kind", ["scaler", "estimator"])
+def test_frame_whose_columns_are_in_another_order_than_in_the_fit_of_scikit_learn_is_refused(
+    kind: str, tmp_path: Path
+) -> None:
+    titles = ["a [ms]", *NAMES[1:]]
+    frame = pd.DataFrame(NORMAL, columns=titles)
+    fitted = StandardScaler().fit(pd.DataFrame(FIT, columns=titles))
+    moved = frame[[titles[1], titles[0], *titles[2:]]]
+    module: Any = make_pipeline(StandardScaler(), PCA(2)).fit(pd.DataFrame(FIT, columns=titles))
+    scaler = None
+    if kind == "scaler":
+        module, scaler = nn.Sequential(nn.Linear(5, 2), nn.Linear(2, 5)), fitted
+        with torch.no_grad():  # the projection of scaled rows onto their principal components
+            axes = torch.from_numpy(PCA(2).fit(fitted.transform(pd.DataFrame(FIT, columns=titles))).components_).float()
+            for layer, weight in zip(module, (axes, axes.T), strict=True):
+                layer.weight.copy_(weight)
+                layer.bias.zero_()
+    with pytest.raises(AdoptionError, match=r"StandardScaler was fitted with other columns.*column 1 is 'a' and 'b'"):
+        elbo.adopt(module, moved, scaler=scaler, name="web", artifacts=tmp_path)
+    assert not list(tmp_path.rglob("model.pt"))
+    model = elbo.adopt(module, frame, scaler=scaler, name="web", artifacts=tmp_path)  # units are no part of a name
+    assert model.feature_names == NAMES
+
+
 @pytest.mark.parametrize("scaler", [StandardScaler(), RobustScaler()], ids=lambda scaler: type(scaler).__name__)
 def test_adopted_pipeline_of_scikit_learn_gives_its_transform_and_inverse_transform(
     scaler: Any, tmp_path: Path

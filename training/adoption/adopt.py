@@ -17,6 +17,8 @@ from models.keys import PrivateKey
 from models.manifest import FORMAT_VERSION, Adoption, CalibrationSize, Manifest, model_folder
 from models.pipeline import Pipeline
 from models.scaling import Scaling
+from training.adoption.arguments import setting
+from training.adoption.completing import with_completion_if_possible
 from training.adoption.copying import copy_module, weights_of
 from training.adoption.draws import without_noise
 from training.adoption.inspection import Functions, Named, Spread, inspect_module
@@ -169,18 +171,28 @@ def _adopt(
     functions = inspect_module(copied, module, inner, u, encode=named[0], decode=named[1], spread=spread)
     if functions.encode is None and prior is not None:
         raise AdoptionError(
-            "prior= is given, but the module has no encoder and decoder: leave prior= out, or name its functions with "
-            "encode= and decode="
+            f"{setting('prior')} is given, but the module has no encoder and decoder: leave {setting('prior')} out, or "
+            f"name its functions with {setting('encode')} and {setting('decode')}"
         )
     _check_precision(module, functions, u)
     network, notes = _compile(functions, module, inner, u, named, spread)
     report.stage("computing the score statistics")
     pipeline = build_pipeline(functions, network, scaling, data, prior, seed, trained_on_fit_rows=trained_on_fit_rows)
     _compare_with_module(pipeline, functions, rows, u)
+    report.stage("calibrating the estimates of missing values")
+    pipeline, without_completion = with_completion_if_possible(pipeline, data, seed)
+    if without_completion is not None:
+        notes = [
+            *notes,
+            f"the model does not complete rows, and replaces missing values by medians: {without_completion}",
+        ]
     notes = [*functions.notes, *notes]
     if functions.spread is not None:
         what = "the logarithm of the variance" if functions.spread == "log_variance" else "the standard deviation"
-        notes.append(f"the second result of the encoder is taken as {what} of the latents; if it is not, give spread=")
+        notes.append(
+            f"the second result of the encoder is taken as {what} of the latents; "
+            f"if it is not, give {setting('spread')}"
+        )
     for note in [*data.table.notes, *data.table.warnings, *notes]:
         report.note(note)
     has_codes = functions.encode is not None
@@ -190,6 +202,7 @@ def _adopt(
         spread=functions.spread,
         scaler=None if scaler is None else type(scaler).__name__,
         prior=None if not has_codes else "standard" if prior == "standard" else "fitted",
+        without_completion=without_completion,
     )
     warnings = _find_warnings(pipeline, data)
     for warning in warnings:
@@ -333,7 +346,12 @@ def _publish(
     random = np.random.RandomState(seed)
     noise = torch.from_numpy(random.standard_normal((len(rows), pipeline.prior.means.shape[1])).astype(np.float32))
     choice = torch.from_numpy(random.uniform(size=len(rows)).astype(np.float32))
-    golden = artifact.record_golden(module, rows, noise, choice)
+    try:
+        golden = artifact.record_golden(module, rows, noise, choice)
+    except ArtifactError as error:
+        raise AdoptionError(
+            f"the artifact of the module cannot be verified, so it is not published: {error}"
+        ) from error
     manifest = _manifest(adopted, name, golden, artifact.weights_sha256(pipeline))
     report.stage("exporting the ONNX twin")
     twin = _twin(pipeline, rows, report)

@@ -85,7 +85,9 @@ def _copy(module: nn.Module) -> nn.Module:
             if reference is not None and not isinstance(reference, nn.Module | Tensor | str | int | float | bool):
                 memo[id(reference)] = None
     try:
-        found: nn.Module = copy.deepcopy(module, memo)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 warns of its own .pt2 programs
+            found: nn.Module = copy.deepcopy(module, memo)
     except Exception:  # noqa: BLE001 - attributes of the user may raise anything; then only the modules are copied
         found = _copy_structure(module, {})
     return found

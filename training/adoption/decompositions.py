@@ -76,15 +76,118 @@ def attention(write: Writer, given: Mapping[str, Any], sizes: Shape, key_sizes: 
 
 def resize(write: Writer, name: str, given: Mapping[str, Any], sizes: Shape, target: Shape) -> Text:
     """Write an upsampling: each axis is multiplied by a matrix, which is the upsampled unit matrix."""
-    mode = "nearest-exact" if "exact" in name else "nearest" if "nearest" in name else "linear"
-    if "bicubic" in name or "3d" in name:
-        raise AdoptionError(f"uses {name}: expected nearest, linear or bilinear upsampling of one or two axes")
-    matrices = []
-    for size, result in zip(sizes[2:], target[2:], strict=True):
-        corners = {} if mode != "linear" else {"align_corners": bool(given.get("align_corners"))}
-        matrices.append(functional.interpolate(torch.eye(size)[None], size=result, mode=mode, **corners)[0])
-    found = write.call("matmul", given["input"] if "input" in given else given["self"], matrices[-1])
-    return found if len(matrices) == 1 else write.call("matmul", matrices[0].T.contiguous(), found)
+    mode = next((word for word in ("exact", "nearest", "cubic", "linear") if word in name), "")
+    axes = len(sizes) - 2
+    factors = given.get("scale_factors") or [given.get(key) for key in ("scales_d", "scales_h", "scales_w")[-axes:]]
+    factors = [given["scales"]] if "scales" in given else list(factors)
+    found = given["input"] if "input" in given else given["self"]
+    for axis, (size, result) in enumerate(zip(sizes[2:], target[2:], strict=True), start=2):
+        matrix = _resizing_matrix(mode, size, result, factors[axis - 2], bool(given.get("align_corners")))
+        if axis == len(sizes) - 1:
+            found = write.call("matmul", found, matrix)
+        elif axis == len(sizes) - 2:
+            found = write.call("matmul", matrix.T.contiguous(), found)
+        else:
+            last = write.call("matmul", write.call("transpose", found, axis, -1), matrix)
+            found = write.call("transpose", last, axis, -1)
+    return Text(found)
+
+
+def _resizing_matrix(mode: str, size: int, result: int, factor: float | None, corners: bool) -> Tensor:
+    """Return the matrix [size, result] by which an axis of `size` values is multiplied in order to resize it."""
+    kind = {"exact": "nearest-exact", "nearest": "nearest", "cubic": "bicubic", "linear": "bilinear"}[mode]
+    to: dict[str, Any] = {"size": (size, result)} if factor is None else {"scale_factor": (1.0, factor)}
+    if mode in ("cubic", "linear"):
+        to["align_corners"] = corners
+    return functional.interpolate(torch.eye(size)[None, None], mode=kind, **to)[0, 0]
+
+
+def pad(write: Writer, mode: str, given: Any, amounts: Sequence[int], sizes: Shape) -> Text:
+    """Write a padding with values of the tensor itself, axis by axis.
+
+    Args:
+        mode: replicate, circular or reflect.
+        given: the tensor.
+        amounts: the numbers of places to add, before and after, of the last axis, the axis before it, and so on.
+        sizes: the sizes of the tensor.
+    """
+    if min(amounts) < 0:
+        raise AdoptionError(f"pads by a negative number in the mode {mode}: cut the tensor with a slice instead")
+    for place, (before, after) in enumerate(zip(amounts[::2], amounts[1::2], strict=True)):
+        axis = len(sizes) - 1 - place
+        starts = _sources(mode, sizes[axis], before, after)
+        parts = [write.call("narrow", given, axis, start, 1) if start is not None else given for start in starts]
+        given = write.call("cat", parts, axis) if before or after else given
+    return Text(given)
+
+
+def _sources(mode: str, size: int, before: int, after: int) -> list[int | None]:
+    """Return the places of which a padded axis consists. None stands for the axis itself."""
+    if mode == "circular":
+        return [*range(size - before, size), None, *range(after)]
+    if mode == "reflect":
+        return [*range(before, 0, -1), None, *range(size - 2, size - 2 - after, -1)]
+    return [*[0] * before, None, *[size - 1] * after]
+
+
+def einsum(write: Writer, equation: str, tensors: Sequence[Any], shapes: Sequence[Sequence[int | None]]) -> Any:
+    """Write a sum over products of one or two tensors as a matrix product.
+
+    Args:
+        equation: such as "btf,fg->btg".
+        tensors: the tensors.
+        shapes: their shapes. None stands for a size that depends on the number of rows.
+    """
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    is_plain = all(len(set(term)) == len(term) for term in (*terms, out)) and equation.replace(" ", "").isascii()
+    if not arrow or "." in equation or len(terms) > 2 or not is_plain:
+        raise AdoptionError(
+            f"uses einsum with {equation!r}: expected one or two tensors, each index once in a tensor, and ->; "
+            "write it with torch.matmul and permute"
+        )
+    known: dict[str, int | None] = {}
+    for term, shape in zip(terms, shapes, strict=True):
+        known.update(zip(term, shape, strict=True))
+    summed = [_summed(write, *pair, (*terms, out)) for pair in zip(tensors, terms, strict=True)]
+    tensors, terms = [tensor for tensor, _ in summed], [term for _, term in summed]
+    if len(terms) == 1:
+        return _permuted(write, tensors[0], terms[0], out)
+    both = [index for index in terms[0] if index in terms[1]]
+    batch, inner = [index for index in both if index in out], [index for index in both if index not in out]
+    rows, columns = ([index for index in term if index not in both] for term in terms)
+    first = _grouped(write, tensors[0], terms[0], (*([index] for index in batch), rows, inner), known)
+    second = _grouped(write, tensors[1], terms[1], (*([index] for index in batch), inner, columns), known)
+    product = write.call("matmul", first, second)
+    order = "".join((*batch, *rows, *columns))
+    found = write.call("reshape", product, [_size(known, [index]) for index in order])
+    return _permuted(write, found, order, out)
+
+
+def _summed(write: Writer, tensor: Any, term: str, others: Sequence[str]) -> tuple[Any, str]:
+    """Return `tensor` summed over the indices that no other term has, and its remaining indices."""
+    alone = [place for place, index in enumerate(term) if sum(index in other for other in others) == 1]
+    if not alone:
+        return tensor, term
+    return write.call("sum", tensor, alone), "".join(index for place, index in enumerate(term) if place not in alone)
+
+
+def _grouped(
+    write: Writer, tensor: Any, term: str, groups: Sequence[Sequence[str]], known: Mapping[str, int | None]
+) -> Text:
+    """Return `tensor` with one axis for each group of its indices."""
+    order = "".join(index for group in groups for index in group)
+    return write.call("reshape", _permuted(write, tensor, term, order), [_size(known, group) for group in groups])
+
+
+def _permuted(write: Writer, tensor: Any, term: str, order: str) -> Any:
+    return tensor if term == order else write.call("permute", tensor, [term.index(index) for index in order])
+
+
+def _size(known: Mapping[str, int | None], group: Sequence[str]) -> int:
+    """Return the size of an axis for a group of indices; -1 if it depends on the number of rows."""
+    sizes = [known[index] for index in group]
+    return -1 if None in sizes else math.prod(size for size in sizes if size is not None)
 
 
 def recurrent(write: Writer, name: str, given: Mapping[str, Any], sizes: Shape) -> list[Text]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
+from training.adoption.arguments import setting
 from training.adoption.user_code import current_line, is_of_user
 from training.errors import AdoptionError
 
@@ -77,7 +78,8 @@ class WithoutNoise(TorchFunctionMode):
             name = getattr(func, "__name__", "an operator")
             raise AdoptionError(
                 f"{current_line()} draws random numbers ({name}), so the same row would get different results: leave "
-                "them out in evaluation mode (if self.training), or name functions without them (encode=, decode=)"
+                "them out in evaluation mode (if self.training), or name functions without them "
+                f"({setting('encode')}, {setting('decode')})"
             )
         if getattr(func, "__name__", "") in DROPOUTS:
             self._refuse_dropout(args, named)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import printable
+from training.adoption.arguments import argument, by_interface
 from training.adoption.estimators import is_estimator
 from training.adoption.onnx_network import DRAWS, OnnxNetwork, read_network
 from training.errors import AdoptionError, DataError
@@ -61,7 +62,7 @@ def read_module(
     if path.suffix == ".py":
         raise DataError(f"{path} is a Python file: name the function that builds the network, as in {path}:build")
     if weights is not None:
-        raise DataError(f"{path} has its own weights: leave --weights out, or give FILE.py:FUNCTION")
+        raise DataError(f"{path} has its own weights: leave {argument('weights')} out, or give FILE.py:FUNCTION")
     if path.suffix == ".onnx":
         return read_onnx(path, code)
     if path.suffix == ".pt2":
@@ -216,8 +217,13 @@ def _torch_load(path: Path, allow_pickle: bool) -> Any:
         if allow_pickle:
             raise DataError(f"{path} cannot be read: {_one_line(error)}") from error
         raise DataError(
-            f"{path} is a pickle of Python objects, which can run any code when it is read: give FILE.py:FUNCTION and "
-            "the weights that torch.save(module.state_dict(), …) writes; or, if you trust the file, --allow-pickle"
+            f"{path} is a pickle of Python objects, which can run any code when it is read: "
+            + by_interface(
+                "build the network and load the weights that torch.save(module.state_dict(), …) writes; or, if you "
+                "trust the file, load it with torch.load(…, weights_only=False), and give elbo.adopt the network",
+                "give FILE.py:FUNCTION and the weights that torch.save(module.state_dict(), …) writes; or, if you "
+                "trust the file, --allow-pickle",
+            )
         ) from error
     except Exception as error:
         raise DataError(f"{path} cannot be read: {type(error).__name__}: {_one_line(error)}") from error
@@ -238,7 +244,11 @@ def _read_torch(path: Path, allow_pickle: bool) -> nn.Module:
     found = _torch_load(path, allow_pickle)
     if not isinstance(found, nn.Module):
         raise DataError(
-            f"{path} has weights, but no network: give FILE.py:FUNCTION that builds the network, and --weights {path}"
+            f"{path} has weights, but no network: "
+            + by_interface(
+                "build the network, load the weights into it with load_state_dict, and give elbo.adopt the network",
+                f"give FILE.py:FUNCTION that builds the network, and --weights {path}",
+            )
         )
     return found
 
@@ -370,8 +380,8 @@ def _read_mean_and_scale(path: Path) -> tuple[Any, Any]:
 def _unpickled(path: Path, allow_pickle: bool, expected: str) -> Any:
     if not allow_pickle:
         raise DataError(
-            f"{path} is a pickle, which can run any code when it is read: if you trust the file, repeat the command "
-            "with --allow-pickle, or load it and give elbo.adopt the object"
+            f"{path} is a pickle, which can run any code when it is read: if you trust the file, "
+            + by_interface("load it, and give elbo.adopt the object", "repeat the command with --allow-pickle")
         )
     import joblib
 

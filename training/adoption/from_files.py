@@ -11,8 +11,10 @@ from torch import nn
 
 from models.keys import PrivateKey
 from training.adoption.adopt import adopt
+from training.adoption.arguments import argument, named_as_options
 from training.adoption.estimators import is_estimator, module_of, split_pipeline
 from training.adoption.files import read_module, read_scaler
+from training.adoption.scalers import differing_column, require_same_columns
 from training.data.layout import Layout
 from training.data.table import Table, read_table
 from training.errors import DataError
@@ -22,6 +24,7 @@ from training.publishing.compatibility import refuse_other_features
 Array = npt.NDArray[np.float32]
 
 
+@named_as_options()
 def adopt_files(
     source: str,
     calibrate: str,
@@ -89,7 +92,7 @@ def adopt_files(
     inner, module = _network(found)
     given = None if scaler is None else read_scaler(scaler)
     if given is not None and inner is not None:
-        raise DataError(f"{source} has a scaler of its own: leave --scaler out")
+        raise DataError(f"{source} has a scaler of its own: leave {argument('scaler')} out")
     given = inner if given is None else given
     report.stage("reading the rows")
     table = read(calibrate)
@@ -98,10 +101,10 @@ def adopt_files(
     other = None if fit_rows is None else read(fit_rows)
     if other is not None and other.names != table.names:
         raise DataError(
-            f"{fit_rows} and {calibrate} have different columns: {_differing(other.names, table.names)}; give tables "
-            "with the same columns in the same order"
+            f"{fit_rows} and {calibrate} have different columns: {differing_column(other.names, table.names)}; give "
+            "tables with the same columns in the same order"
         )
-    _require_same_columns(given, table)
+    require_same_columns(found if inner is not None or given is None else given, table.names)
     for note in [*table.notes, *table.warnings]:
         report.note(note)
     shape = shape or _shape(module, table)
@@ -140,26 +143,6 @@ def _shape(module: nn.Module, table: Table) -> Sequence[int] | None:
     if fixed and None not in fixed and math.prod(fixed) == table.x.width:
         return tuple(fixed)
     return table.shape if len(table.shape) > 1 else None
-
-
-def _require_same_columns(scaler: Any, table: Table) -> None:
-    """Raise DataError if the scaler was fitted with a frame whose columns are not those of the table."""
-    first = getattr(scaler, "steps", [("", scaler)])[0][1]  # the first step of a Pipeline has the names
-    names = getattr(first, "feature_names_in_", None)
-    if names is None or len(names) != len(table.names) or list(names) == table.names:
-        return
-    raise DataError(
-        f"the scaler was fitted with other columns than {table.source} has: {_differing(list(names), table.names)}; "
-        "give rows with the columns of the scaler, in its order"
-    )
-
-
-def _differing(first: Sequence[str], second: Sequence[str]) -> str:
-    """Return the first column in which two tables differ."""
-    for number, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return f"column {number + 1} is {one!r} and {other!r}"
-    return f"{len(first)} and {len(second)} columns"
 
 
 def _normal_rows(table: Table, report: Reporter, source: str) -> Array:

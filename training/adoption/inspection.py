@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from training.adoption.arguments import by_interface, setting
 from training.adoption.draws import without_noise
 from training.adoption.user_code import line_of_error
 from training.errors import AdoptionError
@@ -124,7 +125,7 @@ def inspect_module(
     """
     if (encode is None) != (decode is None):
         given, missing = ("encode", "decode") if decode is None else ("decode", "encode")
-        raise AdoptionError(f"{given}= is given without {missing}=: name both functions, or neither")
+        raise AdoptionError(f"{setting(given)} is given without {setting(missing)}: name both functions, or neither")
     source = type(original).__name__
     if encode is not None:
         pair = _function(encode, module, original, "encode"), _function(decode, module, original, "decode")
@@ -155,7 +156,7 @@ def _function(named: Named, module: nn.Module, original: nn.Module, argument: st
             owner = getattr(owner, name, None)
         if not callable(owner):
             raise AdoptionError(
-                f"{argument}={named!r}: {type(original).__name__} has no such method or part; it has the parts "
+                f"{setting(argument, named)}: {type(original).__name__} has no such method or part; it has the parts "
                 f"{', '.join(name for name, _ in module.named_children()) or 'none'}"
             )
         return lambda module, given: _at(module, named)(given)
@@ -166,15 +167,15 @@ def _function(named: Named, module: nn.Module, original: nn.Module, argument: st
         full = ".".join(part for part in (path, method) if part)
         return lambda module, given: (_at(module, full) if full else module)(given)
     if isinstance(named, nn.Module) or not callable(named):
-        raise AdoptionError(f"{argument}= is no part of the module: expected a name, a part, or a function")
+        raise AdoptionError(f"{setting(argument)} is no part of the module: expected a name, a part, or a function")
     try:
         count = len(inspect.signature(named).parameters)
     except (TypeError, ValueError):
         count = 2
     if count != 2:
         raise AdoptionError(
-            f"{argument}= is a function of {count} arguments: expected a function of the module and its inputs, such "
-            "as lambda module, x: module.embed(x)[0]"
+            f"{setting(argument)} is a function of {count} arguments: expected a function of the module and its "
+            "inputs, such as lambda module, x: module.embed(x)[0]"
         )
     return named
 
@@ -247,7 +248,10 @@ def _read_pair(found: Functions, rows: Tensor, spread: Spread | None) -> Functio
                 spread=None if spread_values is None else _spread_of(spread_values, spread),
             )
         read_reconstruction(found.decode(found.module, mean), None, found.width)  # raises the first reason again
-    raise AdoptionError("the decoder does not take what the encoder gives: name the functions with encode=, decode=")
+    raise AdoptionError(
+        "the decoder does not take what the encoder gives: name the functions with "
+        f"{setting('encode')} and {setting('decode')}"
+    )
 
 
 def _spread_of(values: Tensor, given: Spread | None) -> Spread:
@@ -255,7 +259,8 @@ def _spread_of(values: Tensor, given: Spread | None) -> Spread:
         return "log_variance" if bool((values < 0).any()) else "std"
     if given == "std" and bool((values < 0).any()):
         raise AdoptionError(
-            "spread='std', but encode returns negative values, which no standard deviation is: leave spread= out"
+            f"{setting('spread', 'std')}, but encode returns negative values, which no standard deviation is: leave "
+            f"{setting('spread')} out"
         )
     return given
 
@@ -282,8 +287,11 @@ def read_code(found: Any) -> tuple[Tensor, Tensor | None]:
             if len(tensors) == 3:  # the draw, which is the mean here, the mean, and the spread
                 return tensors[1], tensors[2]
     raise AdoptionError(
-        f"encode returns {_describe(found)}: expected a code, (mean, log_variance) or (mean, std); name a function "
-        "that returns one of these, such as encode=lambda module, x: module.encode(x)[0]"
+        f"encode returns {_describe(found)}: expected a code, (mean, log_variance) or (mean, std); "
+        + by_interface(
+            "name a function that returns one of these, such as encode=lambda module, x: module.encode(x)[0]",
+            "name a method that returns one of these with --encode",
+        )
     )
 
 
@@ -311,8 +319,10 @@ def read_reconstruction(found: Any, given: Tensor | None, width: int) -> tuple[T
         if tensors and all(value.dim() == 0 for value in tensors.values()):
             raise AdoptionError(
                 f"it returns {_describe(found)}, which is the loss: expected the reconstruction of each row; return it "
-                "too, or name the functions with encode= and decode="
+                f"too, or name the functions with {setting('encode')} and {setting('decode')}"
             )
+        if any(_is_copy(value, given) for value in tensors.values()):
+            raise AdoptionError("it returns its input: expected a reconstruction, which it computes from the input")
         raise AdoptionError(f"it returns {_describe(found)}: expected a reconstruction with {width} values per row")
     key = next((key for key in RECONSTRUCTION_KEYS if key in fits), next(iter(fits)))
     others = {
@@ -406,8 +416,8 @@ def _without_codes(
         raise AdoptionError(f"forward of {source} cannot be adopted: {failure}{more}")
     reason = "it does not return a row for each row" if failure is None else _reason(failure)
     raise AdoptionError(
-        f"forward of {source} cannot run on rows of the shape {list(shape)}: {reason}; give shape= the shape of one "
-        f"row, or name the functions with encode= and decode={more}"
+        f"forward of {source} cannot run on rows of the shape {list(shape)}: {reason}; give {setting('shape')} the "
+        f"shape of one row, or name the functions with {setting('encode')} and {setting('decode')}{more}"
     ) from failure
 
 

@@ -24,6 +24,7 @@ from training.errors import AdoptionError
 # an optional input that is not given.
 Value = Any
 DRAWS = ("RandomNormalLike", "RandomNormal")
+SCALER = ("ai.onnx.ml", "Scaler")  # skl2onnx writes it for scalers of scikit-learn
 INTEGERS = {2, 3, 4, 5, 6, 7, 12, 13}  # types of tensors, as ONNX numbers them
 TYPES = {1: torch.float32, 6: torch.int32, 7: torch.int64, 9: torch.bool, 10: torch.float16, 11: torch.float64}
 
@@ -223,7 +224,7 @@ def _refuse_unknown(nodes: Sequence[Node]) -> None:
 def _read_node(proto: Any, opset: int) -> Node:
     from onnx import AttributeProto, helper
 
-    if proto.domain not in ("", "ai.onnx"):
+    if proto.domain not in ("", "ai.onnx") and (proto.domain, proto.op_type) != SCALER:
         raise AdoptionError(
             f"the ONNX graph has the operator {proto.op_type} of the domain {proto.domain}: expected ai.onnx"
         )
@@ -568,6 +569,12 @@ def _prelu(node: Node, x: Tensor, slope: Tensor) -> Tensor:  # noqa: ARG001
     return torch.where(x >= 0, x, x * slope)
 
 
+def _scaler(node: Node, x: Tensor) -> Tensor:
+    """Return (x - offset) * scale. Both have one number for each feature, or one for all."""
+    offset, scale = (torch.tensor(node.get(name, [default])) for name, default in (("offset", 0.0), ("scale", 1.0)))
+    return (x - offset.to(x)) * scale.to(x)
+
+
 # Layers
 
 
@@ -848,6 +855,7 @@ OPERATORS: dict[str, Callable[..., Value]] = {
     "ReduceL2": _reduce(lambda x, axes, keep: x.square().sum(axes, keep).sqrt()),
     "ReduceSumSquare": _reduce(lambda x, axes, keep: x.square().sum(axes, keep)),
     "ReduceProd": _reduce(lambda x, axes, keep: x.prod(axes[0], keep)),
+    "Scaler": _scaler,
     "MatMul": lambda node, a, b: a @ b,  # noqa: ARG005
     "Gemm": _gemm,
     "Conv": _conv,

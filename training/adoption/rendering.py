@@ -5,6 +5,7 @@ and fixes the device. The code that this module writes has one method per functi
 use, and no device. Whatever does not depend on the rows is computed once, here.
 """
 
+import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -51,7 +52,8 @@ RESHAPES = frozenset({"view", "reshape", "unflatten", "flatten", "_reshape_alias
 DECOMPOSED = frozenset({
     "batch_norm", "scaled_dot_product_attention", "upsample_nearest1d", "upsample_nearest2d", "upsample_linear1d",
     "upsample_bilinear2d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "upsample_bicubic2d",
-    "upsample_nearest3d", *decompositions.RECURRENT, *decompositions.CELLS,
+    "upsample_nearest3d", "_upsample_nearest_exact3d", "upsample_trilinear3d", "einsum", "_pad_circular",
+    "replication_pad1d", "replication_pad2d", "replication_pad3d", *decompositions.RECURRENT, *decompositions.CELLS,
 })  # fmt: skip
 FIXED_KEYWORDS = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking", "requires_grad"})
 LINE = re.compile(r"^(?P<file>[^\n(]+)\((?P<line>\d+)\)", re.MULTILINE)
@@ -121,10 +123,11 @@ class Renderer:
         root: the module that was traced; its attributes are the weights.
         shapes: the shapes of the tensors in the graph by name; None stands for a size that depends on the number of
             rows.
+        rows: the number of rows with which the module was traced.
     """
 
-    def __init__(self, code: Code, root: Any, shapes: Mapping[str, Shape]) -> None:
-        self._code, self._root, self._shapes = code, root, shapes
+    def __init__(self, code: Code, root: Any, shapes: Mapping[str, Shape], rows: int) -> None:
+        self._code, self._root, self._shapes, self._rows = code, root, shapes, rows
         self._values: dict[str, Value] = {}
         self._modules: dict[str, tuple[Any, str]] = {}
         self._lines: list[str] = []
@@ -225,11 +228,16 @@ class Renderer:
             self._set(node, values[0])
         elif name == "size" and (size := self._constant_size(node, values)) is not None:
             self._set(node, Known(size))
+        elif name == "numel" and (count := self._count_of_numbers(node)) is not None:
+            self._set(node, count)
         elif any(isinstance(value, Computed) and value.is_number for value in values) and name in ARITHMETIC:
             self._arithmetic(node, name, values)
+        elif name in NEW and all(map(_is_known, values)) and (sizes := self._sizes_by_rows(node)):
+            more = [given["fill_value"]] if name == "full" else []
+            self._emit(node, NEW[name], [Computed(self._reference), sizes, *more], _dtype(given))
         elif all(map(_is_known, values)):
             self._compute(node, name, arguments, values)
-        elif name in DECOMPOSED or (name == "gelu" and _plain(given["approximate"]) == "tanh"):
+        elif _is_decomposed(name, given):
             self._decompose(node, name, given)
         else:
             self._emit(node, *self._rewritten(node, name, arguments, given))
@@ -240,13 +248,16 @@ class Renderer:
         """Return the operator, with its arguments, that an artifact has in place of `name`."""
         values = list(given.values())
         shape = self._shapes.get(node.output().debugName(), ()) if node.outputsSize() == 1 else ()
-        if name in RESHAPES and shape.count(None) == 1:
+        # The ONNX export of a squeeze may have a branch, which the twin of an artifact may not have.
+        if name in (*RESHAPES, "squeeze") and shape.count(None) == 1:
             return "reshape", [values[0], Known([-1 if size is None else size for size in shape])], {}
         if name in ("_convolution", "_convolution_mode"):
             return _convolution(given)
         if name in NEW:
             more = [given["fill_value"]] if name == "full" else []
             return NEW[name], [Computed(self._reference), values[0], *more], _dtype(given)
+        if name in ("chunk", "unsafe_chunk") and (step := self._chunk_size(node, given)):
+            return "split", [values[0], Known(step), given["dim"]], {}
         if name in ("to", "type_as"):
             return "to", [values[0], Known(_scalar_type(node.output()))], {}
         if name == "rsub":
@@ -258,6 +269,32 @@ class Renderer:
         if name in OF_BOOLEANS and _scalar_type(node.output()) == BOOLEAN:
             return OF_BOOLEANS[name], values, {}
         return RENAMED.get(name, name), *_split(arguments, values, node)
+
+    def _sizes_by_rows(self, node: Any) -> Value | None:
+        """Return the sizes of a new tensor, one of which is a multiple of the number of rows; None if none is.
+
+        The number of rows was a number when the module was traced, as in a program of torch.export.
+        """
+        shape, sizes = self._shapes.get(node.output().debugName(), ()), node.output().type().sizes()
+        if list(shape).count(None) != 1 or sizes is None:
+            return None
+        place = list(shape).index(None)
+        if sizes[place] % self._rows:
+            return None
+        factor, count = sizes[place] // self._rows, self._new_name()
+        self._lines.append(f"{count} = torch.ops.aten.size({self._reference}, 0){f' * {factor}' if factor > 1 else ''}")
+        return Parts(
+            Computed(count, is_number=True) if index == place else Known(size) for index, size in enumerate(shape)
+        )
+
+    def _chunk_size(self, node: Any, given: Mapping[str, Value]) -> int | None:
+        """Return the size of the parts into which `chunk` divides a tensor; None if it depends on the number of rows.
+
+        The ONNX export of a chunk divides whole numbers, which the twin of an artifact may not do.
+        """
+        shape, dim = self._shapes.get(node.inputsAt(0).debugName(), ()), _plain(given["dim"])
+        size = shape[dim] if -len(shape) <= dim < len(shape) else None
+        return None if not size else -(-size // _plain(given["chunks"]))
 
     def _without_writing(self, node: Any, name: str, values: list[Value]) -> tuple[str, list[Value]]:
         """Return the operator that computes what `name` writes into its first argument."""
@@ -307,18 +344,37 @@ class Renderer:
         place = values[1].value if len(values) > 1 and isinstance(values[1], Known) else None
         return shape[place] if place is not None and -len(shape) <= place < len(shape) else None
 
+    def _count_of_numbers(self, node: Any) -> Value | None:
+        """Return the number of numbers in the tensor that `node` asks for; None if more than one size is unknown."""
+        name = node.inputsAt(0).debugName()
+        shape = self._shapes.get(name)
+        if shape is None or list(shape).count(None) > 1:
+            return None
+        product = math.prod(size for size in shape if size is not None)
+        if None not in shape:
+            return Known(product)
+        count, tensor = self._new_name(), self._text(self._values[name], "constant")
+        self._lines.append(f"{count} = torch.ops.aten.size({tensor}, {list(shape).index(None)}) * {product}")
+        return Computed(count, is_number=True)
+
     def _decompose(self, node: Any, name: str, given: Mapping[str, Value]) -> None:
         """Write the operators of `training.adoption.decompositions` that replace `name`."""
         known = {key: _as_argument(value) for key, value in given.items()}
-        sizes = next(node.inputs()).type().sizes()
+        sizes: Any = None if name == "einsum" else next(node.inputs()).type().sizes()
         try:
             if name == "gelu":
                 results = [decompositions.gelu_by_tanh(self, known)]
-            elif name == "batch_norm":
+            elif name in ("batch_norm", "instance_norm"):
                 results = [decompositions.batch_norm(self, known, sizes)]
             elif name == "scaled_dot_product_attention":
                 results = [decompositions.attention(self, known, sizes, node.inputsAt(1).type().sizes())]
-            elif name.startswith("upsample"):
+            elif name == "einsum":
+                results = [decompositions.einsum(self, known["equation"], known["tensors"], self._shapes_of_list(node))]
+            elif "pad" in name:
+                mode = known.get("mode") or ("circular" if "circular" in name else "replicate")
+                amounts = known["pad"] if "pad" in known else known["padding"]
+                results = [decompositions.pad(self, mode, known["self"], amounts, sizes)]
+            elif "upsample" in name:
                 results = [decompositions.resize(self, name, known, sizes, node.output().type().sizes())]
             elif name in decompositions.CELLS:
                 weights = [known[key] for key in ("w_ih", "w_hh", "b_ih", "b_hh") if known[key] is not None]
@@ -331,6 +387,15 @@ class Renderer:
             raise AdoptionError(f"{place_of(node)} {error}") from error
         for output, result in zip(node.outputs(), results, strict=True):
             self._values[output.debugName()] = Computed(result)
+
+    def _shapes_of_list(self, node: Any) -> list[Shape]:
+        """Return the shapes of the tensors in the list that is the second argument of `node`."""
+        names = [each.debugName() for each in node.inputsAt(1).node().inputs()]
+        known = [self._values[name] for name in names]
+        return [
+            tuple(value.value.shape) if isinstance(value, Known) else self._shapes[name]
+            for name, value in zip(names, known, strict=True)
+        ]
 
     def call(self, name: str, *arguments: Any) -> Text:
         """Write the call of `name` and return its result. See `training.adoption.decompositions.Writer`."""
@@ -551,15 +616,27 @@ def _instance_norm(given: Mapping[str, Value], shape: Shape) -> tuple[str, list[
     return "group_norm", [given["input"], Known(shape[1]), *(given[key] for key in ("weight", "bias", "eps"))], {}
 
 
+def _is_decomposed(name: str, given: Mapping[str, Value]) -> bool:
+    """Return whether `training.adoption.decompositions` writes the operator with others."""
+    if name == "gelu":
+        return bool(_plain(given["approximate"]) == "tanh")
+    if name == "instance_norm":  # by the statistics of the training
+        return not _is_on(given["use_input_stats"])
+    if name == "pad":
+        mode, pad = _plain(given["mode"]), _plain(given["pad"])
+        return mode in ("replicate", "circular") or (mode == "reflect" and len(pad) > 4)
+    return name in DECOMPOSED
+
+
 def _padding_operator(node: Any, given: Mapping[str, Value]) -> tuple[str, list[Value], dict[str, Value]]:
     """Return the call of the operator that pads in the mode that `pad` names."""
     mode, pad, value = (_plain(given[key]) for key in ("mode", "pad", "value"))
     if mode == "constant":
         return "constant_pad_nd", [given["self"], Known(pad), Known(float(value or 0.0))], {}
-    if mode == "reflect" and len(pad) <= 4:
+    if mode == "reflect":
         return f"reflection_pad{len(pad) // 2}d", [given["self"], Known(pad)], {}
     raise AdoptionError(
-        f"{place_of(node)} pads in the mode {mode}: expected constant, or reflect for one or two axes; write it with "
+        f"{place_of(node)} pads in the mode {mode}: expected constant, reflect, replicate or circular; write it with "
         "torch.cat"
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.errors import join_names
+from training.adoption.arguments import argument, by_interface, setting
 from training.data.layout import recognise
 from training.data.row_store import Floats, RowStore
 from training.data.table import Split, Table, guess_pixel_range, most_kept_rows, numbered_names
@@ -49,7 +50,10 @@ def prepare_rows(
     rows, given = _as_rows(calibration_rows, "calibration_rows", shape)
     fit = rows[:0] if fit_rows is None else _as_rows(fit_rows, "fit_rows", given)[0]
     if fit.shape[1] != rows.shape[1]:
-        raise AdoptionError(f"fit_rows have {fit.shape[1]} values each, and calibration_rows {rows.shape[1]}")
+        raise AdoptionError(
+            f"{argument('fit_rows')} have {fit.shape[1]} values each, and {argument('calibration_rows')} "
+            f"{rows.shape[1]}: expected the same number"
+        )
     x = np.concatenate((fit, rows))
     kept, pixel_range, note = _layout(given, x, images)
     table = Table(
@@ -67,19 +71,20 @@ def prepare_rows(
     return prepare_data(replace(table, notes=[*table.notes, *notes]), split), given
 
 
-def _as_rows(values: Any, argument: str, shape: tuple[int, ...] | None) -> tuple[Floats, tuple[int, ...]]:
-    """Return the rows [N, D] as float32, and the shape of one row."""
+def _as_rows(values: Any, name: str, shape: tuple[int, ...] | None) -> tuple[Floats, tuple[int, ...]]:
+    """Return the rows [N, D] of the argument `name` as float32, and the shape of one row."""
+    name = argument(name)
     detach = getattr(values, "detach", None)
     array = np.asarray(values if detach is None else detach().cpu().numpy())
     if array.dtype.kind not in "fiub":
-        raise AdoptionError(f"{argument} have values of the type {array.dtype}: expected numbers")
+        raise AdoptionError(f"{name} have values of the type {array.dtype}: expected numbers")
     if array.ndim < 2 or not len(array):
-        raise AdoptionError(f"{argument} have the shape {list(array.shape)}: expected [N, D] or [N, ...], N rows")
+        raise AdoptionError(f"{name} have the shape {list(array.shape)}: expected [N, D] or [N, ...], N rows")
     width = math.prod(array.shape[1:])
     if shape is not None and math.prod(shape) != width:
         raise AdoptionError(
-            f"{argument} have rows of the shape {list(array.shape[1:])}, which are {width} values, and shape="
-            f"{list(shape)} has {math.prod(shape)}: give the shape of one row"
+            f"{name} have rows of the shape {list(array.shape[1:])}, which are {width} values, and "
+            f"{setting('shape', list(shape))} has {math.prod(shape)}: give the shape of one row"
         )
     rows = np.ascontiguousarray(array.reshape(len(array), width), np.float32)
     finite = np.isfinite(rows)
@@ -87,7 +92,7 @@ def _as_rows(values: Any, argument: str, shape: tuple[int, ...] | None) -> tuple
         row, column = np.argwhere(~finite)[0]
         what = "NaN" if np.isnan(rows[row, column]) else "infinite"
         raise AdoptionError(
-            f"{argument}[{row}] has a value that is {what} (value {column} of the row), and so have "
+            f"{name}[{row}] has a value that is {what} (value {column} of the row), and so have "
             f"{int((~finite.all(axis=1)).sum())} rows: leave them out, or fill in the missing values"
         )
     return rows, tuple(array.shape[1:]) if shape is None else shape
@@ -104,11 +109,23 @@ def _layout(
     layout = recognise(kept, x.dtype, low, high)
     text = " x ".join(map(str, kept))
     if images is None and layout != "nhwc":
-        return kept, None, [f"each row is read as {text} measurements; if the rows are images, give images=True"]
+        return (
+            kept,
+            None,
+            [
+                f"each row is read as {text} measurements"
+                + by_interface("; if the rows are images, give images=True", "")
+            ],
+        )
     black, white = guess_pixel_range(x.dtype, low, high)
-    return kept, (black, white), [
-        f"each row is read as an image of {text} pixels from {black:g} to {white:g}; if it is none, give images=False"
-    ]  # fmt: skip
+    return (
+        kept,
+        (black, white),
+        [
+            f"each row is read as an image of {text} pixels from {black:g} to {white:g}"
+            + by_interface("; if it is none, give images=False", "")
+        ],
+    )
 
 
 def _names(given: Sequence[str] | None, shape: tuple[int, ...], width: int, *, is_image: bool) -> list[str]:
@@ -119,14 +136,18 @@ def _names(given: Sequence[str] | None, shape: tuple[int, ...], width: int, *, i
         names = [f"{name}[{','.join(map(str, place))}]" for place in np.ndindex(shape[:-1]) for name in names]
     if len(names) != width:
         raise AdoptionError(
-            f"feature_names has {len(names)} names: expected {width}, one for each value of a row"
+            f"{argument('feature_names')} has {len(names)} names: expected {width}, one for each value of a row"
             + (f", or {shape[-1]}, one for each column" if len(shape) > 1 else "")
         )
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < width else []
     if twice:
-        raise AdoptionError(f"feature_names has names twice: {join_names(twice)}; give each feature a name of its own")
+        raise AdoptionError(
+            f"{argument('feature_names')} has names twice: {join_names(twice)}; give each feature a name of its own"
+        )
     if not all(name and name.isprintable() for name in names):
-        raise AdoptionError("feature_names has an empty name, or one with characters that do not print: rename it")
+        raise AdoptionError(
+            f"{argument('feature_names')} has an empty name, or one with characters that do not print: rename it"
+        )
     return names
 
 
@@ -146,9 +167,9 @@ def _split(table: Table, fit_rows: int, seed: int) -> tuple[Split, list[str]]:
     if len(own) < needed:
         why = f" ({dropped} more equal other rows{' or fit rows' if has_fit_rows else ''})" if dropped else ""
         raise AdoptionError(
-            f"calibration_rows has {len(own)} distinct rows{why}: expected at least {needed}, so that "
+            f"{argument('calibration_rows')} has {len(own)} distinct rows{why}: expected at least {needed}, so that "
             f"{MIN_CALIBRATION_ROWS} calibrate the score and the others give its statistics"
-            + ("" if has_fit_rows else "; or give the rows that trained the network as fit_rows=")
+            + ("" if has_fit_rows else f"; or give the rows that trained the network as {setting('fit_rows')}")
         )
     order = own[np.random.RandomState(seed).permutation(len(own))]
     most = most_kept_rows(table.x.width)

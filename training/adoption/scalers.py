@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.columns import parse_title
 from models.exact_scaling import Affine, BoxCox, Chain, Clip, ExactScaling, YeoJohnson
 from models.scaling import Scaling
 from training.errors import AdoptionError
@@ -46,6 +47,34 @@ def scaling_module(scaler: Any, width: int) -> Scaling:
     if isinstance(scaler, tuple | list) and len(scaler) == 2:
         return ExactScaling(_of_arrays(scaler, width), width)
     return ExactScaling(_joined(_maps(scaler, width), width), width)
+
+
+def require_same_columns(fitted: Any, names: Sequence[str] | None) -> None:
+    """Raise AdoptionError if a scaler or an estimator was fitted with a frame whose columns are not those of the rows.
+
+    Args:
+        fitted: a scaler or an estimator of scikit-learn, or any other object, which fits.
+        names: the names of the columns of the rows; None if they have no names.
+    """
+    steps = getattr(fitted, "steps", None)
+    first = steps[0][1] if isinstance(steps, list) and steps else fitted  # the first step of a Pipeline has the names
+    found = getattr(first, "feature_names_in_", None)
+    if found is None or names is None or len(found) != len(names):
+        return
+    columns = [parse_title(str(title))[0] for title in found]  # without units
+    if columns != list(names):
+        raise AdoptionError(
+            f"the {type(first).__name__} was fitted with other columns than the rows have: "
+            f"{differing_column(columns, names)}; give rows with the columns of its fit, in the same order"
+        )
+
+
+def differing_column(first: Sequence[str], second: Sequence[str]) -> str:
+    """Return the first column in which two tables differ."""
+    for number, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return f"column {number + 1} is {one!r} and {other!r}"
+    return f"{len(first)} and {len(second)} columns"
 
 
 def _joined(maps: Sequence[nn.Module], width: int) -> nn.Module:

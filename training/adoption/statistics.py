@@ -79,6 +79,8 @@ def build_pipeline(
     with torch.no_grad():
         held_out, sample, calibration = (_scaled(scaling, x) for x in (data.held_out, data.sample, data.calibration))
     core = _with_whitening(functions, network, held_out if trained_on_fit_rows else torch.cat((held_out, sample)))
+    for rows in (sample, held_out):
+        _require_finite(core, rows)
     fitted, observation = _prior_and_noise(functions, core, scaling, data, (sample, held_out), prior, seed)
     scores = fit_calibration(core, calibration)
     if not bool(scores.scores.isfinite().all()):
@@ -94,7 +96,23 @@ def build_pipeline(
 
 
 def _scaled(scaling: Scaling, x: Tensor) -> Tensor:
-    return torch.cat([scaling(part) for part in x.split(BATCH)])
+    """Return rows x [N, D] in model units. Raises AdoptionError if a value is not finite."""
+    u = torch.cat([scaling(part) for part in x.split(BATCH)])
+    if not bool(u.isfinite().all()):
+        raise AdoptionError("the scaler gives values that are not finite for some of the rows given: check these rows")
+    return u
+
+
+def _require_finite(core: Core, u: Tensor) -> None:
+    """Raise AdoptionError if the network gives latents or reconstructions of rows u [N, D] that are not finite."""
+    with torch.no_grad():
+        for part in u.split(BATCH):
+            code = core.encode(part)[0]
+            if not bool(code.isfinite().all()) or not bool(core.decode(code).isfinite().all()):
+                raise AdoptionError(
+                    "the network gives values that are not finite for some of the rows given: check the rows for "
+                    "extreme values, and the scaler"
+                )
 
 
 def _prior_and_noise(

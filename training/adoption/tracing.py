@@ -94,17 +94,14 @@ def _check_eager(traced: _Traced, names: tuple[str, ...], rows: Tensor) -> list[
         }
     for name in names:
         for place, output in enumerate(together[name]):
+            _require_finite(name, output)  # before comparisons: NaN differs from itself
             if not torch.equal(output, again[name][place]):
                 raise AdoptionError(
                     f"{name} gives two results for the same rows, even in evaluation mode: leave out what it changes "
                     "or draws when it runs"
                 )
-            if not bool(output.isfinite().all()):
-                raise AdoptionError(
-                    f"{name} gives values that are not finite for the rows given: check the rows and the scaler"
-                )
             single = torch.cat([parts[place] for parts in alone[name]])
-            if (error := _relative_error(single, output)) > TOLERANCE:
+            if not (error := _relative_error(single, output)) <= TOLERANCE:  # `not <=`, so that NaN is refused too
                 raise AdoptionError(
                     f"{name} gives a row another result alone than among {len(rows)} rows (relative difference "
                     f"{error:.2g}): a row's result must not depend on other rows; call eval() on all parts, and leave "
@@ -126,7 +123,7 @@ def _trace(
     for name in examples:
         graph, other_graph = (getattr(each, name).inlined_graph for each in (script, other))
         shapes = _constant_sizes(graph, other_graph)
-        Renderer(code, script, shapes).render(name, graph)
+        Renderer(code, script, shapes, TRACED_ROWS[0]).render(name, graph)
     return define_module(Network(), code.weights, code.methods), [
         line for line in dict.fromkeys([*mode.constants, *shown]) if line
     ]
@@ -139,19 +136,22 @@ def _constant_sizes(graph: Any, other: Any) -> dict[str, Shape]:
         graph: a trace.
         other: a trace of the same function with another number of rows.
     """
-    nodes, others = list(graph.nodes()), list(other.nodes())
+    # torch keeps equal constants as one, and the number of rows may equal another number.
+    nodes, others = ([node for node in each.nodes() if node.kind() != "prim::Constant"] for each in (graph, other))
     if [node.kind() for node in nodes] != [node.kind() for node in others]:
         raise AdoptionError(
             "the module runs other operators for another number of rows: leave out branches and loops that depend on "
             "the number of rows"
         )
-    found: dict[str, Shape] = {}
+    values = list(zip(graph.inputs(), other.inputs(), strict=True))
     for node, same in zip(nodes, others, strict=True):
-        for output, other_output in zip(node.outputs(), same.outputs(), strict=True):
-            sizes, other_sizes = (_sizes_of(each) for each in (output, other_output))
-            if sizes is not None and other_sizes is not None and len(sizes) == len(other_sizes):
-                pairs = zip(sizes, other_sizes, strict=True)
-                found[output.debugName()] = [one if one == two else None for one, two in pairs]
+        values += zip(node.outputs(), same.outputs(), strict=True)
+    found: dict[str, Shape] = {}
+    for value, other_value in values:
+        sizes, other_sizes = _sizes_of(value), _sizes_of(other_value)
+        if sizes is not None and other_sizes is not None and len(sizes) == len(other_sizes):
+            pairs = zip(sizes, other_sizes, strict=True)
+            found[value.debugName()] = [one if one == two else None for one, two in pairs]
     return found
 
 
@@ -180,6 +180,7 @@ def _compare(
                 ) from error
         for name in names:
             for ours, theirs in zip(found[name], expected[name], strict=True):
+                _require_finite(name, theirs)
                 is_other = ours.shape != theirs.shape
                 difference = math.inf if is_other else _relative_error(ours, theirs)
                 if is_other:
@@ -187,12 +188,24 @@ def _compare(
                         f"{name} gives another shape on {count} rows when compiled: the number of rows was made a "
                         f"constant{where}; use x.shape[0] or -1 instead of len(x), int(...) or a fixed number of rows"
                     )
-                if difference > TOLERANCE:
+                if not difference <= TOLERANCE:  # `not <=`, so that NaN is refused too
                     detail = f"relative difference {difference:.2g}"
                     raise AdoptionError(
                         f"{name} gives other results when compiled than in Python, on {count} rows ({detail}): a "
                         f"number was made a constant{where}; leave out what depends on the number or the values of rows"
                     )
+
+
+def _require_finite(name: str, output: Tensor) -> None:
+    """Raise AdoptionError if an output of the function `name` of the module has NaN or infinite values."""
+    finite = output.isfinite()
+    if not bool(finite.all()):
+        row = int((~finite.reshape(len(output), -1).all(dim=1)).nonzero()[0])
+        what = "NaN" if bool(output[row].isnan().any()) else "infinite values"
+        raise AdoptionError(
+            f"{name} gives {what} for {int((~finite.reshape(len(output), -1).all(dim=1)).sum())} of the {len(output)} "
+            "rows given: check the rows and the scaler, or limit the values in the module, as with torch.clamp"
+        )
 
 
 def _relative_error(found: Tensor, expected: Tensor) -> float:

@@ -1,6 +1,7 @@
 """Networks, weights, scalers and estimators in files."""
 
 import json
+import math
 import pickle
 import warnings
 from pathlib import Path
@@ -15,7 +16,11 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from tests.training.adoption.networks import ConvolutionalVae, LstmAutoencoder, perceptron, settle
+from training.adoption.arguments import named_as_options
+from training.adoption.copying import copy_module
 from training.adoption.files import load_weights, read_module, read_scaler, read_weights
+from training.adoption.inspection import inspect_module
+from training.adoption.tracing import compile_functions
 from training.errors import AdoptionError, DataError
 
 BUILDER = """
@@ -170,7 +175,11 @@ def test_pickle_is_not_read_unless_it_is_allowed(tmp_path: Path, name: str) -> N
         torch.save(Marker(tmp_path / "ran"), tmp_path / name)
     else:
         (tmp_path / name).write_bytes(pickle.dumps(Marker(tmp_path / "ran")))
-    with pytest.raises(DataError, match=r"can run any code when it is read.*--allow-pickle"):
+    with pytest.raises(
+        DataError, match=r"can run any code when it is read.*load it.* give elbo\.adopt the (object|network)"
+    ):
+        read_module(str(tmp_path / name))
+    with named_as_options(), pytest.raises(DataError, match=r"can run any code when it is read.*--allow-pickle"):
         read_module(str(tmp_path / name))
     assert not (tmp_path / "ran").exists()
     with pytest.raises(DataError, match="can run any code"):
@@ -189,9 +198,10 @@ def test_whole_network_and_estimator_are_read_from_pickles_if_that_is_allowed(tm
 
 def test_weights_given_as_a_network_are_refused_with_what_to_give(tmp_path: Path) -> None:
     torch.save(small().state_dict(), tmp_path / "w.pt")
-    with pytest.raises(
-        DataError, match=r"w\.pt has weights, but no network: give FILE\.py:FUNCTION .* --weights .*w\.pt"
-    ):
+    with pytest.raises(DataError, match=r"w\.pt has weights, but no network: build .* load_state_dict"):
+        read_module(str(tmp_path / "w.pt"))
+    expected = r"w\.pt has weights, but no network: give FILE\.py:FUNCTION .* --weights .*w\.pt"
+    with named_as_options(), pytest.raises(DataError, match=expected):
         read_module(str(tmp_path / "w.pt"))
     (tmp_path / "w.pt").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"w\.pt cannot be read|is a pickle"):
@@ -222,6 +232,13 @@ def test_program_of_torch_export_gives_the_network_for_any_number_of_rows(
     for batch in (1, 2, 7):
         x = torch.randn(batch, *shape)
         torch.testing.assert_close(found(x), module(x), rtol=1e-6, atol=1e-6)
+    rows = torch.randn(20, math.prod(shape))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # users must not see warnings that torch raises about its own objects
+        functions = inspect_module(copy_module(found), found, shape, rows)
+    script, _ = compile_functions(functions, rows)
+    expected = module(rows.reshape(-1, *shape)).reshape(20, -1)
+    torch.testing.assert_close(script.reconstruct(rows), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_program_of_torch_export_with_a_fixed_number_of_rows_is_refused(tmp_path: Path) -> None:
@@ -244,7 +261,7 @@ def test_damaged_file_of_a_network_is_refused_in_one_line(tmp_path: Path, name: 
 
 def test_weights_for_a_file_that_has_its_own_are_refused(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").touch()
-    with pytest.raises(DataError, match="has its own weights: leave --weights out"):
+    with pytest.raises(DataError, match="has its own weights: leave weights out"):
         read_module(str(tmp_path / "m.onnx"), tmp_path / "w.pt")
 
 

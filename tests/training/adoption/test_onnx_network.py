@@ -12,6 +12,8 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from sklearn.neural_network import MLPRegressor
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from tests.training.adoption.networks import (
@@ -36,6 +38,41 @@ NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "upsampling": (Upsampling, (2, 8, 8)),
     "convolutional vae": (ConvolutionalVae, (1, 8, 8)),
 }
+
+
+def test_scaler_and_layers_as_skl2onnx_writes_them_give_the_numbers_of_the_estimator(tmp_path: Path) -> None:
+    random = np.random.RandomState(0)
+    x = (random.standard_normal((200, 6)) * 3 + 5).astype(np.float32)
+    scaler = StandardScaler().fit(x)
+    network = MLPRegressor(hidden_layer_sizes=(3,), activation="relu", max_iter=5, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network.fit(scaler.transform(x), scaler.transform(x))
+    weights = {
+        "W1": network.coefs_[0], "B1": network.intercepts_[0][None], "W2": network.coefs_[1],
+        "B2": network.intercepts_[1][None],
+    }  # fmt: skip
+    constants = [numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in weights.items()]
+    constants.append(numpy_helper.from_array(np.array([-1, 6]), "shape"))
+    nodes = [
+        helper.make_node(
+            "Scaler", ["X"], ["scaled"], domain="ai.onnx.ml", offset=scaler.mean_.tolist(),
+            scale=(1 / scaler.scale_).tolist(),
+        ),
+        helper.make_node("Cast", ["scaled"], ["cast"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["cast", "W1"], ["product1"]),
+        helper.make_node("Add", ["product1", "B1"], ["sum1"]),
+        helper.make_node("Relu", ["sum1"], ["hidden"]),
+        helper.make_node("MatMul", ["hidden", "W2"], ["product2"]),
+        helper.make_node("Add", ["product2", "B2"], ["sum2"]),
+        helper.make_node("Reshape", ["sum2", "shape"], ["variable"]),
+    ]  # fmt: skip
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, 6]) for name in ("X", "variable")]
+    graph = helper.make_graph(nodes, "pipeline", ends[:1], ends[1:], constants)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "m.onnx")
+    found = read_onnx(tmp_path / "m.onnx")(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(found, network.predict(scaler.transform(x)), rtol=1e-4, atol=1e-5)
 
 
 def export(module: nn.Module, shape: tuple[int, ...], path: Path, dynamic: bool = True, opset: int = 17) -> None:

@@ -132,6 +132,47 @@ def series(x: Tensor) -> Tensor:
     return torch.baddbmm(found, products, rows).transpose(1, 2)
 
 
+def paddings(x: Tensor) -> Tensor:
+    found = [functional.pad(x, (2, 1, 0, 3, 1, 1), mode=mode) for mode in ("replicate", "circular", "reflect")]
+    found += [functional.pad(x.flatten(2), (2, 1), mode=mode) for mode in ("replicate", "circular")]
+    return x + _mean(found)
+
+
+def _mean(parts: list[Tensor]) -> Tensor:
+    sums = torch.stack([(part.flatten(1) * torch.arange(part[0].numel()).sin()).sum(dim=1) for part in parts], dim=1)
+    return sums.mean(dim=1).reshape(-1, 1, 1, 1, 1)
+
+
+def resized_images(x: Tensor) -> Tensor:
+    parts = [
+        functional.interpolate(x, scale_factor=1.7, mode="bicubic"),
+        functional.interpolate(x, size=(5, 11), mode="bicubic", align_corners=True),
+        functional.interpolate(x, scale_factor=(1.7, 0.6), mode="bilinear"),
+        functional.interpolate(x, scale_factor=1.3, mode="nearest-exact"),
+    ]
+    return x + _mean(parts).squeeze(4)
+
+
+def resized_volumes(x: Tensor) -> Tensor:
+    parts = [
+        functional.interpolate(x, scale_factor=1.5, mode="trilinear"),
+        functional.interpolate(x, size=(4, 3, 2), mode="trilinear", align_corners=True),
+        functional.interpolate(x, scale_factor=(1.5, 2, 1), mode="nearest"),
+        functional.interpolate(x, scale_factor=(1.5, 2, 1), mode="nearest-exact"),
+    ]
+    return x + _mean(parts)
+
+
+def einsums(x: Tensor) -> Tensor:
+    weight, step = torch.arange(12.0).reshape(4, 3).cos(), x[:, 0]  # [4, 3], [B, 4]
+    attention = torch.einsum("bqd, bkd -> bqk", x, x).softmax(dim=-1)
+    found = torch.einsum("bqk,bkd->bqd", attention, x) + torch.einsum("btf,gf->btg", x, weight @ weight.T)
+    found = found + torch.einsum("fg,btg->tbf", weight @ weight.T, x).transpose(0, 1)
+    outer = torch.einsum("bi,bj->bij", step, step[:, :3])
+    sums = torch.einsum("bij->bi", outer) + torch.einsum("bij,bkj->bi", outer, outer)
+    return found + sums.unsqueeze(1)
+
+
 MODULES: dict[str, tuple[tuple[int, ...], Callable[[], nn.Module]]] = {
     "sums": ((6,), lambda: Applied(sums)),
     "arithmetic": ((6,), lambda: Applied(arithmetic)),
@@ -142,6 +183,13 @@ MODULES: dict[str, tuple[tuple[int, ...], Callable[[], nn.Module]]] = {
     "norms": ((4, 6), lambda: Layers(nn.LayerNorm(6), nn.GroupNorm(2, 4), nn.PReLU(), nn.BatchNorm1d(4))),
     "norms without weights": ((4, 6), lambda: Layers(nn.BatchNorm1d(4, affine=False), nn.LayerNorm(6, bias=False))),
     "norms of instances": ((4, 6), lambda: Layers(nn.InstanceNorm1d(4), nn.InstanceNorm1d(4, affine=True))),
+    "norms of instances by statistics": (
+        (4, 6), lambda: Layers(nn.InstanceNorm1d(4, affine=True, track_running_stats=True)),
+    ),
+    "paddings": ((2, 3, 4, 5), lambda: Applied(paddings)),
+    "resized images": ((2, 5, 4), lambda: Applied(resized_images)),
+    "resized volumes": ((2, 3, 4, 2), lambda: Applied(resized_volumes)),
+    "einsums": ((5, 4), lambda: Applied(einsums)),
     "split by sizes": ((6,), lambda: Applied(lambda x: torch.cat(x.split([1, 2, 3], dim=1)[::-1], dim=1))),
     "places of columns": ((6,), lambda: Applied(lambda x: x[:, torch.tensor([[5, 0], [3, -2], [1, 2]])].flatten(1))),
     "convolutions of series": (

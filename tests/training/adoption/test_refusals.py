@@ -123,6 +123,34 @@ class Overflows(Base):
         return self.path(x) + torch.exp(1e3 * x.abs() + 1e3)
 
 
+class IsNan(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.path(x) * torch.log(-1.0 - x.abs())
+
+
+class IsNanForOneRow(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.path(x) * torch.sqrt(0.0 * x + ROWS[:, 0].max().item() - 1e-3 - x[:, :1])
+
+
+class HasNanInItsSpread(Base):
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean = self.down(x)
+        return mean, torch.log(-1.0 - mean.abs())
+
+    def decode(self, z: Tensor) -> Tensor:
+        found: Tensor = self.up(z)
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(x)[0])
+
+
+class ReturnsItsInput(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
 def with_bad_weight(value: float) -> nn.Module:
     module = Base()
     with torch.no_grad():
@@ -156,7 +184,11 @@ MODULES: list[tuple[Any, str, str]] = [
     (ReturnsACode, "returns a tensor of the shape [5, 2]", "expected a reconstruction with 6 values per row"),
     (NeedsLabels, "missing 1 required positional argument: 'y'", "encode= and decode="),
     (LeavesTorch, "test_refusals.py:", "makes an array of NumPy of the values of a tensor"),
-    (Overflows, "gives values that are not finite", "check the rows and the scaler"),
+    (IsNan, "reconstruct gives NaN for 16 of the 16 rows given", "check the rows and the scaler"),
+    (IsNanForOneRow, "reconstruct gives NaN for 1 of the 90 rows given", "check the rows and the scaler"),
+    (HasNanInItsSpread, "encode gives NaN for 16 of the 16 rows given", "check the rows and the scaler"),
+    (ReturnsItsInput, "it returns its input", "expected a reconstruction"),
+    (Overflows, "gives infinite values", "check the rows and the scaler"),
     (lambda: with_bad_weight(float("nan")), "weight down.weight has values that are not finite", "load the weights"),
     (lambda: with_bad_weight(float("inf")), "weight down.weight has values that are not finite", "load the weights"),
     (on_meta, "the weight down.weight is on the meta device", "load the weights first"),
