@@ -10,6 +10,7 @@ https://github.com/triton-inference-server/server/blob/main/docs/protocol/extens
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ JSON = "application/json"
 BINARY = "application/octet-stream"
 HEADER_LENGTH = b"inference-header-content-length"
 MAX_TENSORS = 100  # in the lists `inputs` and `outputs` of a request
+MAX_CACHED_BYTES = 1024  # of a JSON object before binary numbers
 DATA_DEPTH = 4  # depth of the list `data` in the object, in a list, in an object
 _DATATYPES = {
     "FP16": "<f2", "FP32": "<f4", "FP64": "<f8", "INT8": "|i1", "INT16": "<i2", "INT32": "<i4", "INT64": "<i8",
@@ -66,6 +68,17 @@ class InferenceRequest(NamedTuple):
     is_binary: bool
 
 
+class _Head(NamedTuple):
+    """The JSON object of a request. Nobody changes it, because it may be cached."""
+
+    id: str | None
+    parameters: dict[str, Any]
+    outputs: tuple[RequestedOutput, ...] | None
+    is_binary: bool
+    document: dict[str, Any]
+    data: Mapping[str, slice]
+
+
 def read_request(body: bytes, header_length: bytes | None, budget: Budget = NO_LIMIT) -> InferenceRequest:
     """Return the request in `body`. Binary numbers are views of `body`.
 
@@ -82,12 +95,12 @@ def read_request(body: bytes, header_length: bytes | None, budget: Budget = NO_L
     """
     length = _json_length(header_length, len(body))
     text = body if length == len(body) else body[:length]
-    document, data = _read_object(text, budget)
-    parameters = _object(document.get("parameters"), "/parameters")
-    is_binary = _flag(parameters.pop("binary_data_output", None), "/parameters/binary_data_output")
-    request_id = document.get("id")
-    if request_id is not None and type(request_id) is not str:
-        raise _wrong("/id", "a string", request_id)
+    if length <= MAX_CACHED_BYTES and header_length is not None:
+        head = _read_head_cached(text)
+    else:
+        document, data = _read_object(text, budget)
+        head = _read_head(document, data)
+    request_id, parameters, outputs, is_binary, document, data = head
     inputs: dict[str, Numbers] = {}
     offset = length
     for index, (name, tensor) in enumerate(_tensors(document, "inputs")):
@@ -102,8 +115,24 @@ def read_request(body: bytes, header_length: bytes | None, budget: Budget = NO_L
             got=f"{len(body)} bytes",
             hint="the sum of all binary_data_size must be the number of bytes after the JSON object",
         )
-    outputs = None if document.get("outputs") in (None, []) else _read_outputs(document, is_binary)
     return InferenceRequest(request_id, parameters, inputs, outputs, is_binary)
+
+
+def _read_head(document: dict[str, Any], data: Mapping[str, slice]) -> _Head:
+    """Return what the JSON object says besides its inputs. Raises InvalidField."""
+    parameters = dict(_object(document.get("parameters"), "/parameters"))
+    is_binary = _flag(parameters.pop("binary_data_output", None), "/parameters/binary_data_output")
+    request_id = document.get("id")
+    if request_id is not None and type(request_id) is not str:
+        raise _wrong("/id", "a string", request_id)
+    outputs = None if document.get("outputs") in (None, []) else _read_outputs(document, is_binary)
+    return _Head(request_id, parameters, outputs, is_binary, document, data)
+
+
+@lru_cache(maxsize=64)
+def _read_head_cached(text: bytes) -> _Head:
+    """Return what a short JSON object before binary numbers says: clients send the same object again and again."""
+    return _read_head(*_read_object(text, NO_LIMIT))
 
 
 def _json_length(header_length: bytes | None, size: int) -> int:

@@ -50,6 +50,7 @@ from service.inference import operations
 from service.schemas import AnomalyBody, Body, SampleBody
 
 EXTENSIONS = ["binary_tensor_data"]
+ARRAY_FIELDS = frozenset(("inputs", "latents"))
 Outputs = dict[str, npt.NDArray[Any]]
 
 
@@ -138,7 +139,9 @@ class OpenInferenceEndpoints:
             deadline = min(deadline, record.started + found.seconds)
         # By the media type, `take_turn` estimates the size of a response: binary numbers are as long as those of npy.
         media_type = npy.MEDIA_TYPE if all(output.is_binary for output in found.outputs) else codec.JSON
-        parsed = ParsedRequest[Any, Any](request, record, served, media_type, deadline, found.body, found.inputs)
+        parsed: ParsedRequest[Any, Any] = ParsedRequest(
+            request, record, served, media_type, deadline, found.body, found.inputs
+        )
         parameters: dict[str, Any] = {}
         if model.method == "sample":
             outputs = await self._sample(parsed, parameters)
@@ -242,7 +245,7 @@ def read_for_model(model: ProtocolModel, asked: codec.InferenceRequest, max_rows
         if scored[1].parsed.errors:
             raise _in_terms_of_input(model, scored[1].parsed.errors[0].error)
         scored = with_default_alpha(model.served, scored[0]), scored[1]
-    else:
+    elif options:
         validate(AnomalyBody, options)
     return ReadRequest(asked, wanted, seconds, body, inputs, scored)
 
@@ -251,7 +254,9 @@ def _read_inputs(
     model: ProtocolModel, spec: RequestSpec[Any, Any], fields: dict[str, Any], max_rows: int, budget: Budget
 ) -> tuple[Any, Any]:
     """Return `fields` as the body of a request to a task endpoint, and the model's inputs in it."""
-    body = validate(spec.schema, fields)
+    # `read` validates the array, so without options there is nothing else to validate.
+    has_options = not fields.keys() <= ARRAY_FIELDS
+    body = validate(spec.schema, fields) if has_options else spec.schema.model_construct(**fields)
     try:
         require_row_limit(spec, body, max_rows)
         return body, spec.read(model.served, body, True, budget)
@@ -356,6 +361,8 @@ def _require_media_type(request: RequestContext) -> None:
     Triton's client sends no Content-Type. A browser may send such a body for a page of any other site, without asking
     the server first, but then also sends the header Origin.
     """
+    if request.headers.get(b"content-type") == b"application/octet-stream":
+        return
     got = media_type_of(request.header(b"content-type"))
     if got == codec.BINARY or is_json(got) or (not got and b"origin" not in request.headers):
         return

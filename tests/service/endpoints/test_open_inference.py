@@ -176,6 +176,12 @@ def test_decode_is_a_model_of_its_own(client: httpx.Client) -> None:
     np.testing.assert_allclose(found["x_hat"], run("vae-gaussian", "decode", z)[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"seed": -1}, {"n": 0}, {"temperature": "hot"}, {"prior": "none"}])
+def test_single_option_that_is_not_valid_gives_422(client: httpx.Client, options: dict[str, Any]) -> None:
+    response = client.post("/v2/models/vae:sample/infer", json={"inputs": [], "parameters": options})
+    assert_refused(response, 422, f"{next(iter(options))} should be")
+
+
 def test_sample_gives_the_rows_of_its_seed_and_returns_a_fresh_seed(client: httpx.Client) -> None:
     body = {"inputs": [], "parameters": {"seed": 5, "n": 3, "noise": False}}
     found = infer(client, "vae:sample", body)

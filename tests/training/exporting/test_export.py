@@ -23,6 +23,7 @@ from training.adoption.adopt import adopt
 from training.errors import ExportError
 from training.exporting import export as exporting
 from training.exporting.export import export, relative_difference
+from training.exporting.module import WholeModel
 
 pytestmark = pytest.mark.slow
 
@@ -141,7 +142,7 @@ def test_onnx_has_a_file_for_each_method(tmp_path: Path) -> None:
 
 def test_p_values_are_those_of_the_calibration_at_ties_and_beyond_both_ends(tmp_path: Path) -> None:
     loaded = artifact.load(publish(tmp_path / "artifacts", "pca"))
-    whole = exporting.WholeModel(artifact.thaw(loaded), loaded.manifest, loaded.calibration["scores"])
+    whole = WholeModel(artifact.thaw(loaded), loaded.manifest, loaded.calibration["scores"])
     scores = loaded.calibration["scores"]
     edges = torch.cat([scores, scores.nextafter(torch.tensor(1e9)), torch.tensor([-1e9, 1e9, torch.inf, torch.nan])])
     assert torch.equal(whole.p_value(edges), builders.pipeline("pca").p_value(edges))
