@@ -5,7 +5,7 @@ to another thread and back takes longer than running a small model. The warm-up 
 take.
 
 A large request is split into pieces. Each piece joins the queue after the previous piece has finished, and lets small
-requests pass, so that large requests delay small ones by at most one batch. A job does not run if its request is
+requests pass, so that large requests delay small ones by at most one piece. A job does not run if its request is
 cancelled or times out before the job starts. A job that fails does not fail the other jobs of its batch.
 """
 
@@ -27,6 +27,7 @@ from service.inference.operations import Operation
 from service.shared_memory import SharedNumber
 
 MAX_INLINE_SECONDS = 0.002  # a batch runs in the event loop's thread if it is expected to take at most this long
+MAX_INLINE_PIECE_SECONDS = 0.0005  # the same for the pieces of large requests, which would occupy the loop all the time
 MAX_INLINE_BYTES = 2**20  # larger outputs are copied in another thread, because copying would block the event loop
 CHECK_SECONDS = 0.01  # interval between checks of deadlines; a job that has waited longer than this counts as delayed
 
@@ -123,8 +124,9 @@ class Batcher:
                 job = Job(inputs, self._loop.create_future(), deadline, on_delay)
                 return await self._run_job(model, operation, job)
             joined = _JoinedResult(rows)
-            for start in range(0, rows, max_rows):
-                piece = tuple(array[start : start + max_rows] for array in inputs)
+            piece_rows = self._queue.piece_rows(model)
+            for start in range(0, rows, piece_rows):
+                piece = tuple(array[start : start + piece_rows] for array in inputs)
                 job = Job(piece, self._loop.create_future(), deadline, None if start else on_delay, is_piece=True)
                 result = await self._run_job(model, operation, job)
                 if sum(output.nbytes for output in result.outputs) > MAX_INLINE_BYTES:
@@ -174,7 +176,8 @@ class Batcher:
             self._idle.set()
             return
         latency = batch.model.backend.latency
-        if latency.expected(batch.operation.name, batch.rows) <= MAX_INLINE_SECONDS:
+        longest = MAX_INLINE_PIECE_SECONDS if batch.jobs[0].is_piece else MAX_INLINE_SECONDS
+        if latency.expected(batch.operation.name, batch.rows) <= longest:
             self._settle(batch, _run(batch))
             self._schedule_step()
         else:

@@ -1,7 +1,9 @@
 """The batcher: which jobs share a batch, in which order they run, and what happens when they fail or are cancelled."""
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -111,6 +113,44 @@ def test_large_request_runs_in_pieces_with_other_requests_in_between(vae: BareMo
             await asyncio.gather(held, small)
         np.testing.assert_allclose(result.outputs[0], reconstruction(vae, random_rows(20)), atol=1e-6)
         assert batches == [("gate", 1), ("encode", 1), ("reconstruct", 8), ("reconstruct", 8), ("reconstruct", 4)]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("row_bytes", "sizes"), [(256, [256, 44]), (1024, [200, 100]), (4096, [64, 64, 64, 64, 44])])
+def test_large_request_has_smaller_pieces_if_its_rows_are_wide(
+    vae: BareModel, row_bytes: int, sizes: list[int]
+) -> None:
+    """Small requests wait until a piece ends, and the networks of wide rows take longer."""
+    batches: Batches = []
+
+    async def scenario() -> None:
+        async with running_batcher(batches, max_batch_rows=256) as batcher:
+            result = await batcher.run(replace(vae, row_bytes=row_bytes), RECONSTRUCT, random_rows(300))
+        np.testing.assert_allclose(result.outputs[0], reconstruction(vae, random_rows(300)), atol=1e-6)
+
+    run(scenario)
+    assert [size for _, size in batches] == sizes
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "rows", "is_in_event_loop"),
+    [(0.1, 8, True), (1.0, 8, True), (3.0, 8, False), (0.1, 24, True), (1.0, 24, False), (3.0, 24, False)],
+)
+def test_short_batch_runs_in_the_event_loop_but_a_piece_of_a_large_request_only_if_it_is_very_short(
+    vae: BareModel, milliseconds: float, rows: int, is_in_event_loop: bool
+) -> None:
+    threads: set[int] = set()
+
+    def note_thread(_: Any, x: torch.Tensor) -> tuple[torch.Tensor]:
+        threads.add(threading.get_ident())
+        return (x,)
+
+    async def scenario() -> None:
+        async with running_batcher(max_batch_rows=8) as batcher:
+            vae.backend.latency.record("noted", 8, milliseconds / 1000)  # three batches hardly change this estimate
+            await batcher.run(vae, Operation("noted", note_thread), random_rows(rows))
+            assert (threads == {threading.get_ident()}) is is_in_event_loop
 
     run(scenario)
 
