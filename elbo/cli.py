@@ -234,6 +234,14 @@ Runs = Annotated[
     Path,
     typer.Option("--runs", envvar="ELBO_RUNS", help="folder for checkpoints and reports of training runs: <name>/"),
 ]
+PlotsOption = Annotated[
+    bool,
+    typer.Option(
+        "--plots/--no-plots",
+        envvar="ELBO_PLOTS",
+        help="draw the plots of the run, which takes longer than training a small model",
+    ),
+]
 ScoredTimeOption = Annotated[
     str | None,
     typer.Option(metavar="<column>", help="column with the time of the row; default: as trained, or timestamp"),
@@ -304,6 +312,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted run of this name")] = False,
     checkpoint_seconds: Annotated[float, typer.Option(min=0, help="seconds between checkpoints")] = 30.0,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="also write TensorBoard event files")] = False,
+    plots: PlotsOption = True,
     replace_features: Annotated[
         bool,
         typer.Option("--replace-features", help="publish even if the newest version of this name has other features"),
@@ -345,6 +354,7 @@ def train(
             resume=resume,
             checkpoint_seconds=checkpoint_seconds,
             tensorboard=tensorboard,
+            plots=plots,
             force=force,
             replace_features=replace_features,
             key=key,
@@ -386,6 +396,7 @@ def _train(
     resume: bool = False,
     checkpoint_seconds: float = 30.0,
     tensorboard: bool = False,
+    plots: bool = True,
     force: bool = False,
     replace_features: bool = False,
     key: "PrivateKey | None" = None,
@@ -408,6 +419,7 @@ def _train(
                 resume=resume,
                 checkpoint_seconds=checkpoint_seconds,
                 tensorboard=tensorboard,
+                plots=plots,
                 force=force,
                 replace_features=replace_features,
                 processes=processes,
@@ -589,7 +601,12 @@ def _sizes(option: str, text: str | None, count: int | None = None) -> tuple[int
 
 
 @app.command(epilog="Example: elbo demo && elbo serve")
-def demo(artifacts: ArtifactFolder = DEFAULT_ARTIFACTS, runs: Runs = Path("runs"), sign: SignOption = None) -> None:
+def demo(
+    artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
+    runs: Runs = Path("runs"),
+    plots: PlotsOption = True,
+    sign: SignOption = None,
+) -> None:
     """Train the demonstration models that are not in the artifact folder yet.
 
     These models are trained on scikit-learn's digits: pca, ae, vae, linear (an autoencoder without hidden layers), map
@@ -608,7 +625,7 @@ def demo(artifacts: ArtifactFolder = DEFAULT_ARTIFACTS, runs: Runs = Path("runs"
 
     for source, config in missing:
         table = read_table(source, time=config.time, group=config.group, condition=config.condition)
-        _train(config, table, artifacts, runs, key=key)
+        _train(config, table, artifacts, runs, plots=plots, key=key)
 
 
 @app.command(epilog="Examples: elbo inspect vae | elbo inspect vae@2 --json | elbo inspect artifacts/vae/2/model.pt")

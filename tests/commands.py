@@ -25,11 +25,12 @@ HEADER = "cpu [%],memory [GB],disk,network,errors"
 
 
 def command(*arguments: str, environment: dict[str, str] | None = None) -> CompletedCommand:
-    """Run `elbo` in a new process, in which only the ELBO_* variables in `environment` are set."""
+    """Run `elbo` in a new process, in which only ELBO_PLOTS and the ELBO_* variables in `environment` are set."""
+    inherited = {key: value for key, value in os.environ.items() if key == "ELBO_PLOTS" or not key.startswith("ELBO_")}
     return run_preloaded(
         [sys.executable, "-m", "elbo", *arguments],
         cwd=ROOT,
-        env={key: value for key, value in os.environ.items() if not key.startswith("ELBO_")} | (environment or {}),
+        env=inherited | (environment or {}),
         text=True,
     )
 

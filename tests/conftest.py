@@ -2,7 +2,9 @@
 
 import fcntl
 import os
+import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,33 +34,36 @@ SLOW_FIXTURES = {
 }  # fixtures that train models or start a browser
 
 
+slow_files: set[Path] = set()  # files with a test that has the mark slow
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that use a slow fixture, directly or through another fixture, as slow, and put slow files first.
 
-    The two processes of `make test` take one file after another. If a slow file came last, one process would wait for
-    the other.
+    The processes of `make test` take one file after another. If a slow file came last, the other processes would wait
+    for it.
     """
     for item in items:
         if isinstance(item, pytest.Function) and SLOW_FIXTURES & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
-    slow_files = {item.path for item in items if item.get_closest_marker("slow")}
+    slow_files.update(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: item.path not in slow_files)  # a stable sort: the tests of a file stay together
 
 
 @pytest.fixture(autouse=True, scope="module")
 def plots_only_if_marked(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Let `elbo train` in the process of the test draw no plots, unless the module has the mark `plots`.
+    """Let training draw no plots, unless the module has the mark `plots`.
 
     Drawing takes longer than training a small model. Only modules with slow tests train.
     """
-    items = [item for item in request.session.items if item.path == request.path]
-    if request.node.get_closest_marker("plots") or not any(item.get_closest_marker("slow") for item in items):
+    if request.node.get_closest_marker("plots") or request.path not in slow_files:
         yield
         return
     from training.reports import plots
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "PLOTS", {})
+        patch.setattr(plots, "PLOTS", {})  # for tests that call `train`
+        patch.setenv("ELBO_PLOTS", "false")  # for tests that run `elbo train`, in this process or in another
         yield
 
 
@@ -87,12 +92,20 @@ def demonstration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from training.data.table import read_table
     from training.train import train
 
-    def make(root: Path) -> None:
-        for source, config in DEMONSTRATIONS:
-            if config.name in (*AUTO_KINDS, "linear"):
-                train(config, read_table(source), root, RecordingReporter())
+    def make(folder: Path, name: str) -> None:
+        source, config = next(each for each in DEMONSTRATIONS if each[1].name == name)
+        train(config, read_table(source), folder, RecordingReporter())
 
-    return made_once("demonstration", make, tmp_path_factory)
+    names = [*AUTO_KINDS, "linear"]
+    if int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 2:
+        names.reverse()  # two processes train the models together, from both ends of the list
+    parts = [made_once(f"demonstration-{name}", partial(make, name=name), tmp_path_factory) for name in names]
+
+    def gather(folder: Path) -> None:
+        for part in parts:
+            shutil.copytree(part, folder, dirs_exist_ok=True)
+
+    return made_once("demonstration", gather, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

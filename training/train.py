@@ -51,6 +51,7 @@ def train(
     resume: bool = False,
     checkpoint_seconds: float = 30.0,
     tensorboard: bool = False,
+    plots: bool = True,
     force: bool = True,
     replace_features: bool = False,
     processes: ProcessGroup = ProcessGroup(),  # noqa: B008  # frozen
@@ -71,6 +72,7 @@ def train(
         resume: continue from the checkpoint in `runs`.
         checkpoint_seconds: seconds between checkpoints.
         tensorboard: also write TensorBoard event files.
+        plots: draw the plots of the report.
         force: publish even if the model is worse than predicting the mean. `elbo train` sets it to false.
         replace_features: allow features that differ from those of the newest version of `config.name`.
         processes: processes that train together; each of them calls this function with the same arguments.
@@ -104,7 +106,7 @@ def train(
         ]
         path = None
         if processes.is_first:
-            path = _finish(candidates, stores, data, artifacts, report, runs, force=force, key=key)
+            path = _finish(candidates, stores, data, artifacts, report, runs, plots=plots, force=force, key=key)
         return processes.broadcast_path(path)
 
 
@@ -331,6 +333,7 @@ def _finish(
     report: Reporter,
     runs: Path | None,
     *,
+    plots: bool,
     force: bool,
     key: PrivateKey | None,
 ) -> Path:
@@ -354,7 +357,7 @@ def _finish(
         candidate.recorder.move(folder if candidate is chosen else folder / candidate.config.model)
         store.remove()
         if candidate is chosen:
-            _write_report(folder, manifest, candidate, data, report)
+            _write_report(folder, manifest, candidate, data, report, plots)
     for warning in data.notes:
         if warning.startswith("WARNING"):
             report.note(warning)  # again, because the progress of a long run has hidden the first
@@ -370,8 +373,10 @@ def _are_networks_saved(candidates: Sequence[Candidate], stores: Sequence[Checkp
     return bool(networks) and all(store is not None and store.is_finished() for store in networks)
 
 
-def _write_report(folder: Path, manifest: Manifest, candidate: Candidate, data: PreparedData, report: Reporter) -> None:
-    """Write the model card and the plots into `folder`, whose name is the version."""
+def _write_report(
+    folder: Path, manifest: Manifest, candidate: Candidate, data: PreparedData, report: Reporter, plots: bool
+) -> None:
+    """Write the model card and, if `plots` is true, the plots into `folder`, whose name is the version."""
     labels, rows = data.table.labels, data.split.held_out[:PLOTTED_ROWS]
     held_out = data.source_rows.held_out_inputs
     if data.windows is not None:
@@ -386,6 +391,7 @@ def _write_report(folder: Path, manifest: Manifest, candidate: Candidate, data: 
         labels=None if labels is None else labels[rows],
         label_names=data.table.label_names,
         notes=[*data.notes, *candidate.recorder.notes],
+        draw=plots,
         report=report,
     )
 

@@ -10,11 +10,13 @@ import sys
 import tempfile
 import termios
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.commands import in_process, succeed, two_factor_rows, write
 from tests.data import ROOT
+from tests.preloaded import PreloadedProcess
 
 SCRIPT = """
 import sys
@@ -33,8 +35,13 @@ print("rich" in sys.modules)
 TERMS = "reconstruction 23.46  kl 4.25  elbo 19.21 nats"
 
 
-def run_on_terminal(code: str, *arguments: str, **environment: str) -> tuple[str, str]:
-    """Run `code` with standard error on an 80-column terminal and standard output in a file. Return both outputs."""
+def run_on_terminal(
+    code: str, *arguments: str, start: type[subprocess.Popen[Any]] = subprocess.Popen, **environment: str
+) -> tuple[str, str]:
+    """Run `code` with standard error on an 80-column terminal and standard output in a file. Return both outputs.
+
+    `start=PreloadedProcess` saves the import of torch if the code needs it.
+    """
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     environment = (
@@ -42,7 +49,7 @@ def run_on_terminal(code: str, *arguments: str, **environment: str) -> tuple[str
     )
     file = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed below
     command = [sys.executable, "-c", code, *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=child, env=environment)
+    process = start(command, cwd=ROOT, stdout=file, stderr=child, env=environment)
     os.close(child)
     error_output = b""
     try:
@@ -133,7 +140,8 @@ for options in (["--model", "pca", "--name", "a"], ["--model", "ae", "--name", "
 
 @pytest.mark.slow
 def test_bar_on_a_terminal_is_full_only_after_the_last_stage(tmp_path: Path) -> None:
-    screen, out = run_on_terminal(TWO_RUNS, "--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs"))
+    folders = ["--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    screen, out = run_on_terminal(TWO_RUNS, *folders, "--plots", start=PreloadedProcess)
     assert re.findall("published [^:]*", out) == ["published a@1", "published b@1"]
     for title, part in zip(("a (pca)", "b (ae)"), screen.split("the end of a run")[:2], strict=True):
         places = [part.index(f"{title}: {stage}") for stage in STAGES]
@@ -160,7 +168,8 @@ def test_score_shows_its_progress_on_a_terminal_if_the_results_go_elsewhere(tmp_
     folders = ["--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs")]
     succeed("train", data, "--model", "pca", "--name", "hosts", *folders)
     screen, out = run_on_terminal(
-        f"from elbo import cli; cli.main({['score', 'hosts', data, '--artifacts', str(tmp_path)]})"
+        f"from elbo import cli; cli.main({['score', 'hosts', data, '--artifacts', str(tmp_path)]})",
+        start=PreloadedProcess,
     )
     assert len(out.splitlines()) == 3000
     counts = [int(count) for count in re.findall(r"(\d+)/\d+", screen)]

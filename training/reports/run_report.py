@@ -30,9 +30,10 @@ def write_run(
     labels: npt.NDArray[Any] | None,
     label_names: list[str] | None,
     notes: Sequence[str],
+    draw: bool,
     report: Reporter,
 ) -> None:
-    """Write card.md and the plots into `folder`, which is created if needed.
+    """Write card.md and, if `draw` is true, the plots into `folder`, which is created if needed.
 
     The model is already published. A failure is therefore reported as a warning, and the other files are still written.
 
@@ -44,6 +45,24 @@ def write_run(
         notes: messages about the data and the training, repeated in the card.
     """
     plots: list[str] = []
+    if draw:
+        some_labels = None if labels is None else labels[:PLOTTED_ROWS]
+        plots = _draw_plots(folder, manifest, pipeline, held_out[:PLOTTED_ROWS], some_labels, label_names, report)
+    for warning in write_card(folder, manifest, version, notes, plots):
+        report.note(warning)
+
+
+def _draw_plots(
+    folder: Path,
+    manifest: Manifest,
+    pipeline: Pipeline | Windowed,
+    held_out: Tensor,
+    labels: npt.NDArray[Any] | None,
+    label_names: list[str] | None,
+    report: Reporter,
+) -> list[str]:
+    """Write the plots into `folder`. Return their names. A failure is reported as a warning."""
+    drawn: list[str] = []
     report.stage("drawing the plots")
     try:
         with _temporary_matplotlib_folder():
@@ -53,19 +72,18 @@ def write_run(
         model = PlottedModel(
             manifest=manifest,
             pipeline=pipeline,
-            inputs=held_out[:PLOTTED_ROWS],
-            labels=None if labels is None else labels[:PLOTTED_ROWS],
+            inputs=held_out,
+            labels=labels,
             label_names=label_names,
         )
         for name, png in render_plots(model):
             (folder / f"{name}.png").write_bytes(png)
-            plots.append(name)
+            drawn.append(name)
     # matplotlib may be missing (ImportError), and raises ValueError for degenerate data.
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         report.note(f"warning: failed to draw some plots in {folder} ({reason})")
-    for warning in write_card(folder, manifest, version, notes, plots):
-        report.note(warning)
+    return drawn
 
 
 @contextmanager

@@ -173,6 +173,18 @@ def test_run_writes_the_card_and_warns_about_the_plots_if_matplotlib_is_absent(
     assert "![" not in (tmp_path / "runs" / "m" / "1" / "card.md").read_text()
 
 
+def test_run_with_no_plots_writes_the_card_without_plots(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = ["--artifacts", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    for option, name in ((["--no-plots"], "by-option"), ([], "by-variable"), (["--plots"], "drawn")):
+        code, _, _ = in_process(capsys, "train", "digits", "--model", "pca", "--name", name, *folders, *option)
+        assert code == 0
+        written = {path.name for path in (tmp_path / "runs" / name / "1").iterdir()}
+        assert written == {"card.md"} | ({f"{plot}.png" for plot in PLOTS["pca"]} if name == "drawn" else set())
+        monkeypatch.setenv("ELBO_PLOTS", "false")
+
+
 def long_run(folder: Path, *, resume: bool = False) -> None:
     config = TrainConfig(model="ae", name="m", hidden=(16,), latents=4, epochs=40)
     train(
