@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.data import ROOT
+from tests.forked_command import forked_elbo
 from tests.preloaded import PreloadedProcess, is_forkable, run_preloaded
 
 pytestmark = pytest.mark.slow
@@ -80,3 +82,15 @@ def test_program_that_needs_a_fresh_start_of_python_is_not_forked(
 ) -> None:
     assert not is_forkable([sys.executable, *arguments], dict(os.environ) | variables)
     assert not is_forkable(["env", *arguments], dict(os.environ))
+
+
+def test_elbo_in_a_shell_script_gets_its_arguments_environment_folder_and_streams(tmp_path: Path) -> None:
+    script = "mkdir keys; cd keys; elbo keygen a.key | cat; ls; elbo inspect absent; echo $?; elbo --version > version"
+    with forked_elbo(tmp_path) as programs:
+        environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "ELBO_ARTIFACTS": "/nowhere"}
+        run = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.stdout.splitlines()[0] == "private key: a.key"
+    assert run.stdout.splitlines()[-3:] == ["a.key", "a.key.pub", "2"]
+    assert run.stderr.startswith("elbo: error: no model 'absent' in /nowhere ")
+    assert (tmp_path / "keys" / "version").read_text() == f"elbo {version('elbo')}\n"
+    assert not run.returncode

@@ -9,8 +9,8 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +22,8 @@ from typing import Any
 import httpx
 
 from models.manifest import names, versions
-from tests.data import ROOT
+from tests.forked_command import forked_elbo
+from tests.preloaded import run_preloaded
 from tests.service.process import ServerProcess
 from tests.waiting import wait_until
 
@@ -37,11 +38,12 @@ TOLERANCE = 0.1  # relative: pages round their numbers, and trained networks dif
 
 @dataclass(frozen=True)
 class Servers:
-    """A running server, its artifact folder, and a stand-in for Alertmanager."""
+    """A running server, its artifact folder, a stand-in for Alertmanager, and a folder with the program `elbo`."""
 
     port: int
     artifacts: Path
     alertmanager_port: int
+    programs: Path
 
     def has_loaded_everything(self) -> bool:
         """Return whether the newest version of every model in the folder is served."""
@@ -92,10 +94,10 @@ def alertmanager() -> Iterator[int]:
 @contextmanager
 def serving(artifacts: Path) -> Iterator[Servers]:
     """Serve `artifacts` until the block ends."""
-    with alertmanager() as alerts:
+    with tempfile.TemporaryDirectory() as folder, forked_elbo(Path(folder)) as programs, alertmanager() as alerts:
         process = ServerProcess(artifacts, ALERTMANAGER_URL=f"http://127.0.0.1:{alerts}")
         try:
-            servers = Servers(process.port, artifacts, alerts)
+            servers = Servers(process.port, artifacts, alerts, programs)
             wait_until(servers.has_loaded_everything, 60, httpx.TransportError)
             yield servers
         finally:
@@ -122,15 +124,13 @@ def _run(language: str, code: str, servers: Servers, folder: Path) -> str:
     code = code.replace("127.0.0.1:9093", f"127.0.0.1:{servers.alertmanager_port}")
     code = code.replace("curl -s", "curl -sS --fail-with-body")
     environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "PYTHONWARNINGS": "ignore",
+        "PATH": os.pathsep.join([str(servers.programs), str(Path(sys.executable).parent), os.environ["PATH"]]),
         "ELBO_ARTIFACTS": str(servers.artifacts),
+        "ELBO_PLOTS": "false",  # no page shows them
     }
-    command = [*RUN[language], code]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    result = run_preloaded([*RUN[language], code], cwd=folder, env=environment, text=True, timeout=120)
     assert result.returncode == 0, f"{code}\n{result.stdout}\n{result.stderr}"
-    return result.stdout
+    return str(result.stdout)
 
 
 def _difference(shown: Any, got: Any, where: str) -> str | None:

@@ -1,6 +1,5 @@
 """The figures of a model are drawn without pyplot, and show the numbers of the model."""
 
-import subprocess
 import sys
 
 import numpy as np
@@ -12,6 +11,7 @@ from elbo.errors import NotSupportedError
 from elbo.model import Model
 from tests.data import ROOT
 from tests.elbo.conftest import Site, metric_rows
+from tests.preloaded import run_preloaded
 from training.errors import DataError
 
 pytestmark = pytest.mark.slow
@@ -105,5 +105,5 @@ for figure in (model.plot_samples(), model.plot_scores(rows), model.plot_explana
     figure._repr_png_()
 print("matplotlib.pyplot" in sys.modules, settings() == before)
 """
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = run_preloaded([sys.executable, "-c", program], cwd=ROOT, text=True)
     assert result.stdout.split() == ["False", "True"], result.stderr

@@ -4,7 +4,6 @@ import copy
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +22,7 @@ from service.app import create_app
 from service.settings import Settings
 from tests.data import ROOT
 from tests.elbo.conftest import NAMES, Site, metric_rows
+from tests.preloaded import run_preloaded
 from tests.service.running import post, running
 from training.errors import DataError
 
@@ -154,7 +154,7 @@ def test_pickled_model_gives_the_same_numbers_in_another_process(web: Model, tmp
     )
     np.save(tmp_path / "rows.npy", ROWS)
     files = [str(tmp_path / name) for name in ("model.pickle", "scores.npy", "rows.npy")]
-    subprocess.run([sys.executable, "-c", program, *files], cwd=ROOT, check=True, timeout=120)
+    run_preloaded([sys.executable, "-c", program, *files], cwd=ROOT).check_returncode()
     assert np.array_equal(np.load(tmp_path / "scores.npy"), web.score(ROWS))
 
 

@@ -1,6 +1,5 @@
 """Publish the models of `builders`, with or without an ONNX twin (the copy of the networks for ONNX Runtime)."""
 
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from models.manifest import FORMAT_VERSION, Window
 from tests.data import ROOT
 from tests.models.builders import batch, manifest, pipeline
 from tests.models.windows import SCALES, N, windowed, windows
+from tests.preloaded import run_preloaded
 from training.publishing.onnx_export import export
 
 GAPS = ((0, 1), (2, 0), (2, 4))
@@ -56,7 +56,7 @@ publish_twin(Path(sys.argv[1]), "pca")
 publish(Path(sys.argv[1]))
 """
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "-c", program, folder], cwd=ROOT, check=True, timeout=300)
+        run_preloaded([sys.executable, "-c", program, folder], cwd=ROOT).check_returncode()
         twin, plain = (Path(folder, "model", version, "model.pt").read_bytes() for version in "12")
     return twin, plain
 

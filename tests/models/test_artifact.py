@@ -29,7 +29,7 @@ from models.pipeline import Pipeline
 from models.scaling import ImputingScaling
 from tests.models.builders import CORES, batch, manifest, pipeline
 from tests.models.publishing import GAPS, publish
-from tests.preloaded import PreloadedProcess
+from tests.preloaded import PreloadedProcess, run_preloaded
 
 pytestmark = pytest.mark.slow
 
@@ -231,7 +231,7 @@ def test_artifact_gives_its_golden_answers_if_only_torch_is_installed(kind: str,
     path = publish(tmp_path, kind)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", PLAIN_TORCH, str(path)]
-    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    process = run_preloaded(command, cwd=tmp_path, env=environment, text=True)
     assert process.returncode == 0, process.stderr
     assert float(process.stdout) <= 1e-5
 

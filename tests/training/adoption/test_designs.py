@@ -1,6 +1,5 @@
 """Autoencoders in the styles of five public implementations are adopted, served, and give the results of the module."""
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from service.app import create_app
 from service.endpoints.examples import EXAMPLES
 from service.settings import Settings
 from tests.data import ROOT
+from tests.preloaded import run_preloaded
 from tests.service.openapi import SPECS, content, validate
 from tests.service.running import post, running
 from tests.training.adoption.designs import DESIGNS, WITHOUT_LATENTS, digits, trained
@@ -159,7 +159,7 @@ def test_artifact_runs_where_neither_the_class_of_the_user_nor_the_training_exis
         "assert not [name for name in sys.modules if name.startswith(('tests', 'training'))]"
     )
     paths = [str(path_of(root, name)) for name in DESIGNS]
-    done = subprocess.run([sys.executable, "-c", code, *paths], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_preloaded([sys.executable, "-c", code, *paths], cwd=ROOT, text=True)
     assert done.stderr == ""
 
 

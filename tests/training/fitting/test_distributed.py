@@ -15,6 +15,7 @@ from models.artifact import load
 from models.manifest import resolve, versions
 from tests.commands import in_process
 from tests.data import ROOT
+from tests.preloaded import PreloadedProcess
 from training.fitting.distributed import ProcessGroup
 
 pytestmark = pytest.mark.slow
@@ -32,10 +33,10 @@ def written_to(folder: Path) -> list[str]:
 
 def start_python(*program: str) -> "subprocess.Popen[str]":
     """Start Python with `program` in two processes."""
-    return subprocess.Popen(
+    return PreloadedProcess(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 

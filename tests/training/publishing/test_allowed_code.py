@@ -1,7 +1,6 @@
 """The list of allowed names fits exactly what training writes: every kind of model loads, and no name is unused."""
 
 import ast
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -15,6 +14,7 @@ from models.policy_rules import FeatureRule, Policy
 from tests.models.builders import CORES
 from tests.models.publishing import GAPS, publish_twin, publish_windowed
 from tests.models.windows import CORES as WINDOWED
+from tests.preloaded import run_preloaded
 from tests.service.hosts import host_table
 from tests.training.reporters import RecordingReporter
 from training.config import TrainConfig
@@ -87,7 +87,7 @@ def test_convolutional_models_load_after_a_trial_in_a_new_process(paths: list[Pa
     assert len(convolutional) == 4
     code = "import sys; from pathlib import Path; from models.artifact import load_after_trial\n"
     code += "for path in sys.argv[1:]: load_after_trial(Path(path))"
-    done = subprocess.run([sys.executable, "-c", code, *map(str, convolutional)], capture_output=True, text=True)
+    done = run_preloaded([sys.executable, "-c", code, *map(str, convolutional)], text=True)
     assert done.stderr == ""
 
 
