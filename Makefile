@@ -66,7 +66,7 @@ docs: $(READY) ## Build the documentation site into site/
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet && echo "open site/index.html"
 
 test: $(READY) $(GENERATOR)/.ready $(CLIENTS)/.ready ## Run every test: first those that may share the machine, then those that measure time or memory
-	@$(VENV)/bin/python -m pytest -n 2 -m "not alone"
+	@$(VENV)/bin/python -m pytest -n 3 -m "not alone"
 	@$(VENV)/bin/python -m pytest -m alone
 
 lint: $(READY) ## Check style and likely mistakes

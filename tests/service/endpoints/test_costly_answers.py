@@ -16,7 +16,7 @@ from training.data.row_store import RowStore
 from training.data.table import Table
 from training.train import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 REQUESTS = 60
 SCRAPES = 250  # a scrape takes about 3 ms
