@@ -48,6 +48,8 @@ def wait_for_output(process: "subprocess.Popen[str]") -> str:
 
 VAE = ("--model", "vae", "--warm-up", "20", "--samples", "2")
 AE = ("--model", "ae", "--noise", "0.3", "--masking", "0.1", "--l2", "0.0001")
+# A rounding error may change which row is the nearest.
+COUNTS_OF_NEIGHBOURS = {"sample_density", "sample_coverage", "copy_p_value"}
 
 
 @pytest.mark.parametrize("options", [VAE, AE], ids=["vae", "ae"])
@@ -71,7 +73,8 @@ def test_two_processes_train_the_same_model_as_one_process(
         tolerance = 1e-5 if method == "forward" else 1e-3
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
     for name, value in one.manifest.metrics.items():
-        assert two.manifest.metrics[name] == pytest.approx(value, rel=1e-5)
+        tolerance = 0.02 if name in COUNTS_OF_NEIGHBOURS else 1e-5
+        assert two.manifest.metrics[name] == pytest.approx(value, rel=tolerance), name
     assert versions(tmp_path / "2" / "artifacts", "m") == [1]
 
 
