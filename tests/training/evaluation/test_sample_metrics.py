@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from training.config import TrainConfig
-from training.data.table import InMemory, read_table
+from training.data.readers import InMemory
+from training.data.table import read_table
 from training.evaluation.samples import FEW_DRAWS
 from training.progress import SilentReporter
 from training.reports.model_card import card
