@@ -30,7 +30,14 @@ if TYPE_CHECKING:
     from elbo.options import Options
     from models.policy_rules import Policy
 
-COLUMN_OPTIONS = ("drop", "keep", "label", "season", "condition")  # lists, for which one string may be given
+COLUMN_OPTIONS = (
+    "drop",
+    "keep",
+    "label",
+    "category",
+    "season",
+    "condition",
+)  # lists, for which one string may be given
 COMMAND_COLUMNS = re.compile(r"--(drop|keep|label) ('[^']*'|[^\s;:,]+)")  # advice to choose columns, in messages
 COMMAND_OPTION = re.compile(r"--([a-z][a-z-]*)")
 
@@ -131,6 +138,7 @@ def _read(source: str | InMemory, config: TrainConfig) -> Table:
         time=config.time,
         group=config.group,
         condition=config.condition,
+        category=config.category,
     )
 
 

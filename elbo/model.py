@@ -414,7 +414,10 @@ class Model:
 
     def _verdicts(self, rows: _Rows, outputs: tuple[Array, ...], features: int) -> Iterator[Verdict]:
         score, p_value, severity, parts, contribution, expected = outputs
-        names, part_names = self.feature_names, self.manifest.parts
+        table, part_names = self.manifest.category_columns, self.manifest.parts
+        names = self.feature_names if table is None else table.names
+        numbers = len(names) if table is None else len(table.numbers)
+        contribution = contribution if table is None else table.contributions(contribution)
         largest = np.argsort(-contribution, axis=1, kind="stable")[:, :features]  # [B, features]
         for i, columns in enumerate(largest.tolist()):
             is_silenced = rows.silenced is not None and bool(rows.silenced[i])
@@ -427,6 +430,13 @@ class Model:
                 parts=dict(zip(part_names, parts[i].tolist(), strict=True)),
                 features=[
                     Contribution(names[j], float(rows.x[i, j]), float(expected[i, j]), float(contribution[i, j]))
+                    if j < numbers or table is None
+                    else Contribution(
+                        names[j],
+                        table.level_of(j - numbers, rows.x[i]),
+                        table.level_of(j - numbers, expected[i]),
+                        float(contribution[i, j]),
+                    )
                     for j in columns
                 ],
             )

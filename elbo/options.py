@@ -36,6 +36,7 @@ class Options(TypedDict, total=False):
     drop: Sequence[str] | str
     keep: Sequence[str] | str
     label: Sequence[str] | str
+    category: Sequence[str] | str
     time: str | None
     group: str | None
     split: Literal["newest", "blocks"]

@@ -9,14 +9,15 @@ class Contribution:
 
     Args:
         name: name of the feature.
-        value: its value in raw units; NaN if it is missing.
-        expected: the value that the model expects, in raw units.
+        value: its value in raw units; NaN if it is missing. For a column of text, its level; None if it is missing or
+            unknown.
+        expected: the value that the model expects, in raw units; for a column of text, the expected level.
         contribution: squared distance between the two, in standard deviations of normal rows.
     """
 
     name: str
-    value: float
-    expected: float
+    value: float | str | None
+    expected: float | str | None
     contribution: float
 
 

@@ -7,7 +7,7 @@ parts separately, so training and serving must take titles apart in the same way
 import math
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Cells in lower case, without the spaces around them.
 MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?", "-"})
@@ -49,6 +49,24 @@ def parse_cell(cell: str) -> float | bool | str:
         return word in TRUE if word in TRUE or word in FALSE else cell
     # Python reads 1_000 and digits of other scripts, but polars, which reads training files, does not.
     return value if text.isascii() and "_" not in text else cell
+
+
+def read_level(value: Any) -> str | None:
+    """Return the level of a category that a cell or a JSON value means; None if it means a missing value.
+
+    Spaces around a text do not count. A whole number has one form, `80` for 80.0 and for "80.0", and a truth value is
+    `true` or `false`.
+    """
+    if value is None or value != value:  # only NaN differs from itself
+        return None
+    text = str(value).lower() if isinstance(value, bool) else str(value).strip()
+    try:
+        number = float(text)
+    except ValueError:
+        return None if text.lower() in MISSING else text
+    if math.isnan(number):
+        return None
+    return str(int(number)) if number.is_integer() else text
 
 
 def swallows_lines(record: Sequence[str], lines: Sequence[str]) -> bool:

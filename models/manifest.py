@@ -17,7 +17,7 @@ import zipfile
 import zlib
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Self
 
 from pydantic import (
     BaseModel,
@@ -42,6 +42,9 @@ from models.errors import (
     printable,
 )
 from models.policy_rules import AppliedPolicy
+
+if TYPE_CHECKING:
+    from models.categories import CategoryColumns
 
 FORMAT_VERSION = 2
 FILE_NAME = "model.pt"
@@ -70,6 +73,7 @@ NEW_FIELDS = (
     "incident_rows",
     "conditions",
     "adoption",
+    "categories",
 )  # fields that earlier releases do not know
 MIN_INCIDENT_ROWS, MAX_INCIDENT_ROWS = 30, 1000  # see `service.anomaly.online_calibration`
 MAX_BLOCKS = 1000  # blocks that a manifest lists
@@ -79,6 +83,10 @@ MAX_LEVELS = 100  # levels of a column of conditions
 MAX_LEVEL_NAME = 100  # characters of the name of a level
 MAX_CONDITION_COLUMNS = 4
 MAX_COMBINATIONS = 1_000  # combinations of levels
+MAX_CATEGORIES = 512  # columns of text
+MAX_CATEGORY_LEVELS = 50  # levels of a category, without OTHER_LEVEL
+MAX_RARE_LEVELS = 1_000  # levels that count as OTHER_LEVEL
+OTHER_LEVEL = "(other)"  # stands for the levels of a category that too few training rows have
 VERSION = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 
 
@@ -120,6 +128,7 @@ class Feature(_Frozen):
     maximum: float
     missing: Count = 0  # number of training rows without a value for the feature
     mean: float | None = None  # None in artifacts of earlier releases
+    values: Literal["whole", "boolean"] | None = None  # whether all training values were whole numbers, or 0 and 1
 
 
 class Data(_Frozen):
@@ -292,6 +301,44 @@ class Conditions(_Frozen):
         return sum(len(column.levels) for column in self.columns)
 
 
+class Category(_Frozen):
+    """A column of text. Each level is a feature, which is 1 in the rows of this level and 0 in all others.
+
+    The features of the levels are consecutive. If a level has too few rows to be learnt, it counts as OTHER_LEVEL,
+    which is then the last level.
+    """
+
+    name: Annotated[str, Field(min_length=1, max_length=MAX_GROUP_NAME)]
+    levels: Annotated[list[str], Field(min_length=1, max_length=MAX_CATEGORY_LEVELS + 1)]
+    first: Count  # the index of the feature of the first level
+    rare: Annotated[list[str], Field(max_length=MAX_RARE_LEVELS)] = []  # levels that count as OTHER_LEVEL
+    new_share: Annotated[float, Field(ge=0, le=1)] = 0.0  # estimated share of new rows with a level that is not known
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> Self:
+        for level in (*self.levels, *self.rare):
+            if not is_level_name(level):
+                raise ValueError(
+                    f"expected levels with 1 to {MAX_LEVEL_NAME} characters that print, got {level[:MAX_LEVEL_NAME]!r}"
+                )
+        known = [*self.levels, *self.rare]
+        if len(set(known)) < len(known):
+            raise ValueError("expected different levels, got one twice")
+        if bool(self.rare) != (self.levels[-1] == OTHER_LEVEL):
+            raise ValueError(f"expected {OTHER_LEVEL!r} as the last level if and only if there are rare levels")
+        return self
+
+    @property
+    def features(self) -> range:
+        """The indices of the features of the levels."""
+        return range(self.first, self.first + len(self.levels))
+
+    @property
+    def feature_names(self) -> list[str]:
+        """The names of the features of the levels, such as protocol=tcp."""
+        return [f"{self.name}={level}" for level in self.levels]
+
+
 class Adoption(_Frozen):
     """Where the network of an adopted model comes from: it was trained elsewhere. See `training.adoption`."""
 
@@ -347,6 +394,8 @@ class Manifest(_Frozen):
     policy: AppliedPolicy | None = None  # None if every deviation matters, and alarms are not limited
     conditions: Conditions | None = None  # None if the model knows no condition of a row
     adoption: Adoption | None = None  # None if Elbo trained the network
+    # The columns of text. Their features are the last ones, in the order of the columns.
+    categories: Annotated[list[Category], Field(max_length=MAX_CATEGORIES)] = []
 
     @model_validator(mode="after")
     def _check_shape(self) -> Self:
@@ -358,6 +407,20 @@ class Manifest(_Frozen):
     def _check_latents(self) -> Self:
         if self.latents == 0 and self.adoption is None:
             raise ValueError("expected at least one latent, because only an adopted model may have none")
+        return self
+
+    @model_validator(mode="after")
+    def _check_categories(self) -> Self:
+        if not self.categories:
+            return self
+        place = self.width - sum(len(category.levels) for category in self.categories)
+        for category in self.categories:
+            names = [self.features[index].name for index in category.features if index < self.width]
+            if category.first != place or names != category.feature_names:
+                raise ValueError(f"expected the levels of {category.name[:100]!r} to be the features from {place} on")
+            place += len(names)
+        if len(set(self.column_names)) < len(self.column_names):
+            raise ValueError("expected different names of columns, got one twice")
         return self
 
     @model_validator(mode="after")
@@ -377,6 +440,9 @@ class Manifest(_Frozen):
         fields: dict[str, Any] = serialise(self)
         absent = {name for name in NEW_FIELDS if not getattr(self, name)}
         fields = {name: value for name, value in fields.items() if name not in absent}
+        for feature in fields["features"]:
+            if feature.get("values") is None:
+                feature.pop("values", None)
         timeline = fields.get("timeline")
         if timeline is not None and not timeline.get("blocks"):
             timeline.pop("blocks", None)
@@ -386,6 +452,31 @@ class Manifest(_Frozen):
     def width(self) -> int:
         """D: the number of features per row."""
         return len(self.features)
+
+    @property
+    def numbers(self) -> int:
+        """The number of features that are no levels of categories. They come first."""
+        return self.categories[0].first if self.categories else self.width
+
+    @property
+    def column_names(self) -> list[str]:
+        """The names of the columns of the training data: the features that are numbers, then the categories."""
+        numbers = [feature.name for feature in self.features[: self.numbers]]
+        return numbers + [category.name for category in self.categories]
+
+    @property
+    def category_columns(self) -> "CategoryColumns | None":
+        """The columns of the training data, which translate levels; None if none of them is a category."""
+        from models.categories import CategoryColumns
+
+        if not self.categories:
+            return None
+        numbers = self.features[: self.numbers]
+        return CategoryColumns(
+            [feature.name for feature in numbers],
+            [(category.name, category.levels, category.rare) for category in self.categories],
+            [feature.values is not None for feature in numbers],
+        )
 
     @property
     def only_reconstructs(self) -> bool:

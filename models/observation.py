@@ -28,6 +28,10 @@ class Observation(nn.Module):
 
     def forward(self, x_hat: Tensor, noise: Tensor) -> Tensor:
         """Return noisy rows [B, D] for decoded rows x_hat [B, D] and standard normal noise [B, D]."""
+        return self.add_noise(x_hat, noise)
+
+    def add_noise(self, x_hat: Tensor, noise: Tensor) -> Tensor:
+        """Return what `forward` returns. A class with another `forward` can call it: TorchScript has no `super`."""
         deviation = noise @ self.factor.T if self.factor.dim() == 2 else noise * self.factor
         x = (x_hat + deviation).clamp(self.low, self.high)
         return torch.where(self.whole, x.round(), x)

@@ -77,10 +77,16 @@ class Body(BaseModel):
         return int(value) if is_whole else value
 
 
-class EncodeBody(Body):
-    """Rows to encode."""
+_RECORDS = (
+    'N objects with a number per feature name; for a column of text, with its level, such as `{"protocol": "tcp"}`'
+)
 
-    inputs: Rows = Field(description="N rows in raw units; windows of rows for a model with a window")
+
+class EncodeBody(Body):
+    """Rows to encode. They are in exactly one of the fields `inputs` and `records`."""
+
+    inputs: Rows = Field(None, description="N rows in raw units; windows of rows for a model with a window")
+    records: Records = Field(None, description=_RECORDS)
     sample: bool = Field(
         False, description="whether to sample latents from the posterior; false returns the posterior mean"
     )
@@ -98,9 +104,10 @@ class DecodeBody(Body):
 
 
 class ReconstructBody(Body):
-    """Rows to reconstruct."""
+    """Rows to reconstruct. They are in exactly one of the fields `inputs` and `records`."""
 
-    inputs: Rows = Field(description="N rows in raw units; windows of rows for a model with a window")
+    inputs: Rows = Field(None, description="N rows in raw units; windows of rows for a model with a window")
+    records: Records = Field(None, description=_RECORDS)
     condition: RowConditions = Field(None, description=_ROW_CONDITIONS)
 
 
@@ -163,9 +170,7 @@ class ImputeBody(Body):
     """Rows with missing values. They are in exactly one of the fields `inputs` and `records`."""
 
     inputs: Rows = Field(None, description="N rows in raw units, with null for a missing value of any feature")
-    records: Records = Field(
-        None, description="N objects with a number per feature name; a missing value is null or absent"
-    )
+    records: Records = Field(None, description=f"{_RECORDS}; a missing value is null or absent")
 
 
 class InterpolateBody(Body):
@@ -247,7 +252,8 @@ class AnomalyBody(Body):
     records: Records = Field(
         None,
         description="N objects with a number per feature name, which may be followed by the feature's unit: "
-        "`temp [°C]`; a missing value is null or absent. Other names are ignored, but a record that has other names "
+        "`temp [°C]`; for a column of text, with its level. A missing value is null or absent. A row with a level that "
+        "the model does not know is anomalous. Other names are ignored, but a record that has other names "
         "and lacks features is an error unless the request has `impute` true",
     )
     metrics: Metrics = Field(
@@ -423,7 +429,12 @@ class EncodeAnswer(ModelAnswer):
 class DecodeAnswer(ModelAnswer):
     """Decoded rows."""
 
-    outputs: Vectors = Field(description="[N, D] in raw units")
+    outputs: Vectors = Field(description="[N, D] in raw units; for a level of a column of text, its probability")
+    records: list[dict[str, float | str]] | None = Field(
+        None,
+        description="models with columns of text only: the rows by column, with the most probable level of each column "
+        "of text, and with whole numbers where all training rows have whole numbers",
+    )
 
 
 class ReconstructAnswer(DecodeAnswer):
@@ -489,6 +500,11 @@ class ImputeAnswer(DecodeAnswer):
     )
     high: Vectors = Field(description="[N, D]: upper end of this interval")
     imputed: int = Field(description="number of missing values in the rows")
+    probabilities: list[dict[str, dict[str, float]]] | None = Field(
+        None,
+        description="models with columns of text only: for each row, the probability of each level in the columns of "
+        "text whose level was missing",
+    )
     warning: str | None = Field(None, description=_WARNING)
 
 
@@ -496,9 +512,12 @@ class FeatureReport(BaseModel):
     """The contribution of one feature to the score of a row."""
 
     name: str
-    value: float | None = Field(description="value in the request, in raw units; null if it is missing")
-    expected: float = Field(
-        description="expected value, in raw units: for tables the prediction from the other features or the mean, "
+    value: float | str | None = Field(
+        description="value in the request, in raw units, or the level in a column of text; null if it is missing"
+    )
+    expected: float | str = Field(
+        description="expected value, in raw units, or the expected level in a column of text: "
+        "for tables the prediction from the other features or the mean, "
         "whichever is further from the value; for images the reconstruction"
     )
     contribution: float = Field(
@@ -515,6 +534,14 @@ class FeatureReport(BaseModel):
     since: float | None = Field(
         None, description="Unix time in seconds of the row with which the deviation began, if the rows have times"
     )
+
+
+class UnseenLevel(BaseModel):
+    """A level that no training row has."""
+
+    feature: str = Field(description="the column of text")
+    got: str = Field(description="the level, at most 100 characters of it")
+    known: list[str] = Field(description="the levels that the model knows")
 
 
 class Result(BaseModel):
@@ -540,6 +567,11 @@ class Result(BaseModel):
     parts: dict[str, float] = Field(description="parts of the score by name; their sum is the score")
     features: list[FeatureReport] = Field(description="the features that contribute most, largest contribution first")
     imputed: list[str] | None = Field(None, description="features whose value is missing, if any")
+    unseen_levels: list[UnseenLevel] | None = Field(
+        None,
+        description="levels of columns of text that the model does not know, if there are any. The p-value of such a "
+        "row is the smallest possible one, so the row is anomalous at every alpha that the calibration reaches",
+    )
     time: float | None = Field(None, description="Unix time in seconds, if the row has a time")
     group: str | None = Field(
         None,
@@ -723,6 +755,9 @@ class ModelSummary(BaseModel):
         description="the levels of each column of conditions, by its name; absent if the model was trained without "
         "`--condition`",
     )
+    categories: dict[str, list[str]] | None = Field(
+        None, description="the levels of each column of text, by its name; absent if there are none"
+    )
 
 
 class FailedVersion(BaseModel):
@@ -751,6 +786,11 @@ class FeatureInfo(BaseModel):
     minimum: float
     maximum: float
     missing: int = Field(description="training rows in which the value was missing; if 0, requests must have the value")
+    values: Literal["whole", "boolean"] | None = Field(
+        None,
+        description="boolean if all training rows have 0 or 1: true and false are then accepted, too; whole if all "
+        "have whole numbers; absent otherwise",
+    )
 
 
 class LatentInfo(BaseModel):

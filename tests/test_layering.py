@@ -53,15 +53,15 @@ MAY_IMPORT = {
     "service.shared_memory": "",
     "service.freed_memory": "",
     "service.access": "models.errors errors shared_memory",
-    "service.codec": "models.columns models.pixels models.timestamps models.errors errors",
+    "service.codec": "models.categories models.columns models.pixels models.timestamps models.errors errors",
     "service.inference": (
-        "models.artifact models.baseline models.keys models.manifest models.onset models.signatures models.errors "
-        "models.silences models.trial codec errors freed_memory shared_memory"
+        "models.artifact models.baseline models.categories models.keys models.manifest models.onset models.signatures "
+        "models.errors models.silences models.trial codec errors freed_memory shared_memory"
     ),
     "service.schemas": "models.manifest inference",
     "service.anomaly": (
-        "models.baseline models.columns models.feature_baseline models.onset models.silences models.timestamps "
-        "models.errors schemas inference codec errors"
+        "models.baseline models.categories models.columns models.feature_baseline models.onset models.silences "
+        "models.timestamps models.errors schemas inference codec errors"
     ),
     "service.monitoring": "models.errors anomaly inference codec settings shared_memory",
     "service.http": "access monitoring inference codec errors shared_memory",

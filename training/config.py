@@ -28,7 +28,7 @@ AUTO_KINDS: tuple[Kind, ...] = ("pca", "ae", "vae")  # the kinds that auto compa
 CONDITIONAL_KINDS = ("ae", "vae")  # the kinds that can know the condition of a row
 NEW_OPTIONS = (  # options that earlier releases do not know
     "time", "group", "split", "window", "season", "time_zone", "scale_by_group", "incident_rows", "condition",
-    "calibration",
+    "calibration", "category",
 )  # fmt: skip
 AUTO_CROSS_ROWS = 500  # --calibration auto is cross for tables of at most this many distinct rows
 WIDTHS = {"mlp": (256, 128), "conv": (32, 64)}  # default hidden widths; for tables, see fitting/defaults.py
@@ -144,6 +144,11 @@ class TrainConfig(BaseModel):
         (),
         description="columns that hold labels although no name says so: they are no features, and the first one says "
         "which rows are anomalous; without this option, a label column is found by its name",
+    )
+    category: tuple[str, ...] = Field(
+        (),
+        description="columns of numbers that are names, such as codes or ports: each value is a level of a category. "
+        "Columns of text are categories without this option",
     )
     time: str | None = Field(
         None,

@@ -14,12 +14,14 @@ from pathlib import Path
 import torch
 
 from models import artifact
+from models.errors import join_names
 from models.keys import PrivateKey
 from models.manifest import Manifest
 from models.pipeline import Pipeline
 from models.policy_rules import Policy
 from models.windowed import Windowed
 from training.config import AUTO_KINDS, TrainConfig
+from training.data.readers import format_option
 from training.data.table import Table
 from training.errors import FitError
 from training.evaluation.metrics import held_out_metrics, pca_metrics
@@ -190,7 +192,25 @@ def _check_options(config: TrainConfig, table: Table, policy: Policy | None) -> 
     _refuse_other_columns(config, table)
     if config.condition and policy is not None:
         raise FitError("--policy is not for a model with --condition: leave one of them out")
+    _refuse_categories(config, table)
     return with_calibration(config, table)
+
+
+def _refuse_categories(config: TrainConfig, table: Table) -> None:
+    """Raise FitError if `table` has categories and an option does not allow them."""
+    if not table.categories:
+        return
+    names = [category.name for category in table.categories]
+    for option, value in (
+        ("--condition", config.condition),
+        ("--window", config.window),
+        ("--scale-by-group", config.scale_by_group),
+    ):
+        if value:
+            raise FitError(
+                f"{option} is not for tables with columns of text ({join_names(names)}): add "
+                f"{format_option('--drop', names)}, or leave {option} out"
+            )
 
 
 def _report_notes(table: Table, report: Reporter) -> None:

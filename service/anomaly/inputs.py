@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from models.categories import CategoryColumns, UnseenLevel
 from models.errors import join_names
 from service.anomaly.record_keys import RecordKeys
 from service.codec import csv_rows, ndjson
@@ -46,6 +47,8 @@ class InputRows(NamedTuple):
         windows: [G, N, D], the windows of the rows; None unless the request has windows.
         silenced: [G], whether a silence of the policy holds for the row; None if the policy has no silences.
         conditions: [G, J], the codes of the conditions of the rows; None if the model knows no conditions.
+        columns: the columns of a model with categories; None for other models.
+        unseen: [G], the levels of each row that the model does not know; None if it knows all of them.
     """
 
     parsed: ParsedRows
@@ -57,6 +60,8 @@ class InputRows(NamedTuple):
     windows: npt.NDArray[np.float32] | None = None
     silenced: npt.NDArray[np.bool_] | None = None
     conditions: Codes | None = None
+    columns: CategoryColumns | None = None
+    unseen: list[tuple[UnseenLevel, ...]] | None = None
 
 
 def with_default_alpha(served: ServedModel, body: AnomalyBody) -> AnomalyBody:
@@ -125,7 +130,7 @@ def parse_input_rows(
         parsed = parse_valid_rows(served.row_schema, body.inputs, "/inputs", may_contain_non_floats, budget)
     count = len(parsed.rows) + len(parsed.errors)
     if served.conditions is None:
-        return InputRows(parsed, count)
+        return InputRows(parsed, count, columns=served.columns)
     return InputRows(parsed, count, conditions=served.conditions.read_all(body.condition, count, budget)[parsed.rows])
 
 
@@ -145,7 +150,13 @@ def parse_record_rows(
     allow_lists = isinstance(records, ndjson.NdjsonRows)
     condition = () if schema.conditions is None else schema.conditions.read(body.condition)
     keys = RecordKeys(
-        schema, body.time, body.group, allow_unknown=_allows_unknown(body), budget=budget, condition=condition
+        schema,
+        body.time,
+        body.group,
+        allow_unknown=_allows_unknown(body),
+        budget=budget,
+        condition=condition,
+        impute=body.impute,
     )
     if isinstance(records, csv_rows.CsvRecords):
         names = keys.names(records.header)
@@ -174,6 +185,8 @@ def parse_record_rows(
         time=None if np.isnan(time).all() else time,
         group=group if any(name is not None for name in group) else None,
         conditions=np.array([keys.conditions[row] for row in parsed.rows], np.int64) if keys.conditions else None,
+        columns=schema.columns,
+        unseen=[keys.unseen[row] for row in parsed.rows] if any(keys.unseen) else None,
     )
 
 
@@ -242,16 +255,17 @@ def _validate_header(schema: RowSchema, header: list[str], impute: bool, pointer
 
     Raise it also if the header lacks a feature and has an unknown name, unless the request allows that.
     """
-    has_feature = not schema.name_set.isdisjoint(header)
-    missing = [name for name in schema.required_names if name not in header]
-    mismatch = keys.mismatch([name for name in schema.names if name not in header], header)
+    names = schema.record_names
+    has_feature = not schema.record_name_set.isdisjoint(header)
+    missing = [name for name in schema.required_record_names if name not in header]
+    mismatch = keys.mismatch([name for name in names if name not in header], header)
     if has_feature and len(missing) <= max_missing(schema, impute) and not mismatch:
         return
     # Optional features count only if there is no other reason: a row needs at least one value, and no unknown name.
-    missing = missing or [name for name in schema.names if name not in header]
+    missing = missing or [name for name in names if name not in header]
     columns = "column" if len(missing) == 1 else "columns"
     verb = "is" if len(missing) == 1 else "are"
-    needed = join_names(schema.names)
+    needed = join_names(names)
     raise InvalidRows(
         f"{columns} {join_names([repr(name) for name in missing])} {verb} missing from the CSV header: "
         f"the model needs {needed}",

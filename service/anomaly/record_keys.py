@@ -9,10 +9,12 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
+from models.categories import CategoryColumns, UnseenLevel
 from models.columns import parse_title
 from models.errors import join_names, shortened
 from models.timestamps import to_unix_seconds
 from service.codec.budget import NO_LIMIT, Budget
+from service.codec.category_records import expand_record
 from service.codec.conditions import Code, ConditionSchema
 from service.codec.feature_names import closest
 from service.codec.row_errors import MalformedRow, not_a_timestamp
@@ -35,12 +37,14 @@ class RecordKeys:
         allow_unknown: whether a record that lacks a feature may have unknown keys.
         budget: counts the time and the memory for the keys that are not names of features.
         condition: for a model that knows conditions, the code of the condition of records that have no key for one.
+        impute: for a model with categories, whether a record may lack any of them.
 
     Attributes:
         unknown_fields: the number of values read so far that belong to no feature.
         times: for each record read so far, its time in Unix seconds; NaN for a record without a time.
         groups: for each record read so far, the name of its group; None for a record without a group.
         conditions: for a model that knows conditions: for each record read so far, the code of its condition.
+        unseen: for a model with categories: for each record read so far, its levels that the model does not know.
     """
 
     def __init__(
@@ -52,12 +56,14 @@ class RecordKeys:
         allow_unknown: bool,
         budget: Budget = NO_LIMIT,
         condition: Code = (),
+        impute: bool = False,
     ) -> None:
         self._schema = schema
         self._time = None if time in schema.name_set else time
         self._group = None if group in schema.name_set else group
         of_conditions = () if schema.conditions is None else schema.conditions.names
-        self._other = {name for name in (time, group, *of_conditions) if name not in schema.name_set}
+        of_categories = () if schema.columns is None else schema.columns.categories
+        self._other = {name for name in (time, group, *of_conditions, *of_categories) if name not in schema.name_set}
         self._known = schema.name_set | self._other
         self._allow_unknown = allow_unknown
         self._budget = budget
@@ -67,10 +73,14 @@ class RecordKeys:
         self.times: list[float] = []
         self.groups: list[str | None] = []
         self.conditions: list[Code] = []
+        self.unseen: list[tuple[UnseenLevel, ...]] = []
+        self._impute = impute
         self._condition = condition
 
     def reader(self) -> Callable[[Any], Any]:
-        """Return `read`, or for a model that knows conditions, a function that also reads the condition."""
+        """Return `read`, or for a model that knows conditions or has categories, a function that also reads these."""
+        if (columns := self._schema.columns) is not None:
+            return partial(self._read_with_levels, columns)
         known = self._schema.conditions
         return self.read if known is None else partial(self._read_with_condition, known)
 
@@ -80,6 +90,18 @@ class RecordKeys:
         if type(record) is dict:
             try:
                 self.conditions[-1] = known.read_record(record, self._condition)
+            except InvalidRows as error:
+                return MalformedRow.of(error)
+        return record
+
+    def _read_with_levels(self, columns: CategoryColumns, record: Any) -> Any:
+        record = self.read(record)
+        self.unseen.append(())
+        if type(record) is dict:
+            try:
+                record, self.unseen[-1] = expand_record(
+                    columns, record, self._schema.optional_categories, partial=self._impute
+                )
             except InvalidRows as error:
                 return MalformedRow.of(error)
         return record
@@ -145,15 +167,16 @@ class RecordKeys:
         self.unknown_fields += len(extra) - len(aliases)
         if aliases:
             record = {aliases.get(key, key): value for key, value in record.items()}
-        if self._allow_unknown or len(aliases) == len(extra) or self._schema.name_set <= record.keys():
+        names = self._schema.record_names
+        if self._allow_unknown or len(aliases) == len(extra) or self._schema.record_name_set <= record.keys():
             return record
-        lacking = [name for name in self._schema.names if name not in record]
+        lacking = [name for name in names if name not in record]
         if mismatch := self.mismatch(lacking, record.keys()):
-            total = len(self._schema.names)
+            total = len(names)
             raise InvalidRows(
                 f"the record has no value for {join_names(lacking)}, and {mismatch}",
                 pointer="",
-                expected=f"values for {join_names(self._schema.names)}",
+                expected=f"values for {join_names(names)}",
                 got=f"{total - len(lacking)} of {total} features, and {len(extra) - len(aliases)} unknown names",
                 hint="rename the keys, or send impute=true to replace missing values by training medians",
             )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from models.categories import CategoryColumns
 from models.silences import Silences
 from service.anomaly.inputs import InputRows
 from service.anomaly.onsets import Onsets
@@ -164,6 +165,7 @@ class Verdicts(NamedTuple):
             time=None if time is None else time[part],
             group=None if group is None else group[part],
             silenced=None if self.input_rows.silenced is None else self.input_rows.silenced[part],
+            unseen=None if self.input_rows.unseen is None else self.input_rows.unseen[part],
         )
         smoothed = None if self.smoothed is None else self.smoothed[part]
         past = None if self.past is None else self.past.part(part)
@@ -223,7 +225,7 @@ def results_and_errors(
         parts: the names of the score's P parts.
     """
     parsed, scores = verdicts.input_rows.parsed, verdicts.scores
-    clipped = scores.clipped
+    clipped, of_categories = scores.clipped, verdicts.input_rows.columns
     columns = zip(
         parsed.rows,
         clipped.score,
@@ -231,7 +233,9 @@ def results_and_errors(
         clipped.severity,
         verdicts.is_anomaly,
         _split(list(clipped.parts.ravel()), len(parts), len(parsed.rows)),
-        _largest_contributions(parsed.x, clipped, explain, names),
+        _largest_contributions(parsed.x, clipped, explain, names)
+        if of_categories is None
+        else _largest_columns(verdicts.input_rows, clipped, explain, of_categories),
         strict=True,
     )
     results: list[dict[str, Any]] = [
@@ -315,6 +319,31 @@ def _largest_contributions(
     return _split(features, top.shape[1], count)
 
 
+def _largest_columns(
+    input_rows: InputRows, scores: Scores, explain: int, columns: CategoryColumns
+) -> list[list[dict[str, Any]]]:
+    """Return, for each row, the `explain` columns with the largest contributions, largest first.
+
+    The value and the expected value of a category are levels.
+    """
+    contribution, x = columns.contributions(scores.contribution), input_rows.parsed.x
+    top, count = largest(contribution, explain), len(columns.numbers)
+    features = []
+    for row, of_row in enumerate(top.tolist()):
+        unseen = {} if input_rows.unseen is None else {each.feature: each.got for each in input_rows.unseen[row]}
+        found = []
+        for index in of_row:
+            name, value, expected = columns.names[index], None, None
+            if index < count:
+                value, expected = x[row, index], scores.expected[row, index]
+            else:
+                value = unseen.get(name) or columns.level_of(index - count, x[row])
+                expected = columns.level_of(index - count, scores.expected[row])
+            found.append({"name": name, "value": value, "expected": expected, "contribution": contribution[row, index]})
+        features.append(found)
+    return features
+
+
 def _split(values: list[T], width: int, count: int) -> list[list[T]]:
     """Return `values` as `count` lists of `width` values each."""
     return [values[start : start + width] for start in range(0, width * count, width)] if width else [[]] * count
@@ -335,9 +364,10 @@ def largest(array: Array, count: int) -> npt.NDArray[np.intp]:
 def _add_optional_fields(results: list[dict[str, Any]], verdicts: Verdicts, names: Sequence[str]) -> None:
     """Add the fields that only some rows have: imputed features, time, group, and smoothed severity."""
     input_rows, missing = verdicts.input_rows, verdicts.input_rows.parsed.missing
-    if missing is not None:
-        for row, column in np.argwhere(missing).tolist():
-            results[row].setdefault("imputed", []).append(names[column])
+    if input_rows.columns is not None:
+        names, missing = _add_unseen_levels(results, input_rows, input_rows.columns)
+    for row, column in [] if missing is None else np.argwhere(missing).tolist():
+        results[row].setdefault("imputed", []).append(names[column])
     for name, values in (("time", input_rows.time), ("group", input_rows.group), ("smoothed", verdicts.smoothed)):
         if values is not None:
             for result, value in zip(results, values, strict=True):
@@ -348,6 +378,17 @@ def _add_optional_fields(results: list[dict[str, Any]], verdicts: Verdicts, name
             results[row]["silenced"] = True
     if verdicts.past is not None:
         _add_past(results, verdicts.past)
+
+
+def _add_unseen_levels(
+    results: list[dict[str, Any]], input_rows: InputRows, columns: CategoryColumns
+) -> tuple[Sequence[str], npt.NDArray[np.bool_] | None]:
+    """Add the levels that the model does not know. Return the names of the columns, and which are missing, or None."""
+    for result, unseen in zip(results, input_rows.unseen or (), strict=False):
+        if unseen:
+            result["unseen_levels"] = [level._asdict() for level in unseen]
+    missing = input_rows.parsed.missing
+    return columns.names, None if missing is None else columns.missing(missing)
 
 
 def _add_onsets(results: list[dict[str, Any]], verdicts: Verdicts, onsets: Onsets, explain: int) -> None:

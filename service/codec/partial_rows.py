@@ -5,6 +5,7 @@ from typing import Any
 
 from models.errors import join_names
 from service.codec.budget import NO_LIMIT, Budget
+from service.codec.category_records import expand_record, require_known
 from service.codec.feature_names import MAX_TITLE, closest
 from service.codec.json_rows import JsonRows
 from service.codec.json_values import describe_value
@@ -39,10 +40,19 @@ def parse_partial_row(schema: RowSchema, row: Any, pointer: str, may_contain_non
     return packer.rows()
 
 
-def parse_partial_records(
-    schema: RowSchema, records: Any, pointer: str, may_contain_non_floats: bool, budget: Budget = NO_LIMIT
+def parse_all_records(
+    schema: RowSchema,
+    records: Any,
+    pointer: str,
+    may_contain_non_floats: bool,
+    budget: Budget = NO_LIMIT,
+    *,
+    partial: bool = False,
 ) -> Array:
     """Return `records`, a list of objects, as [N, D], with NaN for missing values. See `parse_partial_row`.
+
+    Args:
+        partial: whether every value may be missing. If not, only values that were missing in training may be.
 
     Raises:
         InvalidRows: `records` is not a list of objects, or an object is invalid. The error points to the first invalid
@@ -52,23 +62,32 @@ def parse_partial_records(
         got = describe_value(records)
         raise InvalidRows("there are no records", pointer=pointer, expected="a list of objects", got=got)
     packer = RowPacker(schema.width, may_contain_non_floats)
+    of_rows = schema.all_optional if partial else schema
     counted = 0  # records that `budget` has counted
     for index, record in enumerate(records):
         if index >= counted:
             counted += budget.take_next_rows(packer.row_bytes)
         try:
-            packer.append(_values_in_order(schema, record), schema.all_optional, keys=schema.names)
+            packer.append(_values_in_order(schema, record, partial=partial), of_rows, keys=schema.names)
         except InvalidRows as error:
             error.pointer = f"{pointer}/{index}{error.pointer}"
             raise
     return packer.rows()
 
 
-def _values_in_order(schema: RowSchema, record: Any) -> list[Any]:
-    """Return the D values of `record`, with None for a missing value."""
+def _values_in_order(schema: RowSchema, record: Any, *, partial: bool = True) -> list[Any]:
+    """Return the D values of `record`, with None for a missing value. `partial`: whether every value may be missing."""
     if type(record) is not dict:
         got = describe_value(record)
         raise InvalidRows(f"expected a record, got {got}", pointer="", expected="an object by feature name", got=got)
+    if schema.columns is not None:
+        known = [each for each in schema.columns.categories if each in record]
+        levels, unseen = expand_record(
+            schema.columns, {name: record[name] for name in known}, schema.optional_categories, partial=partial
+        )
+        require_known(unseen)
+        numbers = {name: value for name, value in record.items() if name not in known}
+        record = {name: value for name, value in levels.items() if value is not None} | numbers
     if not record.keys() <= schema.name_set:
         record = _with_feature_names(schema, record)
     return [record.get(name) for name in schema.names]
@@ -80,7 +99,7 @@ def _with_feature_names(schema: RowSchema, record: dict[str, Any]) -> dict[str, 
     for key, value in record.items():
         feature = schema.titles.find(key)
         if feature is None:
-            raise unknown_feature(key, schema.names)
+            raise unknown_feature(key, schema.record_names)
         if feature in named:
             raise InvalidRows(
                 f"{feature} is given twice",

@@ -102,7 +102,7 @@ def first_bad_value(schema: RowSchema, values: list[Any], row: Any, keys: Sequen
     index = next(
         index
         for index, value in enumerate(values)
-        if not (_fits_float32(value) or (value is None and schema.optional[index]))
+        if not (_fits_float32(value) or (value is None and schema.optional[index]) or _is_allowed(schema, index, value))
     )
     value = values[index]
     place = escape(keys[index]) if keys else "/".join(map(str, np.unravel_index(index, schema.shape_of(row))))
@@ -140,6 +140,11 @@ def _first_wrong_part(row: Any, shape: tuple[int, ...], pointer: str) -> tuple[s
         return pointer, row
     index = next(index for index, part in enumerate(row) if flatten(part, shape[1:]) is None)
     return _first_wrong_part(row[index], shape[1:], f"{pointer}/{index}")
+
+
+def _is_allowed(schema: RowSchema, index: int, value: Any) -> bool:
+    """Return whether `value` is true or false, and feature number `index` is 0 or 1 in the training data."""
+    return type(value) is bool and bool(schema.booleans) and schema.booleans[index]
 
 
 def _fits_float32(value: Any) -> bool:

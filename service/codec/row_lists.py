@@ -74,7 +74,10 @@ class RowPacker:
                 raise first_bad_value(schema, values, row, keys) from None
         else:
             values = present = row
-        if self._may_contain_non_floats and (bool in set(map(type, present)) or not all(map(math.isfinite, present))):
+        if self._may_contain_non_floats and (
+            not all(map(math.isfinite, present))
+            or (bool in set(map(type, present)) and not _are_allowed_booleans(schema, values))
+        ):
             raise first_bad_value(schema, values, row, keys)
         self._buffer += packed
         self._row_count += 1
@@ -83,6 +86,13 @@ class RowPacker:
         """Return the appended rows [N, D], without a copy."""
         count = self._row_count
         return np.frombuffer(self._buffer, np.float32, count * self._width).reshape(count, self._width)
+
+
+def _are_allowed_booleans(schema: RowSchema, values: Sequence[Any]) -> bool:
+    """Return whether all booleans among `values` [D] are values of features that are 0 or 1 in the training data."""
+    return bool(schema.booleans) and all(
+        type(value) is not bool or is_boolean for value, is_boolean in zip(values, schema.booleans, strict=True)
+    )
 
 
 def parse_rows(

@@ -59,7 +59,7 @@ def parse_valid_records(
 
 def max_missing(schema: RowSchema, impute: bool) -> int:
     """Return the maximum number of required values that may be missing from a record."""
-    return len(schema.required_names) // 2 if impute else 0
+    return len(schema.required_record_names) // 2 if impute else 0
 
 
 def _values_in_order(schema: RowSchema, record: Any, impute: bool) -> list[Any]:
@@ -75,8 +75,10 @@ def _values_in_order(schema: RowSchema, record: Any, impute: bool) -> list[Any]:
             return values
     except KeyError:
         values = [record.get(name) for name in schema.names]
-    required = schema.required_names
-    missing = [name for name in required if (record.get(name) is None if impute else name not in record)]
+    required = schema.required_record_names
+    missing = [name for name in schema.required_names if (record.get(name) is None if impute else name not in record)]
+    if schema.columns is not None:  # a category counts once
+        missing = list(dict.fromkeys(schema.columns.column_of[name] for name in missing))
     allowed = max_missing(schema, impute)
     if len(missing) <= allowed:
         return values

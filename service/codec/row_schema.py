@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from models.categories import CategoryColumns
 from service.codec.feature_names import FeatureTitles
 from service.errors import InvalidRows
 
@@ -50,6 +51,8 @@ class RowSchema:
         medians: the medians of the D features in the training rows, which `impute` uses.
         units: the units of the D features; None where unknown. By default, all are unknown.
         conditions: the conditions that the model knows of a row; None if it knows none.
+        columns: the columns of the table that the model was trained on, if some are categories; otherwise None.
+        booleans: for each of the D values, whether it may be true or false, which mean 1 and 0; empty if none may.
     """
 
     def __init__(
@@ -60,14 +63,27 @@ class RowSchema:
         medians: Sequence[float] = (),
         units: Sequence[str | None] = (),
         conditions: "ConditionSchema | None" = None,
+        columns: CategoryColumns | None = None,
+        booleans: Sequence[bool] = (),
     ) -> None:
         self.shape = tuple(shape)
         self.conditions = conditions
+        self.columns = columns
+        self.booleans = tuple(booleans) if any(booleans) else ()
         self.width = math.prod(self.shape)
         self.names = tuple(names)
         self.name_set = frozenset(names)
         self.optional = tuple(optional) or (False,) * self.width
         self.required_names = [name for name, is_optional in zip(names, self.optional, strict=False) if not is_optional]
+        # The keys of a complete record: for a model with categories, the names of its columns.
+        self.record_names = self.names if columns is None else tuple(columns.names)
+        self.record_name_set = frozenset(self.record_names)
+        self.optional_categories: frozenset[str] = frozenset()
+        self.required_record_names = self.required_names
+        if columns is not None:
+            required = {columns.column_of[name] for name in self.required_names}
+            self.required_record_names = [name for name in self.record_names if name in required]
+            self.optional_categories = frozenset(columns.categories) - required
         self.allows_missing = any(self.optional)
         self.packer = struct.Struct(f"={self.width}f")
         self.description = f"a list of {self.width} numbers"
@@ -84,7 +100,7 @@ class RowSchema:
     @cached_property
     def all_optional(self) -> "RowSchema":
         """The same schema with every value optional."""
-        return RowSchema(self.shape, self.names, (True,) * self.width)
+        return RowSchema(self.shape, self.names, (True,) * self.width, columns=self.columns, booleans=self.booleans)
 
     def shape_of(self, row: Any) -> tuple[int, ...]:
         """Return the shape that `row` should have: `shape` if `row` is nested, otherwise [D]."""

@@ -7,15 +7,15 @@ import numpy.typing as npt
 
 from service.codec.budget import Budget
 from service.codec.conditions import no_conditions
-from service.codec.partial_rows import parse_partial_records, parse_partial_row
+from service.codec.partial_rows import parse_all_records, parse_partial_row
 from service.codec.row_arrays import parse_array
 from service.codec.row_lists import parse_rows
 from service.errors import InvalidField, InvalidRows, NotSupported, escape
 from service.inference.served_model import ServedModel
-from service.schemas import ImputeBody, SampleBody
+from service.schemas import EncodeBody, ImputeBody, ReconstructBody, SampleBody
 
 Array = npt.NDArray[np.float32]
-IMPUTE_FIELDS = ("inputs", "records")  # a body of /impute must have exactly one of these fields
+ROW_FIELDS = ("inputs", "records")  # the body of a request with rows must have exactly one of these fields
 
 
 class Given(NamedTuple):
@@ -63,22 +63,27 @@ def read_partial_rows(served: ServedModel, body: ImputeBody, may_contain_non_flo
 
     Raises:
         NotSupported: the model cannot complete rows.
-        InvalidField: the body does not have exactly one of IMPUTE_FIELDS.
+        InvalidField: the body does not have exactly one of ROW_FIELDS.
         InvalidRows: a row is invalid, or has no value at all.
     """
     require_completion(served)
-    given = [name for name in IMPUTE_FIELDS if getattr(body, name) is not None]
+    require_one_field(body)
+    schema = served.row_schema
+    if body.records is not None:
+        return parse_all_records(schema, body.records, "/records", may_contain_non_floats, budget, partial=True)
+    if isinstance(body.inputs, np.ndarray):
+        return parse_array(schema.all_optional, body.inputs, "/inputs")
+    return parse_rows(schema.all_optional, body.inputs, "/inputs", may_contain_non_floats, budget)
+
+
+def require_one_field(body: ImputeBody | EncodeBody | ReconstructBody) -> None:
+    """Raise InvalidField if the body does not have exactly one of ROW_FIELDS."""
+    given = [name for name in ROW_FIELDS if getattr(body, name) is not None]
     if len(given) != 1:
         got = " and ".join(given) or "none"
         raise InvalidField(
             f"expected one of the fields inputs or records, got {got}", expected="inputs or records", got=got
         )
-    schema = served.row_schema
-    if body.records is not None:
-        return parse_partial_records(schema, body.records, "/records", may_contain_non_floats, budget)
-    if isinstance(body.inputs, np.ndarray):
-        return parse_array(schema.all_optional, body.inputs, "/inputs")
-    return parse_rows(schema.all_optional, body.inputs, "/inputs", may_contain_non_floats, budget)
 
 
 def require_no_conditions(served: ServedModel, asked: str) -> None:

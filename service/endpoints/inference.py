@@ -11,7 +11,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
-from service.anomaly.inputs import RECORD_READERS, ROW_FIELDS, InputRows, parse_input_rows, with_default_alpha
+from service.anomaly.inputs import RECORD_READERS, InputRows, parse_input_rows, with_default_alpha
+from service.anomaly.inputs import ROW_FIELDS as ANOMALY_FIELDS
 from service.anomaly.verdicts import (
     PART_ROWS,
     Verdicts,
@@ -23,13 +24,21 @@ from service.anomaly.verdicts import (
 )
 from service.codec.budget import Budget
 from service.codec.conditions import Codes
+from service.codec.partial_rows import parse_all_records
 from service.codec.request_body import JSON
 from service.codec.row_arrays import parse_array
 from service.codec.row_lists import parse_row, parse_rows
 from service.codec.row_schema import RowSchema
 from service.codec.row_windows import count_missing, parse_window, parse_windows
 from service.endpoints import anomaly_stream, offload
-from service.endpoints.completion import IMPUTE_FIELDS, Given, read_given, read_partial_rows, require_no_conditions
+from service.endpoints.completion import (
+    ROW_FIELDS,
+    Given,
+    read_given,
+    read_partial_rows,
+    require_no_conditions,
+    require_one_field,
+)
 from service.endpoints.conditions import (
     features_of,
     read_codes,
@@ -105,7 +114,7 @@ class InferenceEndpoints:
         """Decode latents to rows."""
         parsed = await parse_request(self._service, request, DECODE)
         (outputs,) = await run_operation(self._service, parsed, operations.DECODE, parsed.inputs)
-        return await render_response(parsed, {"outputs": outputs}, outputs)
+        return await render_response(parsed, {"outputs": outputs, **await _record_fields(parsed, outputs)}, outputs)
 
     async def reconstruct(self, request: RequestContext) -> HttpResponse:
         """Encode and decode rows; return the reconstructions, and the mean squared error per row."""
@@ -116,7 +125,7 @@ class InferenceEndpoints:
         fields = {"outputs": outputs, "errors": errors, **imputed_fields(parsed.served, rows)}
         if may_be_out_of_range(parsed.served, rows, errors):
             fields |= await pixel_fields(parsed.served, rows)
-        return await render_response(parsed, fields, outputs)
+        return await render_response(parsed, fields | await _record_fields(parsed, outputs), outputs)
 
     async def sample(self, request: RequestContext) -> HttpResponse:
         """Sample new rows from the prior. The same seed always gives the same bytes."""
@@ -133,6 +142,7 @@ class InferenceEndpoints:
             cost = len(samples.outputs) * offload.NORMAL
             describe = partial(known.describe, known.codes_of(samples.noise[:, -known.width :]))
             fields["conditions"] = await run_in_thread_if_long(describe, cost)
+        fields |= await _record_fields(parsed, samples.outputs)
         return await render_response(parsed, fields, samples.outputs, write_ns=cost)
 
     async def draw_samples(self, parsed: "ParsedRequest[SampleBody, Any]", codes: Codes | None) -> "Samples":
@@ -198,7 +208,8 @@ class InferenceEndpoints:
         latents = centre + np.float32(parsed.body.spread) * deviation * noise
         operation = operations.SAMPLE_STANDARD_ROWS if row_noise else operations.SAMPLE_STANDARD
         latents, outputs = await run_operation(self._service, parsed, operation, latents, choice, *row_noise)
-        return await render_response(parsed, {"latents": latents, "outputs": outputs, "seed": seed}, outputs)
+        fields = {"latents": latents, "outputs": outputs, "seed": seed, **await _record_fields(parsed, outputs)}
+        return await render_response(parsed, fields, outputs)
 
     async def _complete(self, parsed: "ParsedRequest[SampleBody, Start]", given: Given) -> HttpResponse:
         """Sample rows that have the given values."""
@@ -208,7 +219,8 @@ class InferenceEndpoints:
         x = np.broadcast_to(given.row, (parsed.body.n, given.row.shape[1]))
         latents, x_hat, rows = await run_operation(self._service, parsed, operations.COMPLETE, *noise, x)
         outputs = rows if with_row_noise else x_hat
-        return await render_response(parsed, {"latents": latents, "outputs": outputs, "seed": seed}, outputs)
+        fields = {"latents": latents, "outputs": outputs, "seed": seed, **await _record_fields(parsed, outputs)}
+        return await render_response(parsed, fields, outputs)
 
     async def impute(self, request: RequestContext) -> HttpResponse:
         """Estimate the missing values of rows from the known ones, each with its uncertainty."""
@@ -223,6 +235,7 @@ class InferenceEndpoints:
         parsed.record.rows = len(x)
         outputs, std, low, high = await run_in_thread_if_long(partial(concatenate, parts), x.size * offload.DECISION)
         fields = {"outputs": outputs, "std": std, "low": low, "high": high, "imputed": int(np.isnan(x).sum())}
+        fields |= await _record_fields(parsed, outputs, np.isnan(x))
         return await render_response(parsed, fields | await pixel_fields(parsed.served, x), outputs)
 
     async def interpolate(self, request: RequestContext) -> HttpResponse:
@@ -235,7 +248,8 @@ class InferenceEndpoints:
         rows = [point.values for point in parsed.inputs if not point.is_latent]
         imputed = imputed_fields(parsed.served, *rows) | await pixel_fields(parsed.served, *rows)
         columns = len(outputs) if len(outputs) <= MAX_STRIP_STEPS else None
-        return await render_response(parsed, {"latents": latents, "outputs": outputs, **imputed}, outputs, columns)
+        fields = {"latents": latents, "outputs": outputs, **imputed, **await _record_fields(parsed, outputs)}
+        return await render_response(parsed, fields, outputs, columns)
 
     async def anomaly(self, request: RequestContext) -> HttpResponse:
         """Score rows: return per row the score, the p-value, the verdict and the features that contribute most."""
@@ -297,6 +311,19 @@ def read_inputs(
 
     If the model knows conditions, the rows are followed by their conditions, [B, D + C].
     """
+    records = getattr(body, "records", None)
+    if not isinstance(body, NeighboursBody):
+        require_one_field(body)
+    if records is not None and served.window_schema is not None:
+        raise InvalidField(
+            f"{served.name} takes windows of rows, and records have no windows",
+            pointer="/records",
+            expected="inputs",
+            got="records",
+        )
+    if records is not None:
+        rows = parse_all_records(served.row_schema, records, "/records", may_contain_non_floats, budget)
+        return with_conditions(served, body.condition, rows, budget)
     if served.window_schema is None:
         rows = _read_rows(served, body, may_contain_non_floats, budget)
         return with_conditions(served, body.condition, rows, budget)
@@ -426,23 +453,50 @@ async def decode_latents(service: ServiceContext, parsed: ParsedRequest[Any, Any
 
 
 ENCODE = RequestSpec(
-    EncodeBody, read_inputs, row_fields=("inputs",), array_field="inputs", pictures=True, needs_latents=True
+    EncodeBody, read_inputs, row_fields=ROW_FIELDS, array_field="inputs", pictures=True, needs_latents=True
 )
 DECODE = RequestSpec(
     DecodeBody, _read_latents, row_fields=("latents",), array_field="latents", png_output=True, needs_latents=True
 )
 RECONSTRUCT = RequestSpec(
-    ReconstructBody, read_inputs, row_fields=("inputs",), array_field="inputs", pictures=True, png_output=True
+    ReconstructBody, read_inputs, row_fields=ROW_FIELDS, array_field="inputs", pictures=True, png_output=True
 )
 SAMPLE = RequestSpec(SampleBody, _read_start, count_field="n", png_output=True, needs_latents=True)
-IMPUTE = RequestSpec(ImputeBody, read_partial_rows, row_fields=IMPUTE_FIELDS, array_field="inputs", png_output=True)
+IMPUTE = RequestSpec(ImputeBody, read_partial_rows, row_fields=ROW_FIELDS, array_field="inputs", png_output=True)
 INTERPOLATE = RequestSpec(InterpolateBody, _read_ends, count_field="steps", png_output=True, needs_latents=True)
 ANOMALY = RequestSpec(
-    AnomalyBody, parse_input_rows, row_fields=ROW_FIELDS, array_field="inputs", pictures=True, readers=RECORD_READERS
+    AnomalyBody,
+    parse_input_rows,
+    row_fields=ANOMALY_FIELDS,
+    array_field="inputs",
+    pictures=True,
+    readers=RECORD_READERS,
 )
 
 
 # The fields of the responses
+
+
+async def _record_fields(
+    parsed: ParsedRequest[Any, Any], outputs: Array, missing: npt.NDArray[np.bool_] | None = None
+) -> dict[str, Any]:
+    """Return the fields that a JSON response of a model with categories has besides `outputs` [B, D].
+
+    Args:
+        missing: which features of completed rows were missing, [B, D].
+    """
+    columns = parsed.served.columns
+    if columns is None or parsed.media_type != JSON:
+        return {}
+
+    def describe() -> dict[str, Any]:
+        fields: dict[str, Any] = {"records": columns.records(outputs)}
+        if missing is not None:
+            fields["imputed"] = int(columns.missing(missing).sum())
+            fields["probabilities"] = columns.probabilities(outputs, missing)
+        return fields
+
+    return await run_in_thread_if_long(describe, outputs.size * offload.RECORD_VALUE)
 
 
 def _anomaly_fields(parsed: ParsedRequest[AnomalyBody, InputRows], verdicts: Verdicts | None) -> dict[str, Any]:

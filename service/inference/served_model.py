@@ -8,6 +8,7 @@ from zoneinfo import ZoneInfoNotFoundError
 
 from models.artifact import DIRECTIONS
 from models.baseline import Baseline
+from models.categories import CategoryColumns
 from models.errors import ArtifactMismatch
 from models.keys import PublicKey
 from models.manifest import Manifest
@@ -100,7 +101,13 @@ class ServedModel:
         optional = [feature.missing > 0 for feature in features]
         medians = [feature.median for feature in features]
         units = [feature.unit for feature in features]
-        return RowSchema(self.manifest.shape, names, optional, medians, units, self.conditions)
+        booleans = [feature.values == "boolean" for feature in features]
+        return RowSchema(self.manifest.shape, names, optional, medians, units, self.conditions, self.columns, booleans)
+
+    @cached_property
+    def columns(self) -> CategoryColumns | None:
+        """The columns of the table that the model was trained on, if some are categories; otherwise None."""
+        return self.manifest.category_columns
 
     @cached_property
     def conditions(self) -> ConditionSchema | None:
@@ -220,4 +227,5 @@ def describe(served: ServedModel) -> dict[str, Any]:
         **({"groups": len(manifest.groups)} if manifest.groups else {}),
         **({"season": manifest.season.model_dump()} if manifest.season else {}),
         **({"conditions": served.conditions.levels} if served.conditions else {}),
+        **({"categories": served.columns.known} if served.columns else {}),
     }

@@ -69,6 +69,14 @@ class ColumnStatistics:
         self.empty_rows += len(block) - count
         return (x if filled is None else x[filled]), filled
 
+    def select(self, columns: Sequence[int]) -> "ColumnStatistics":
+        """Return the statistics of some columns."""
+        chosen = ColumnStatistics(len(columns))
+        chosen.rows, chosen.empty_rows = self.rows, self.empty_rows
+        for name in ("low", "high", "missing", "first_missing"):
+            setattr(chosen, name, getattr(self, name)[list(columns)])
+        return chosen
+
     def filled_rows(self) -> npt.NDArray[np.int64]:
         """Return the numbers of the rows of the source that have at least one value, ascending."""
         numbers = np.arange(self.rows + self.empty_rows)

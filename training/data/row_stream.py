@@ -1,12 +1,13 @@
 """Rows for `elbo score`, read as a stream: a faulty row costs only itself, and the first rows come at once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from models.categories import CategoryColumns
 from models.errors import join_names
 from models.manifest import MAX_LEVEL_NAME, ConditionColumn, Conditions, Manifest
 from models.timestamps import to_unix_seconds
@@ -17,6 +18,7 @@ from training.data.row_store import Floats
 from training.data.table import open_for_model
 from training.errors import DataError
 
+T = TypeVar("T")
 BATCH_ROWS = 1024
 TIME, GROUP = "timestamp", "host"  # default names of the columns that are passed on, as in requests
 
@@ -32,6 +34,8 @@ class StreamedRows:
     time: list[float | str | None] | None  # [B] Unix seconds, or the text as it is if it is not a timestamp
     group: list[str | None] | None  # [B]
     condition: Floats | None = None  # [B, C], one-hot; None if the model knows no conditions
+    # By position in x: the column and the text of each level that the model does not know.
+    unknown_levels: dict[int, list[tuple[str, str]]] = field(default_factory=dict)
 
     @property
     def inputs(self) -> Floats:
@@ -53,6 +57,7 @@ class RowStream:
     may_be_missing: npt.NDArray[np.bool_] = field(repr=False)  # [D] whether values were missing in training
     keeps_gaps: bool = False  # whether NaN stays in the place of a missing value
     known: Conditions | None = None  # the conditions that the model knows
+    columns: CategoryColumns | None = None  # the columns of the table, if some are categories
 
     @property
     def notes(self) -> list[str]:
@@ -68,7 +73,15 @@ class RowStream:
         If the source names its columns, the number is half of these features, rounded down, as in requests. Otherwise
         it is 0.
         """
-        return int((~self.may_be_missing).sum()) // 2 if self.raw.has_header else 0
+        return self._count(~self.may_be_missing) // 2 if self.raw.has_header else 0
+
+    def _count(self, features: npt.NDArray[np.bool_]) -> int:
+        """Return the number of columns of the `features` [..., D]. A category is one column."""
+        return len(self._column_names(features))
+
+    def _column_names(self, features: npt.NDArray[np.bool_]) -> list[str]:
+        names = [self.names[place] for place in np.flatnonzero(features)]
+        return names if self.columns is None else list(dict.fromkeys(self.columns.column_of[name] for name in names))
 
     def batches(self) -> Iterator[StreamedRows]:
         """Yield all rows in order.
@@ -93,15 +106,13 @@ class RowStream:
         first, details = row + start, self.raw.details
         with np.errstate(over="ignore", invalid="ignore"):
             x = values.astype(np.float32)  # a copy
-        faults = {
-            number - first: fault for number, fault in details.faults.items() if first <= number < first + len(values)
-        }
+        faults = _of_batch(details.faults, first, len(values))
         infinite, missing = np.isinf(x), np.isnan(x)
         for position in np.flatnonzero(missing.all(axis=1)).tolist():
             faults.setdefault(position, "the row has no value in any column")
         imputed = missing & ~self.may_be_missing
         for position in np.flatnonzero(imputed.sum(axis=1) > self.max_missing).tolist():
-            faults.setdefault(position, self._too_many_missing(imputed[position]))
+            self._add_missing(faults, position, imputed[position])
         for position, column in np.argwhere(infinite).tolist():
             faults.setdefault(position, self._infinite(column, float(values[position, column])))
         if self.keeps_gaps:
@@ -131,6 +142,7 @@ class RowStream:
             time=None if times is None else [_time(cell) for cell in times],
             group=None if groups is None else [None if cell in (None, "") else str(cell) for cell in groups],
             condition=condition,
+            unknown_levels=_of_batch(details.unknown_levels, first, len(values)),
         )
 
     def _levels(
@@ -148,12 +160,16 @@ class RowStream:
         names = self.raw.label_names
         return None if labels is None else [label if names is None else names[label] for label in labels.tolist()]
 
-    def _too_many_missing(self, imputed: npt.NDArray[np.bool_]) -> str:
-        """Return the fault of a row that lacks values in the columns `imputed` [D], which were complete in training."""
-        names = [self.names[column] for column in np.flatnonzero(imputed)]
+    def _add_missing(self, faults: dict[int, str], position: int, imputed: npt.NDArray[np.bool_]) -> None:
+        """Add the fault of a row that lacks too many columns. `imputed` [D] are features that training rows all had."""
+        if len(names := self._column_names(imputed)) > self.max_missing:
+            faults.setdefault(position, self._too_many_missing(names))
+
+    def _too_many_missing(self, names: list[str]) -> str:
+        """Return the fault of a row that lacks values in the columns `names`, which were complete in training."""
         if not self.max_missing:
             return f"column {names[0]!r} has no value: the model was trained without missing values in this column"
-        required = int((~self.may_be_missing).sum())
+        required = self._count(~self.may_be_missing)
         return (
             f"the row has no value for {join_names(names)}: expected numbers in at least "
             f"{required - self.max_missing} of the {required} columns that always had a value in training"
@@ -162,6 +178,11 @@ class RowStream:
     def _infinite(self, column: int, value: float) -> str:
         limit = ", beyond the range of float32 (3.4e38)" if np.isfinite(value) else ""
         return f"column {self.names[column]!r} has the value {value}{limit}: expected a finite number"
+
+
+def _of_batch(details: Mapping[int, T], first: int, count: int) -> dict[int, T]:
+    """Return the details of the `count` rows from row `first` on, by position instead of row."""
+    return {number - first: detail for number, detail in details.items() if first <= number < first + count}
 
 
 def _unknown_level(column: ConditionColumn, level: Any) -> str:
@@ -214,6 +235,7 @@ def stream_for_model(
         may_be_missing=np.array([feature.missing > 0 for feature in manifest.features]),
         keeps_gaps=keeps_gaps,
         known=known,
+        columns=manifest.category_columns,
     )
 
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from models.errors import join_names
 from models.manifest import SERIES_CORRELATION
+from training.data.categories import RowsWithLevels, place_categories
 from training.data.conditions import (
     CodedConditions,
     ConditionValues,
@@ -40,7 +41,7 @@ from training.data.timeline import Timeline
 from training.errors import DataError
 
 if TYPE_CHECKING:
-    from models.manifest import Manifest
+    from models.manifest import Category, Manifest
 
 __all__ = ["MINIMUM_ROWS", "DataError", "Split", "Table", "read_for_model", "read_table", "split_rows"]
 
@@ -89,6 +90,8 @@ class Table:
     # When each row was measured, and its group; None if the times are unknown. If there is a timeline, the rows are
     # sorted by group and time.
     timeline: Timeline | None = field(default=None, kw_only=True)
+    # The columns of text: their features, one per level, are the last ones.
+    categories: tuple["Category", ...] = field(default=(), kw_only=True)
     conditions: tuple[ConditionValues, ...] = field(default=(), kw_only=True)  # the columns of --condition
     # The conditions as a model gets them, if the rows were read for a model that knows conditions; otherwise None.
     coded: CodedConditions | None = field(default=None, kw_only=True)
@@ -234,6 +237,7 @@ def read_table(
     time: str | None = None,
     group: str | None = None,
     condition: Sequence[str] = (),
+    category: Sequence[str] = (),
 ) -> Table:
     """Return the table in `source`: "digits", a .npy, .npz, .csv or .parquet file, a folder of images, or `InMemory`.
 
@@ -251,6 +255,7 @@ def read_table(
         group: column with the group of each row, such as its host.
         condition: columns of conditions, which are no features. For a source without columns: "label", or the name of
             the array of labels.
+        category: columns whose values are levels of a category although they are numbers. Columns of text are found.
 
     Raises:
         DataError: the source cannot be used. The message is one line that says what to do.
@@ -267,6 +272,7 @@ def read_table(
             time=time,
             group=group,
             condition=condition,
+            category=category,
         )
         raw = load(source, options)
     rows, statistics, raw_labels = ingest(raw, name, limit)
@@ -274,7 +280,9 @@ def read_table(
     statistics.refuse_infinite(name, names, raw.lines)
     _refuse_empty_columns(name, names, statistics)
     labels = interpret(raw_labels, raw.label_names, column=raw.label_column)
-    _refuse_equal_rows(name, statistics)
+    numbers = [column for column, each in enumerate(names) if each not in raw.categories]
+    if not raw.categories:
+        _refuse_equal_rows(name, statistics)
     pixel_range, layout_notes = raw.pixel_range, []
     if raw.dtype == np.uint16:
         pixel_range = (0.0, _white(float(np.nanmax(statistics.high))))
@@ -302,7 +310,7 @@ def read_table(
             *raw.notes,
             *layout_notes,
             *_training_notes(labels),
-            *_notes(names, statistics),
+            *_notes([names[column] for column in numbers], statistics.select(numbers)),
             *(describe_sentinels(rows, names) if pixel_range is None else []),
         ],
         missing=statistics.missing,
@@ -312,9 +320,55 @@ def read_table(
         present_labels=labels.present,
         conditions=_read_conditions(raw, statistics, labels, condition, name),
     )
+    if raw.categories:
+        table = _with_categories(table, raw, statistics, numbers, group)
     table = _in_order_of_time(table, raw, statistics, limit)
     _refuse_counters(table, keep)
     return table
+
+
+def _with_categories(
+    table: Table, raw: RawTable, statistics: ColumnStatistics, numbers: list[int], group: str | None
+) -> Table:
+    """Return `table` with the features of the levels in place of the columns of text.
+
+    Args:
+        table: the table, still with a column for each column of text.
+        numbers: the columns that hold numbers.
+        group: the column of groups, if there is one.
+
+    Raises:
+        DataError: a column has the name of a level.
+    """
+    filled = statistics.filled_rows()
+    values = place_categories(
+        [reader.finish(name, filled) for name, reader in raw.categories.items()], numbers=len(numbers)
+    )
+    places = np.array(
+        [*numbers, *(table.names.index(each.category.name) for each in values for _ in each.category.levels)]
+    )
+    names = [table.names[column] for column in numbers]
+    names += [name for each in values for name in each.category.feature_names]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{table.source}: a column and a level of a category are both named {twice!r}: rename one")
+    notes = [each.describe() for each in values]
+    if raw.timeline is not None and group is None:
+        first = values[0].category.name
+        notes.append(
+            f"if {first!r} names the host of a row, use it with {format_option('--group', [first])} instead: it is "
+            "then no feature"
+        )
+    return replace(
+        table,
+        x=RowsWithLevels(table.x, np.array(numbers, np.int64), values),
+        shape=(len(names),),
+        names=names,
+        units=[table.units[place] if index < len(numbers) else None for index, place in enumerate(places.tolist())],
+        missing=table.missing[places],
+        categories=tuple(each.category for each in values),
+        notes=[*table.notes, *notes],
+    )
 
 
 def _read_conditions(
@@ -465,6 +519,7 @@ def read_for_model(
         normal=labels.normal,
         anomalous=labels.anomalous,
         present_labels=labels.present,
+        categories=tuple(manifest.categories),
         conditions=_conditions_for_model(raw, statistics, labels, manifest),
     )
     if manifest.conditions is not None:
@@ -511,7 +566,8 @@ def open_for_model(
     shape = tuple(manifest.shape)
     with full_disk_as_data_error(str(source)):
         options = ReadOptions(
-            names=names,
+            names=manifest.column_names,
+            categories=manifest.categories,
             shape=shape,
             pixel_range=manifest.pixel_range,
             escape=escape or manifest.training.get("escape"),

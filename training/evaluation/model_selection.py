@@ -8,6 +8,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from models.levels import columns_of_features, sizes_of
 from models.likelihood import GaussianLikelihood
 from models.pca import PCA
 from models.pipeline import Pipeline
@@ -103,30 +104,40 @@ def _measure(pipeline: Pipeline, x: Tensor, scale: Tensor, seed: int) -> Measure
     """Return the measures for rows x [M, D] in raw units, without missing values. Errors are divided by `scale` [D]."""
     errors, intact_scores, swapped_scores = [], [], []
     core = pipeline.core
+    columns = columns_of_features(x.shape[1], sizes_of(pipeline))
     with torch.inference_mode():
-        for rows, swapped in zip(x.split(BATCH), swap_values(x, seed).split(BATCH), strict=True):
+        for rows, swapped in zip(x.split(BATCH), swap_values(x, seed, columns).split(BATCH), strict=True):
             errors.append(((rows - pipeline(rows)) / scale).double().square().mean(dim=1))
             intact_scores.append(pipeline.score(rows)[0])
             swapped_scores.append(pipeline.score(swapped)[0])
         ranks = torch.searchsorted(torch.cat(intact_scores).sort().values, torch.cat(swapped_scores))
         # `detection` is the share of intact rows that score lower than the swapped row. The mean is the AUROC.
         measures = {"reconstruction_error": -torch.cat(errors), "detection": ranks / len(x)}
-        if isinstance(core, PCA) or (isinstance(core, VAE) and isinstance(core.likelihood, GaussianLikelihood)):
+        # A density of rows and a probability of levels do not compare.
+        if (not sizes_of(pipeline) and isinstance(core, PCA)) or (
+            isinstance(core, VAE) and isinstance(core.likelihood, GaussianLikelihood)
+        ):
             bound = importance_weighted(core.log_weight, pipeline.scaling(x), count_latents(core, x), SAMPLES, seed)
             measures["log_likelihood"] = bound.by_row
     return measures
 
 
-def swap_values(x: Tensor, seed: int) -> Tensor:
+def swap_values(x: Tensor, seed: int, columns: Tensor | None = None) -> Tensor:
     """Return x [M, D] with some values of each row replaced by the values of the previous row.
 
     SWAPPED_SHARE of the values are replaced, but at least one. Each value on its own remains normal; only the
     combination is anomalous.
+
+    Args:
+        columns: the column of each feature, [D]: features of the same column are replaced together. By default, each
+            feature is a column.
     """
+    columns = torch.arange(x.shape[1]) if columns is None else columns
     random = torch.Generator().manual_seed(seed)
-    count = max(1, round(SWAPPED_SHARE * x.shape[1]))
-    chosen = torch.rand(x.shape, generator=random).argsort(dim=1) < count  # [M, D]
-    return torch.where(chosen, x.roll(1, dims=0), x)
+    width = int(columns[-1]) + 1
+    count = max(1, round(SWAPPED_SHARE * width))
+    chosen = torch.rand(len(x), width, generator=random).argsort(dim=1) < count  # [M, columns]
+    return torch.where(chosen[:, columns], x.roll(1, dims=0), x)
 
 
 def _table(means: Mapping[str, Mapping[str, float]], rows: int) -> list[str]:

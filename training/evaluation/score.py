@@ -13,10 +13,11 @@ import torch
 
 from models.artifact import Artifact
 from models.artifact import score as score_with_gaps
+from models.categories import CategoryColumns
 from models.manifest import Manifest, Window
 from models.silences import Silences
 from training.data.row_store import Floats
-from training.data.row_stream import BATCH_ROWS, RowStream
+from training.data.row_stream import BATCH_ROWS, RowStream, StreamedRows
 from training.data.table import DataError, Table
 from training.data.windowed_stream import judged_batches
 from training.data.windows import TableWindows
@@ -131,7 +132,7 @@ def csv_lines(
     not full yet. The last columns are the time and the group, if the source has them, and the fault of
     a faulty row.
     """
-    explained = range(1, min(explain, len(stream.names)) + 1)
+    explained = range(1, min(explain, len(artifact.manifest.column_names)) + 1)
     columns = [f"{column}_{k}" for k in explained for column in ("feature", "value", "expected", "contribution")]
     scored = ["score", "p_value", "severity", "is_anomaly"]
     window = [] if artifact.manifest.window is None else ["window_rows", "warming_up"]
@@ -184,7 +185,9 @@ def _batches_of_results(
         overflows = ~np.isfinite(scores.score)
         with np.errstate(invalid="ignore"):
             scores = scores.clipped()
-        top = np.argsort(-scores.contribution, axis=1, kind="stable")[:, :explain]  # [B, explain], largest first
+        columns = stream.columns
+        contribution = scores.contribution if columns is None else columns.contributions(scores.contribution)
+        top = np.argsort(-contribution, axis=1, kind="stable")[:, :explain]  # [B, explain], largest first
         shown = np.where(rows.missing, np.float32(np.nan), rows.x)  # a missing value is null in NDJSON
         lacks_values = np.asarray(rows.missing.any(axis=1))
         silenced = silenced_rows(artifact.manifest, rows.time, rows.group, len(rows.x))
@@ -194,8 +197,9 @@ def _batches_of_results(
             result: dict[str, Any] = {"row": rows.first + i}
             if fault is None and usable[i]:
                 result |= _verdict(artifact, stream, scores, shown, i, top[i])
+                result |= _explain_columns(columns, scores, shown, i, top[i], contribution[i], rows)
                 if lacks_values[i]:
-                    result["imputed"] = [stream.names[j] for j in np.flatnonzero(rows.missing[i])]
+                    result["imputed"] = _missing_columns(stream, rows.missing[i])
                 result |= _window_fields(counts, window, i) | (SILENCED if silenced[i] else {})
             for name, values in (("time", rows.time), ("group", rows.group)):
                 if values is not None and values[i] is not None:
@@ -256,9 +260,51 @@ def _verdict(
                 "expected": scores.expected[i, j],
                 "contribution": scores.contribution[i, j],
             }
-            for j in top
+            for j in (() if stream.columns else top)
         ],
     }
+
+
+def _missing_columns(stream: RowStream, missing: npt.NDArray[np.bool_]) -> list[str]:
+    """Return the names of the columns of a row that lack a value: `missing` [D] says which features do."""
+    if stream.columns is None:
+        return [stream.names[j] for j in np.flatnonzero(missing)]
+    return [stream.columns.names[j] for j in np.flatnonzero(stream.columns.missing(missing[None])[0])]
+
+
+def _explain_columns(
+    columns: CategoryColumns | None,
+    scores: Scores,
+    x: Floats,
+    i: int,
+    top: npt.NDArray[np.intp],
+    contribution: Floats,
+    rows: StreamedRows,
+) -> dict[str, Any]:
+    """Return the fields of the verdict on row i of x [B, D] that a model with categories has, or none.
+
+    Args:
+        top: the columns with the largest contributions, largest first.
+        contribution: the contribution of each column, [n + J].
+        rows: the rows, with the levels that the model does not know.
+    """
+    if columns is None:
+        return {}
+    unknown, numbers = dict(rows.unknown_levels.get(i, [])), len(columns.numbers)
+    features = []
+    for j in top.tolist():
+        name = columns.names[j]
+        value: Any = x[i, j] if j < numbers else unknown.get(name) or columns.level_of(j - numbers, x[i])
+        expected: Any = scores.expected[i, j] if j < numbers else columns.level_of(j - numbers, scores.expected[i])
+        features.append({"name": name, "value": value, "expected": expected, "contribution": contribution[j]})
+    return {"features": features, **_unseen_levels(columns, rows.unknown_levels.get(i, []))}
+
+
+def _unseen_levels(columns: CategoryColumns, unknown: list[tuple[str, str]]) -> dict[str, Any]:
+    """Return the field on the levels of a row that the model does not know: `unknown` has column and text."""
+    levels = [columns.code(name, text)[1] for name, text in unknown]
+    found = [level._asdict() for level in levels if level is not None]
+    return {"unseen_levels": found} if found else {}
 
 
 class JudgedRows(NamedTuple):

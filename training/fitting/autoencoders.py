@@ -10,7 +10,9 @@ from torch import Tensor
 
 from models.autoencoder import Autoencoder
 from models.conditional import ConditionalAutoencoder, ConditionalVAE
+from models.levels import LevelSoftmax, MixedLikelihood
 from models.likelihood import BernoulliLikelihood, GaussianLikelihood, Likelihood, OptimalGaussianLikelihood
+from models.scaling import Scaling
 from models.vae import VAE
 from models.whitening import no_whitening
 from training.config import TrainConfig
@@ -30,6 +32,9 @@ from training.progress import Reporter
 from training.random_streams import NOISE, random_stream
 
 SPECTRUM_ROWS = 2_000  # this many rows suffice to estimate the variance that the latents leave unexplained
+ALONE_VARIANCE = (
+    0.5  # start of the variance of the numbers if a table with columns of text has at most one, model units
+)
 MIN_FEATURE_VARIANCE = 1e-4  # in model units; if lower, rounding errors of one feature would dominate the likelihood
 BATCH = 4096  # rows per forward pass; limits the memory
 
@@ -64,6 +69,8 @@ class FitTask:
     checkpoints: CheckpointStore | None = None
     processes: ProcessGroup = field(default_factory=ProcessGroup)
     levels: tuple[int, ...] = ()
+    category_sizes: tuple[int, ...] = ()
+    scaling: Scaling | None = None
 
     @property
     def width(self) -> int:
@@ -81,6 +88,9 @@ def fit_autoencoder(task: FitTask) -> Autoencoder:
     with _seeded(task.config.seed):
         encoder = build_encoder(task.config, task.shape, task.latents, sum(task.levels))
         decoder = build_decoder(task.config, task.shape, task.latents, task.unit_range, sum(task.levels))
+    if task.category_sizes:
+        assert task.scaling is not None
+        decoder.append(LevelSoftmax(task.category_sizes, task.scaling.shift, task.scaling.scale))
     parts = encoder, decoder, no_whitening(task.latents + task.width), task.latents
     model = ConditionalAutoencoder(*parts, task.width) if task.levels else Autoencoder(*parts)
     _train(model, SquaredErrorObjective(model, task.config, task.levels), task)
@@ -99,7 +109,7 @@ def fit_vae(task: FitTask) -> VAE:
             "--variance optimal and --free-bits need the whole batch in one process: "
             "train without torchrun, or without these options"
         )
-    likelihood = build_likelihood(config, task.features, task.latents)
+    likelihood = build_likelihood(config, task.features, task.latents, task.category_sizes)
     with _seeded(config.seed):
         encoder = build_encoder(config, task.shape, 2 * task.latents, sum(task.levels))
         decoder = build_decoder(config, task.shape, task.latents, task.unit_range, sum(task.levels))
@@ -137,8 +147,14 @@ def _train(model: Autoencoder | VAE, objective: Objective, task: FitTask) -> Non
         trainer.train()
 
 
-def build_likelihood(config: TrainConfig, x: Tensor, latents: int) -> Likelihood:
-    """Return p(x | z) as configured. A learned variance starts at `residual_variance` of rows x [N, D]."""
+def build_likelihood(config: TrainConfig, x: Tensor, latents: int, category_sizes: tuple[int, ...] = ()) -> Likelihood:
+    """Return p(x | z) as configured. A learned variance starts at `residual_variance` of rows x [N, D].
+
+    Args:
+        category_sizes: the number of levels of each category, whose features are the last ones.
+    """
+    if category_sizes:
+        return _mixed_likelihood(config, x[:, : x.shape[1] - sum(category_sizes)], latents, category_sizes)
     if config.likelihood == "bernoulli":
         return BernoulliLikelihood()
     if config.binarise:
@@ -151,6 +167,24 @@ def build_likelihood(config: TrainConfig, x: Tensor, latents: int) -> Likelihood
     if config.variance == "feature":
         return GaussianLikelihood(start.repeat(x.shape[1]), lowest=math.log(MIN_FEATURE_VARIANCE))
     return GaussianLikelihood(start)
+
+
+def _mixed_likelihood(
+    config: TrainConfig, numbers: Tensor, latents: int, category_sizes: tuple[int, ...]
+) -> MixedLikelihood:
+    """Return p(x | z) for a table with categories and these `numbers` [N, D - L]."""
+    if config.likelihood != "gaussian" or config.binarise or config.variance == "optimal":
+        raise FitError(
+            "a table with columns of text needs --likelihood gaussian and another --variance than optimal: its levels "
+            "have a categorical likelihood of their own"
+        )
+    if isinstance(config.variance, float):
+        return MixedLikelihood(category_sizes, torch.tensor([config.variance]), learn=False)
+    width = numbers.shape[1]
+    start = residual_variance(numbers, latents) if width > 1 else torch.tensor([ALONE_VARIANCE])  # [1]
+    if config.variance == "feature" and width:
+        return MixedLikelihood(category_sizes, start.repeat(width), lowest=math.log(MIN_FEATURE_VARIANCE))
+    return MixedLikelihood(category_sizes, start)
 
 
 def residual_variance(x: Tensor, latents: int) -> Tensor:

@@ -21,6 +21,7 @@ from models.completion import (
 from models.core import Core
 from models.explanation import Explanation
 from models.gap_scores import GapScores, no_gap_scores
+from models.levels import columns_of_features, sizes_of
 from models.observation import Observation
 from models.pca import PCA
 from models.pipeline import Pipeline
@@ -94,18 +95,21 @@ def fit_gap_scores(pipeline: CompletingPipeline, rows: Tensor, seed: int) -> Gap
     """
     random, width = random_stream(seed, VALIDATION), rows.shape[1]
     complete = rows[~rows.isnan().any(dim=1)][:GAP_ROWS]  # [n, D]
-    if len(complete) < LEAST_GAP_ROWS or width < 2:
+    columns = columns_of_features(width, sizes_of(pipeline))  # [D]
+    gap_columns = int(columns[-1]) + 1
+    if len(complete) < LEAST_GAP_ROWS or gap_columns < 2:
         return no_gap_scores()
-    counts = sorted({max(1, round(width * level / (2 * GAP_LEVELS))) for level in range(1, GAP_LEVELS + 1)})
-    scores = []
+    counts = sorted({max(1, round(gap_columns * level / (2 * GAP_LEVELS))) for level in range(1, GAP_LEVELS + 1)})
+    scores, missing = [], [0.0]
     with torch.no_grad():
         scores.append(torch.cat([pipeline.score(part)[0] for part in complete.split(BATCH)]))
         for count in counts:
-            ranks = torch.rand(complete.shape, generator=random).argsort(dim=1).argsort(dim=1)  # [n, D]
-            gaps = torch.where(ranks < count, torch.nan, complete)
+            ranks = torch.rand(len(complete), gap_columns, generator=random).argsort(dim=1).argsort(dim=1)
+            gaps = torch.where((ranks < count)[:, columns], torch.nan, complete)  # [n, D]
+            missing.append(float(gaps.isnan().sum()) / len(complete))
             parts = gaps.split(max(1, MAX_COMPLETED_VALUES // width))
             scores.append(torch.cat([pipeline.expected_score(part)[0] for part in parts]))
-    shares = torch.tensor([0, *counts]).float() / width  # [L]
+    shares = torch.tensor(missing) / width  # [L]
     return GapScores(shares, torch.stack(scores).sort(dim=1).values)
 
 
@@ -120,12 +124,15 @@ def _new_chains(pipeline: Pipeline, held_out: Tensor, seed: int) -> Chains:
         squares = torch.where(present, (u - output).square(), 0.0).double().sum(dim=0)  # [D]
         deviation = (squares / present.sum(dim=0).clamp(min=1)).sqrt().clamp(min=MIN_DEVIATION).float()
     ones = torch.ones(width)
+    noise, row_noise = _balanced_noise(latents, random), _balanced_noise(width, random)
+    if sizes := sizes_of(pipeline):
+        row_noise[:, width - sum(sizes) :] = 0.0  # the chains go on with the probabilities of the levels
     return Chains(
         deviation,
         torch.randn(CANDIDATES, latents, generator=random),
         torch.rand(CANDIDATES, generator=random),
-        _balanced_noise(latents, random),
-        _balanced_noise(width, random),
+        noise,
+        row_noise,
         spread=ones,
         low=-1.645 * ones,
         high=1.645 * ones,
@@ -142,8 +149,10 @@ def _calibrate(pipeline: CompletingNetwork, rows: Tensor, seed: int) -> None:
     """Take values out of `rows` [M, D], estimate them, and set the spread and the intervals by the errors."""
     random, width = random_stream(seed, VALIDATION), rows.shape[1]
     shares = torch.tensor(MISSING_SHARES)[torch.arange(len(rows)) % len(MISSING_SHARES)]  # [M]
-    taken = torch.rand(rows.shape, generator=random) < shares.unsqueeze(1)  # [M, D]
+    column_of = columns_of_features(width, sizes_of(pipeline))  # [D]
+    taken = torch.rand(len(rows), int(column_of[-1]) + 1, generator=random) < shares.unsqueeze(1)  # [M, columns]
     taken[taken.all(dim=1), 0] = False  # a row without known values could not be estimated from anything
+    taken = taken[:, column_of]  # [M, D]
     gaps = torch.where(taken, torch.nan, rows)
     with torch.no_grad():
         estimates = [pipeline.estimate(part) for part in gaps.split(max(1, MAX_COMPLETED_VALUES // width))]

@@ -13,6 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from models.autoencoder import Autoencoder
 from models.conditional import ConditionalAutoencoder, ConditionalVAE
+from models.levels import LevelSoftmax
 from models.likelihood import BernoulliLikelihood, Likelihood
 from models.vae import VAE, gaussian_kl
 
@@ -142,7 +143,7 @@ def squared_error_terms(autoencoder: Autoencoder, x: Tensor, corrupted: Tensor |
 
     Given `corrupted` [B, D], this is the loss of a denoising autoencoder, which reconstructs x from `corrupted`:
     Vincent et al. 2010, "Stacked denoising autoencoders", section 3. For a conditional autoencoder, both arguments have
-    the condition in their last columns: [B, D + C].
+    the condition in their last columns: [B, D + C]. For a table with categories, see `LevelSoftmax.loss`.
     """
     inputs = x if corrupted is None else corrupted
     code = autoencoder.encoder(inputs)  # [B, K]
@@ -150,7 +151,8 @@ def squared_error_terms(autoencoder: Autoencoder, x: Tensor, corrupted: Tensor |
         code = torch.cat((code, inputs[:, autoencoder.width :]), dim=1)  # [B, L + C]
         x = x[:, : autoencoder.width]  # [B, D]
     x_hat = autoencoder.decoder(code)  # [B, D]
-    error = (x - x_hat).square().sum(dim=1).mean()
+    last = autoencoder.decoder[-1] if isinstance(autoencoder.decoder, nn.Sequential) else None
+    error = (last.loss(x, x_hat) if isinstance(last, LevelSoftmax) else (x - x_hat).square().sum(dim=1)).mean()
     return {"loss": error, "squared_error": error}
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from models.conditional import ConditionalPrior
 from models.core import Core
+from models.levels import MixedObservation
 from models.likelihood import BernoulliLikelihood, GaussianLikelihood
 from models.observation import BernoulliObservation, Observation
 from models.pca import PCA
@@ -64,6 +65,8 @@ def _observation(core: Core, covariance: Tensor, scaling: Scaling, data: Prepare
     kept = (1.0 - ROUNDING_VARIANCE / variance.clamp(min=1e-30)).clamp(min=0.0).sqrt()
     kept = torch.where(whole, kept, 1.0)
     factor = factor * (kept.unsqueeze(1) if factor.dim() == 2 else kept)
+    if data.category_sizes:
+        return MixedObservation(data.category_sizes, factor.float(), low.float(), high.float(), whole)
     return Observation(factor.float(), low.float(), high.float(), whole)
 
 
@@ -75,7 +78,9 @@ def _noise_covariance(core: Core, prior: Prior, scaling: Scaling, data: Prepared
             return torch.zeros(width)  # the draw of a Bernoulli needs no noise
         assert isinstance(core.likelihood, GaussianLikelihood)
         log_variance = core.likelihood.log_variance.detach().clamp(core.likelihood.low, core.likelihood.high)
-        return log_variance.double().exp().expand(width).clone()
+        numbers = width - sum(data.category_sizes)
+        variance = log_variance.double().exp().expand(numbers)
+        return torch.cat((variance, torch.zeros(width - numbers).double()))
     moments = data.scaled_moments(scaling)
     if isinstance(core, PCA):
         components = core.components.double()  # [K, D]

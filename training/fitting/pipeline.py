@@ -13,6 +13,7 @@ from models.ensemble import Ensemble
 from models.heavy_tailed import HeavyTailedAutoencoder
 from models.pca import PCA
 from models.pipeline import Pipeline
+from models.policy_rules import Policy
 from models.prior import gaussian_prior
 from models.scaling import Scaling
 from models.vae import VAE
@@ -59,7 +60,8 @@ def fit_pipeline(
         FitError: the data or the options do not allow a fit, or the fit failed.
     """
     config = with_defaults(config, data.images, len(data.split.fit))
-    scaling = fit_scaling(data.moments, config, data.table.pixel_range, data.fill)
+    sizes = data.category_sizes
+    scaling = fit_scaling(data.moments, config, data.table.pixel_range, data.fill, sum(sizes))
     latents = config.latents or _default_latents(config.model, data, scaling)
     if len(data.split.fit) <= latents:
         raise FitError(
@@ -90,6 +92,8 @@ def fit_pipeline(
             checkpoints=checkpoints,
             processes=processes,
             levels=levels,
+            category_sizes=sizes,
+            scaling=scaling,
         )
         match config.model:
             case "vae":
@@ -125,9 +129,10 @@ def fit_pipeline(
     if isinstance(prior, ConditionalPrior) and correction is not None:
         return ConditionalPipeline(scaling, core, prior, calibration, correction, explanation, observation).eval()
     policy = None
-    if data.policy is not None:
+    if data.policy is not None or sizes:
+        rules = Policy() if data.policy is None else data.policy.rules
         row_scaling = None if data.windows is None else data.windows.scaling
-        policy = fit_policy(data.policy.rules, data.rows.table.names, scaling, explanation, row_scaling)
+        policy = fit_policy(rules, data.rows.table.names, scaling, explanation, row_scaling, sizes)
     pipeline = Pipeline(scaling, core, prior, calibration, explanation, observation, policy).eval()
     return _with_completion(pipeline, config, data, reporter, for_scores)
 

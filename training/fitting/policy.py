@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from models import artifact
 from models.calibration import Calibration
 from models.explanation import correlation_of
+from models.levels import LevelPolicy
 from models.pipeline import Pipeline
 from models.policy import CEILING_SURPRISE, PolicyModule
 from models.policy_rules import AppliedPolicy, FeatureRule, Policy
@@ -50,7 +51,12 @@ def apply_to_split(policy: Policy | None, table: Table, split: Split) -> tuple[S
 
 
 def fit_policy(
-    rules: Policy, names: Sequence[str], scaling: Scaling, explanation: nn.Module, row_scaling: nn.Module | None = None
+    rules: Policy,
+    names: Sequence[str],
+    scaling: Scaling,
+    explanation: nn.Module,
+    row_scaling: nn.Module | None = None,
+    category_sizes: Sequence[int] = (),
 ) -> PolicyModule | None:
     """Return the module that applies `rules`; None if no rule changes a score.
 
@@ -65,16 +71,19 @@ def fit_policy(
         explanation: the explanation of the model, `models.explanation.Expectations` or a compiled copy. Its weights
             contain the correlations of the features.
         row_scaling: for a model with a window, converts rows to the units in which they are summarised.
+        category_sizes: the number of levels of each category. A level that the model does not know counts as a value
+            outside of its valid range.
 
     Raises:
         FitError: the model has no such explanation.
     """
-    if not rules.changes_scores:
+    if not rules.changes_scores and not category_sizes:
         return None
     buffers = {name: buffer.cpu().double() for name, buffer in explanation.named_buffers()}
     if not {"weights", "mean", "deviation"} <= buffers.keys():
+        needs = "a policy for features" if rules.changes_scores else "a table with columns of text"
         raise FitError(
-            f"a policy for features needs a model of a table with at most {MAX_EXPLAINED_FEATURES} features: models of "
+            f"{needs} needs a model of a table with at most {MAX_EXPLAINED_FEATURES} features: models of "
             "images and of wider tables do not know how the features predict each other"
         )
     deviation = buffers["deviation"]
@@ -104,16 +113,17 @@ def fit_policy(
     only_high, only_low = (
         torch.tensor([rule.direction == direction for rule in each]) for direction in ("high", "low")
     )
-    return PolicyModule(
-        mean=buffers["mean"],
-        residual=deviation * residual,
-        precision=precision * torch.outer(residual, residual),
-        below=torch.where(only_high | (is_spread & only_low), np.inf, least),
-        above=torch.where(only_low | (is_spread & only_high), np.inf, least),
-        low=low,
-        high=high,
-        companion=torch.tensor([not rule.alone for rule in each]),
+    arguments = (
+        buffers["mean"],
+        deviation * residual,
+        precision * torch.outer(residual, residual),
+        torch.where(only_high | (is_spread & only_low), np.inf, least),
+        torch.where(only_low | (is_spread & only_high), np.inf, least),
+        low,
+        high,
+        torch.tensor([not rule.alone for rule in each]),
     )
+    return LevelPolicy(category_sizes, *arguments) if category_sizes else PolicyModule(*arguments)
 
 
 def valid_range(rules: Policy, names: Sequence[str]) -> ValidRange | None:

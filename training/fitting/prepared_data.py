@@ -69,7 +69,8 @@ class PreparedData:
 
     Args:
         split: the indices of the fit rows, the held-out rows and the calibration rows.
-        medians: median of each column over the fit rows, [D]; NaN for a column without values in the fit rows.
+        medians: median of each column over the fit rows, [D]; NaN for a column without values in the fit rows. For a
+            level of a category, it is the share of the rows that have the level.
         fill: the medians, [D], which replace missing values; None if the table is complete.
         moments: moments of the fit rows in raw units. Above MAX_COVARIANCE_FEATURES features, they lack a covariance.
         held_out: held-out rows [M, D] in raw units, NaN where a value is missing.
@@ -151,6 +152,11 @@ class PreparedData:
         return [*table.notes, *table.warnings, *self.split_notes, *of_conditions]
 
     @property
+    def category_sizes(self) -> tuple[int, ...]:
+        """The number of levels of each category. Their features are the last ones."""
+        return tuple(len(category.levels) for category in self.table.categories)
+
+    @property
     def images(self) -> bool:
         """Whether the rows are images."""
         return self.table.pixel_range is not None
@@ -188,6 +194,8 @@ def prepare_data(table: Table, split: Split, robust: bool = False, policy: Appli
     """
     x = table.x
     medians = torch.from_numpy(_medians(x, split.fit))
+    if table.categories:
+        medians[table.categories[0].first :] = _level_shares(x, split.fit, table.categories[0].first)
     fill = medians if table.missing.any() else None
     max_sample = min(MAX_HELD_OUT_ROWS, max(1, MAX_HELD_OUT_BYTES // (4 * x.width)))
     if robust:
@@ -220,6 +228,15 @@ def _medians(x: RowStore, fit: npt.NDArray[np.int64]) -> Floats:
                 values.append(rows[~np.isnan(rows[:, column]), column])
         medians[empty] = [np.median(np.concatenate(values)) for values in present]
     return medians
+
+
+def _level_shares(x: RowStore, fit: npt.NDArray[np.int64], first: int) -> Tensor:
+    """Return the share of the fit rows with a level that have each level, [L]: the features from `first` on."""
+    sums, count = np.zeros(x.width - first), np.zeros(x.width - first)
+    for rows in _fit_blocks(x, fit, None):
+        sums += np.nansum(rows[:, first:], axis=0, dtype=np.float64)
+        count += (~np.isnan(rows[:, first:])).sum(axis=0)
+    return torch.from_numpy(sums / np.maximum(count, 1)).float()
 
 
 def _fit_blocks(x: RowStore, fit: npt.NDArray[np.int64], fill: Floats | None) -> Iterator[Floats]:

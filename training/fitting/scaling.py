@@ -23,13 +23,21 @@ def scaling_method(config: TrainConfig, images: bool) -> Literal["standardise", 
 
 
 def fit_scaling(
-    moments: Moments, config: TrainConfig, pixel_range: tuple[float, float] | None, fill: Tensor | None = None
+    moments: Moments,
+    config: TrainConfig,
+    pixel_range: tuple[float, float] | None,
+    fill: Tensor | None = None,
+    levels: int = 0,
 ) -> Scaling:
     """Return the preprocessing for rows with these moments.
 
     Args:
         pixel_range: raw values of black and white; None for tables.
         fill: the values that replace missing values, [D], in raw units; None if no value is missing.
+        levels: the number of the last features that are levels of categories. A VAE takes them in raw units, because
+            its likelihood does. Otherwise they are standardised as in the factor analysis of mixed data (Pages 2004):
+            a level of a share p of the rows becomes (x - p) / sqrt(p), so that a category of L levels has the variance
+            L - 1 in all.
 
     Raises:
         FitError: an option needs values in [0, 1], but `config.scale` does not produce them.
@@ -48,6 +56,14 @@ def fit_scaling(
         ends = pixel_range or (moments.low, moments.high)
         low, high = (torch.as_tensor(end, dtype=torch.float64).expand_as(shift) for end in ends)
         shift, scale = low, torch.where(high > low, high - low, 1.0)
+    if levels:
+        numbers = len(shift) - levels
+        share = moments.mean[numbers:]
+        shift, scale = shift.clone(), scale.clone()
+        if config.model == "vae" or method != "standardise":
+            shift[numbers:], scale[numbers:] = 0.0, 1.0
+        else:  # a level without a fit row counts as half a row
+            scale[numbers:] = share.clamp(min=0.5 / moments.rows).sqrt()
     scaling = Scaling(shift.float(), scale.float())
     return scaling if fill is None else ImputingScaling(scaling, fill)
 

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from shlex import quote
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from models.manifest import (
     version_folder,
 )
 from models.pipeline import Pipeline
-from models.policy_rules import AppliedPolicy
+from models.policy_rules import RANGE_PART, AppliedPolicy
 from models.versions import next_version
 from models.windowed import Windowed
 from training.config import TrainConfig
@@ -193,7 +194,10 @@ def _golden(module: torch.jit.ScriptModule, rows: torch.Tensor, seed: int) -> Go
 def describe_features(data: PreparedData) -> list[Feature]:
     """Return the features of the rows in `data`."""
     table, moments = data.table, data.moments
-    columns = table.names, table.units, data.medians, moments.low, moments.high, table.missing, moments.mean
+    columns = (
+        table.names, table.units, data.medians, moments.low, moments.high, table.missing, moments.mean,
+        _kinds_of_values(data),
+    )  # fmt: skip
     return [
         Feature(
             name=name,
@@ -203,8 +207,26 @@ def describe_features(data: PreparedData) -> list[Feature]:
             maximum=float(high),
             missing=int(missing),
             mean=float(mean),
+            values=values,
         )
-        for name, unit, median, low, high, missing, mean in zip(*columns, strict=True)
+        for name, unit, median, low, high, missing, mean, values in zip(*columns, strict=True)
+    ]
+
+
+def _kinds_of_values(data: PreparedData) -> list[Literal["whole", "boolean"] | None]:
+    """Return for each feature whether all fit rows have whole numbers, or only 0 and 1. Pixels and levels have none.
+
+    In tables without categories, only booleans are marked: nothing depends on other whole numbers there, and earlier
+    releases refuse marked features.
+    """
+    if data.images or data.windows is not None:
+        return [None] * data.table.x.width
+    whole = ((data.sample == data.sample.round()) | data.sample.isnan()).all(dim=0)
+    whole[data.table.x.width - sum(data.category_sizes) :] = False
+    boolean = whole & (data.moments.low == 0.0) & (data.moments.high == 1.0)
+    return [
+        "boolean" if is_boolean else "whole" if is_whole and data.category_sizes else None
+        for is_boolean, is_whole in zip(boolean.tolist(), whole.tolist(), strict=True)
     ]
 
 
@@ -264,6 +286,8 @@ def _parts(pipeline: Pipeline, data: PreparedData) -> list[str]:
     parts = pipeline.core.parts
     if data.conditions is not None:
         parts = (*parts, CONDITION_PART)
+    if data.table.categories:
+        return [*parts, RANGE_PART]
     return list(parts) if data.policy is None else data.policy.rules.parts(parts)
 
 
@@ -313,4 +337,5 @@ def _manifest(
         incident_rows=chosen.config.incident_rows,
         policy=_policy(pipeline, data),
         conditions=None if data.conditions is None else data.conditions.known,
+        categories=list(table.categories),
     )

@@ -24,6 +24,7 @@ from models.calibration import Calibration
 from models.completion import COMPLETING
 from models.errors import join_names
 from models.keys import PrivateKey
+from models.levels import sizes_of
 from models.manifest import (
     VERSION,
     CalibrationSize,
@@ -116,6 +117,8 @@ def recalibrate(
     kept = _keep(policy or _policy_of(parent), table, normal)
     if kept is not None:
         normal, notes = kept.rows, [*notes, *kept.notes(table)]
+    normal, of_levels = _without_unknown_levels(table, normal)
+    notes += of_levels
     known_rows = artifact.read_trained_rows(parent)
     notes += _refuse_training_rows(parent, table, normal, known_rows)
     windows = windows_for_model(table.x, table.timeline, parent.manifest, table.source)
@@ -260,6 +263,21 @@ def _scores(
     return scores
 
 
+def _without_unknown_levels(table: Table, rows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """Return `rows` without those that have a level that the model does not know, and notes for the user.
+
+    Such rows are always anomalous, so they must not calibrate.
+    """
+    is_known = np.ones(len(rows), bool)
+    for category in table.categories:
+        for start in range(0, len(rows), table.x.block_rows):
+            part = table.x.take(rows[start : start + table.x.block_rows])[:, category.features]
+            is_known[start : start + len(part)] &= part.sum(axis=1) != 0  # true for NaN: the level is missing
+    dropped = int((~is_known).sum())
+    note = f"rows with a level that the model does not know calibrate nothing: {dropped:,}"
+    return rows[is_known], [note] if dropped else []
+
+
 def _with_policy(module: torch.jit.ScriptModule, parent: Artifact, rules: Policy) -> Pipeline | Windowed:
     """Return a model with a new policy and the other parts of `module`, the module of `parent`. Raise FitError."""
     if not hasattr(module, "observation"):
@@ -267,7 +285,8 @@ def _with_policy(module: torch.jit.ScriptModule, parent: Artifact, rules: Policy
     names = [feature.name for feature in parent.manifest.features]
     window = parent.manifest.window
     of_rows = module if window is None else module.pipeline
-    policy = fit_policy(rules, names, of_rows.scaling, of_rows.explanation, None if window is None else module.scaling)
+    row_scaling, sizes = None if window is None else module.scaling, sizes_of(of_rows)
+    policy = fit_policy(rules, names, of_rows.scaling, of_rows.explanation, row_scaling, sizes)
     class_ = COMPLETING.get(of_rows.original_name, Pipeline)
     further = {name: getattr(of_rows, name) for name in ("chains", "gap_scores") if hasattr(of_rows, name)}
     if hasattr(of_rows, "precision"):
@@ -449,7 +468,7 @@ def _manifest(
             "versions": software_versions(),
             "weights_sha256": artifact.weights_sha256(module),
             "timeline": old.timeline and _timeline(old.timeline, table, chosen),
-            "parts": (policy.rules if policy else Policy()).parts(old.parts),
+            "parts": old.parts if old.categories else (policy.rules if policy else Policy()).parts(old.parts),
             "policy": policy,
             "warnings": kept if warning is None else [*kept, warning],
         }

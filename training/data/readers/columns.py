@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from models.columns import FALSE, MISSING, TRUE, parse_title
 from models.errors import join_names
+from training.data.categories import UNKNOWN_LEVEL, KnownLevels, LevelReader, one_hot
 from training.data.labels import (
     LabelReader,
     ends_like_label_name,
@@ -165,12 +166,15 @@ class Column:
     unit: str | None
     index: int  # position in the file
     typed: bool = False  # whether the file declares the type of the column's cells
-    numbers: int = 0  # number of cells that were numbers
+    numbers: int = 0  # number of cells that were numbers or booleans
+    digits: int = 0  # number of cells that were numbers
     non_numbers: int = 0  # number of cells that were neither numbers, booleans nor missing
     first_non_number: NonNumericCell | None = None
     first_boolean: NonNumericCell | None = None  # the first cell that was true, false, yes or no
     other_cells: list[NonNumericCell] | None = None  # if a list: all cells that were not numbers are added
     binary: bool = True  # whether all numbers were 0 or 1
+    levels: LevelReader | None = None  # in training: reads the cells as levels, in case that the column is a category
+    known: KnownLevels | None = None  # for rows of a model: the levels that it knows, if the column is a category
     identifier: IdentifierDetector = field(init=False)
 
     def __post_init__(self) -> None:
@@ -180,12 +184,32 @@ class Column:
             DATE_NAME.fullmatch(self.name) is not None,
         )
 
+    @property
+    def feature_names(self) -> list[str]:
+        """The names of the features that the column becomes: several if it is a category that the model knows."""
+        return [self.name] if self.known is None else self.known.category.feature_names
+
     def read(self, cells: "pl.Series", row: int) -> Floats:
         """Return `cells` as numbers [n], with NaN for missing values and for cells that are not numbers.
+
+        In training, cells that may be levels of a category are 0 instead of NaN: their row has a value.
 
         Args:
             row: the row number of the first cell.
         """
+        values = self._read_numbers(cells, row)
+        if self.levels is not None and (codes := self._read_codes(cells, self.levels)) is not None:
+            values = np.where(np.isnan(values) & (codes >= 0), 0.0, values)
+        return values
+
+    def _read_codes(self, cells: "pl.Series", levels: LevelReader) -> npt.NDArray[np.int16] | None:
+        """Read `cells` as levels. Return their codes, or None if the column cannot be a category."""
+        import polars as pl
+
+        is_text = not self.typed or cells.dtype in (pl.String, pl.Categorical, pl.Enum)
+        return levels.read(cells, self.first_non_number is not None) if is_text or levels.is_forced else None
+
+    def _read_numbers(self, cells: "pl.Series", row: int) -> Floats:
         values = self._read_typed(cells, row) if self.typed else self._read_text(cells, row)
         present = values[~np.isnan(values)]
         self.numbers += len(present)
@@ -198,6 +222,7 @@ class Column:
 
         text = cells.str.strip_chars()
         number = text.cast(pl.Float64, strict=False)
+        self.digits += len(number) - number.null_count()
         if number.null_count():
             lower = text.str.to_lowercase()
             boolean = lower.is_in(TRUE | FALSE)
@@ -233,11 +258,11 @@ class Column:
         if dtype.is_numeric() or dtype in (pl.Null, pl.Boolean):
             return cells.cast(pl.Float64).fill_null(float("nan")).to_numpy()
         if present:
+            value = cells.slice(first, 1).to_list()[0]
             if dtype in (pl.String, pl.Categorical, pl.Enum):
-                kind = "text"
+                kind = "dates" if DATE.fullmatch(value.strip()) else "text"
             else:
                 kind = "dates" if dtype in (pl.Date, pl.Datetime, pl.Time) else str(dtype)
-            value = cells.slice(first, 1).to_list()[0]
             self.first_non_number = self.first_non_number or NonNumericCell(row + first, value, kind)
             self.non_numbers += present
         return np.full(len(cells), np.nan)
@@ -260,8 +285,16 @@ def choose_columns(header: Sequence[str], path: Path, options: ReadOptions, type
         if options.tolerant:
             extra = [name for name in options.extra if name in names and name not in options.names]
             indices += map(names.index, dict.fromkeys(extra))
+        known = {category.name: KnownLevels(category) for category in options.categories}
+        for name in options.names:
+            columns[names.index(name)].known = known.get(name)
         return [columns[index] for index in indices]
-    for purpose, listed in (("drop", options.drop), ("keep", options.keep), ("read as labels", options.label)):
+    for purpose, listed in (
+        ("drop", options.drop),
+        ("keep", options.keep),
+        ("read as labels", options.label),
+        ("read as a category", options.category),
+    ):
         if unknown := [name for name in listed if name not in names]:
             raise DataError(f"{path} has no column {unknown[0]!r} to {purpose}: {_similar_names(unknown[0], names)}")
     if both := [name for name in options.label if name in {*options.drop, *options.keep}]:
@@ -269,6 +302,8 @@ def choose_columns(header: Sequence[str], path: Path, options: ReadOptions, type
         raise DataError(f"{path}: --label and {other} both name {both[0]!r}: a label is no feature, so leave one out")
     others = {*options.drop, *options.label, *options.condition, options.time, options.group}
     kept = [column for column in columns if column.name not in others]
+    for column in kept:
+        column.levels = LevelReader(is_forced=column.name in options.category)
     if not kept and options.label:
         raise DataError(f"{path} has no column except labels: expected measurements to learn from")
     if not kept:
@@ -429,7 +464,8 @@ def build_raw_table(
             for column in features
             if is_label_name(column.name) and column.name not in options.keep
         ]
-    check = _ColumnCheck(path, options, lines, notes)
+    categories: dict[str, LevelReader] = {}
+    check = _ColumnCheck(path, options, lines, notes, categories)
     details = details or BlockDetails()
     if options.tolerant:
         blocks = _read_blocks_tolerantly(frames, columns, len(features), details, check)
@@ -437,10 +473,10 @@ def build_raw_table(
         blocks = _read_blocks(frames, features, labels, timeline, conditions, check)
     return RawTable(
         blocks=blocks,
-        shape=(len(features),),
+        shape=(sum(len(column.feature_names) for column in features),),
         rows=rows,
-        names=[column.name for column in features],
-        units=[column.unit for column in features],
+        names=[name for column in features for name in column.feature_names],
+        units=[column.unit for column in features for _ in column.feature_names],
         has_header=True,
         lines=lines,
         extra=tuple(column.name for column in columns[len(features) :]) if options.tolerant else (),
@@ -449,6 +485,7 @@ def build_raw_table(
         label_names=None if labels is None else labels.texts,
         timeline=timeline,
         conditions=conditions,
+        categories=categories,
         notes=notes,
     )
 
@@ -467,9 +504,7 @@ def _read_blocks(
 ) -> Iterator[Block]:
     row = 0
     for frame in frames:
-        values = np.empty((frame.height, len(features)))
-        for position, column in enumerate(features):
-            values[:, position] = column.read(frame.to_series(column.index), row)
+        values = np.concatenate([_read_features(column, frame, row) for column in features], axis=1)
         if timeline is not None:
             timeline.read(frame)
         for condition in conditions:
@@ -479,6 +514,23 @@ def _read_blocks(
     check.finish(features)
 
 
+def _read_features(
+    column: Column, frame: "pl.DataFrame", row: int, unknown_levels: dict[int, list[tuple[str, str]]] | None = None
+) -> Floats:
+    """Return the features [n, 1], or [n, L] for a category, of one column. `row`: the number of the first row.
+
+    If `unknown_levels` is given, record there the levels that the model does not know.
+    """
+    cells = frame.to_series(column.index)
+    if column.known is None:
+        return column.read(cells, row)[:, None]
+    codes = column.known.codes(cells)
+    if unknown_levels is not None:
+        for place in np.flatnonzero(codes == UNKNOWN_LEVEL).tolist():
+            unknown_levels.setdefault(row + place, []).append((column.name, str(cells[place]).strip()))
+    return one_hot(codes, len(column.known.category.levels)).astype(np.float64)
+
+
 def _read_blocks_tolerantly(
     frames: "Iterator[pl.DataFrame]",
     columns: list[Column],
@@ -486,13 +538,16 @@ def _read_blocks_tolerantly(
     details: BlockDetails,
     check: "_ColumnCheck",
 ) -> Iterator[Block]:
-    """Yield the first `width` columns as features. Record faulty cells, and the cells of the other columns."""
+    """Yield the first `width` columns as features.
+
+    Record unknown levels, faulty cells, and the cells of the other columns.
+    """
     row = 0
     for frame in frames:
-        values = np.empty((frame.height, width))
-        for position, column in enumerate(columns[:width]):
+        features = []
+        for column in columns[:width]:
             column.other_cells = []
-            values[:, position] = column.read(frame.to_series(column.index), row)
+            features.append(_read_features(column, frame, row, details.unknown_levels))
             if column.typed and column.first_non_number:
                 check.refuse_cell(column, column.first_non_number, "convert the column to numbers")
             for cell in column.other_cells:
@@ -502,28 +557,37 @@ def _read_blocks_tolerantly(
                 details.faults.setdefault(cell.row, fault)
         for position in range(width, len(columns)):
             details.cells[columns[position].name] = frame.to_series(columns[position].index).to_list()
-        yield values, None
+        yield np.concatenate(features, axis=1), None
         details.faults.clear()
+        details.unknown_levels.clear()
         row += frame.height
 
 
 @dataclass(frozen=True)
 class _ColumnCheck:
-    """Refuses columns that are not measurements, and adds notes on boolean columns, after all rows have been read."""
+    """Refuses columns that are not measurements, and adds notes on boolean columns, after all rows have been read.
+
+    `categories` gets the columns of text that are categories.
+    """
 
     path: Path
     options: ReadOptions
     lines: LineNumbers | None
     notes: list[str]
+    categories: dict[str, LevelReader]
 
     def finish(self, columns: Sequence[Column]) -> None:
         """Raise DataError if a column does not contain measurements."""
         for column in columns:
+            if self._is_text(column):
+                continue
             if column.first_non_number and (advice := _advice_on_notation(column.first_non_number.value)):
                 self.refuse_cell(column, column.first_non_number, advice)
-            mostly_numbers = column.numbers > column.non_numbers
+            mostly_numbers = column.digits > column.non_numbers
             if column.first_non_number and (self.options.names is not None or mostly_numbers):
-                self.refuse_cell(column, column.first_non_number, CORRECTION)
+                option = format_option("--category", [column.name])
+                advice = "" if column.levels is None else f"; if its values are names, add {option}"
+                self.refuse_cell(column, column.first_non_number, f"{CORRECTION}{advice}")
             if column.first_boolean and not column.binary:
                 self.refuse_cell(column, column.first_boolean, "write 0 and 1")
         if self.options.names is None:
@@ -535,14 +599,28 @@ class _ColumnCheck:
                 if column.binary and not is_label_name(column.name) and ends_like_label_name(column.name)
                 if column.name not in self.options.keep
             )
-        if booleans := [column.name for column in columns if column.first_boolean]:
+        booleans = [column.name for column in columns if column.first_boolean and column.name not in self.categories]
+        if booleans:
             self.notes.append(f"true and yes are read as 1, false and no as 0: {join_names(booleans)}")
+
+    def _is_text(self, column: Column) -> bool:
+        """Return whether `column` holds text that may be levels of a category."""
+        if column.levels is None or column.name in self.options.category:
+            return column.levels is not None
+        cell = column.first_non_number
+        return (
+            cell is not None
+            and cell.kind == "text"
+            and column.digits <= column.non_numbers
+            and _advice_on_notation(cell.value) is None
+        )
 
     def _note_repeated_identifiers(self, columns: Sequence[Column]) -> None:
         found = [
             column.name
             for column in columns
             if REPEATED_IDENTIFIER_NAME.fullmatch(column.name)
+            and column.name not in self.categories
             and column.identifier.integers
             and not column.binary
             and column.name not in self.options.keep
@@ -562,16 +640,26 @@ class _ColumnCheck:
 
     def _refuse_other_columns(self, columns: Sequence[Column]) -> None:
         """If there are columns of text, dates or identifiers, raise a DataError that names all of them."""
-        texts = {
-            column.name: f"{cell.kind}, {_shorten(cell.value)} in {describe_row(cell.row, self.lines)}"
-            for column in columns
-            if (cell := column.first_non_number)
-        }
+        texts = {}
+        for column in columns:
+            cell, reason = column.first_non_number, None
+            if column.levels is not None and self._is_text(column):
+                reason = column.levels.refusal()
+                if reason is None:
+                    self.categories[column.name] = column.levels
+                    continue
+            where = "" if cell is None else f"{_shorten(cell.value)} in {describe_row(cell.row, self.lines)}"
+            if cell is not None:
+                is_plain = reason is None or reason == cell.kind
+                texts[column.name] = f"{cell.kind}, {where}" if is_plain else f"{reason}, such as {where}"
+            elif reason is not None:
+                texts[column.name] = reason
         identifiers = {
             column.name: reason
             for column in columns
             if column.name not in self.options.keep
-            and not column.first_non_number
+            and column.name not in texts
+            and column.name not in self.categories
             and (reason := column.identifier.reason())
         }
         reasons = texts | identifiers

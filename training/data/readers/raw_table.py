@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from models.manifest import Category
+from training.data.categories import LevelReader
 from training.data.line_numbers import LineNumbers
 from training.data.readers.condition_columns import ConditionReader
 from training.data.readers.time_columns import TimelineReader
@@ -36,6 +38,8 @@ class ReadOptions:
     time: str | None = None  # column with the time of each row
     group: str | None = None  # column with the group of each row, such as its host
     timeline_optional: bool = False  # whether the source may lack these two columns
+    category: Sequence[str] = ()  # columns whose values are levels although they are numbers
+    categories: Sequence[Category] = ()  # with `names`: the categories of the model, after its columns of numbers
     condition: Sequence[str] = ()  # columns of conditions; if `names` is given, the source may lack them
 
 
@@ -45,6 +49,8 @@ class BlockDetails:
 
     faults: dict[int, str] = field(default_factory=dict)  # by row, counted from 0: why the row is faulty
     cells: dict[str, list[Any]] = field(default_factory=dict)  # by name: the cells of an extra column
+    # By row, counted from 0: the column and the text of each level that the model does not know.
+    unknown_levels: dict[int, list[tuple[str, str]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +75,8 @@ class RawTable:
     notes: list[str] = field(default_factory=list)  # notes for the user; complete when all blocks have been read
     timeline: TimelineReader | None = None  # reads the times and groups of the rows of `blocks`
     conditions: Sequence[ConditionReader] = ()  # read the conditions of the rows of `blocks`
+    # In training: the categories among the columns, by the name of the column. Complete when all blocks have been read.
+    categories: dict[str, LevelReader] = field(default_factory=dict)
     file_array: FileArray | None = None  # values [N, D] in the source file, if the rows can be read in any order
 
 
