@@ -24,7 +24,7 @@ from tests.training.reporters import RecordingReporter
 from training.config import TrainConfig
 from training.data.readers import InMemory
 from training.data.table import read_table
-from training.train import fit_model
+from training.train import train
 
 pytestmark = pytest.mark.slow
 UNSEEN = KNOWN | {"protocol": "gopher"}
@@ -40,11 +40,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         times = frame.with_columns(time=START + 60 * pl.int_range(1200), host=pl.lit("a"))
         options = {"time": "time", "group": "host"}
         timed = TrainConfig(model="pca", name="timed", **options)
-        fit_model(timed, read_table(InMemory(times), **options), RecordingReporter()).publish(
-            folder, RecordingReporter()
-        )
+        train(timed, read_table(InMemory(times), **options), folder, RecordingReporter())
         vae = TrainConfig(model="vae", name="vae", epochs=40, latents=4, hidden=(32,))
-        fit_model(vae, read_table(InMemory(frame)), RecordingReporter()).publish(folder, RecordingReporter())
+        train(vae, read_table(InMemory(frame)), folder, RecordingReporter())
 
     return made_once("artifacts-with-categories", make, tmp_path_factory)
 
