@@ -38,9 +38,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def make(folder: Path) -> None:
         frame = mixed_frame(1200)
         times = frame.with_columns(time=START + 60 * pl.int_range(1200), host=pl.lit("a"))
-        options = {"time": "time", "group": "host"}
-        timed = TrainConfig(model="pca", name="timed", **options)
-        train(timed, read_table(InMemory(times), **options), folder, RecordingReporter())
+        timed = TrainConfig(model="pca", name="timed", time="time", group="host")
+        table = read_table(InMemory(times), time="time", group="host")
+        train(timed, table, folder, RecordingReporter())
         vae = TrainConfig(model="vae", name="vae", epochs=40, latents=4, hidden=(32,))
         train(vae, read_table(InMemory(frame)), folder, RecordingReporter())
 
