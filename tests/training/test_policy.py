@@ -76,11 +76,17 @@ def severities(artifact: Artifact, x: np.ndarray, alpha: float = ALPHA) -> np.nd
         return np.asarray(artifact.module.severity(score, alpha).numpy())
 
 
-def assert_rate_holds(artifact: Artifact, x: np.ndarray) -> None:
-    """Assert that the number of false alarms among new rows x is in the band that the theory gives."""
+def band_of_false_alarms(artifact: Artifact, rows: int) -> tuple[float, float]:
+    """Return the smallest and the largest number of false alarms among `rows` new rows, each with probability .999."""
     count = artifact.manifest.calibration.rows
     allowed = int(ALPHA * (count + 1) + 1e-9)
-    low, high = betabinom(len(x), allowed, count + 1 - allowed).interval(0.999)
+    low, high = betabinom(rows, allowed, count + 1 - allowed).interval(0.999)
+    return float(low), float(high)
+
+
+def assert_rate_holds(artifact: Artifact, x: np.ndarray) -> None:
+    """Assert that the number of false alarms among new rows x is in the band that the theory gives."""
+    low, high = band_of_false_alarms(artifact, len(x))
     assert low <= int((severities(artifact, x) > 1).sum()) <= high
 
 
@@ -245,6 +251,26 @@ def test_recalibration_gives_a_model_a_policy_keeps_it_and_removes_it(tmp_path: 
     assert last.manifest.parts == first.manifest.parts
     rows = torch.from_numpy(new[:100])
     torch.testing.assert_close(last.module.score(rows)[0], first.module.score(rows)[0])
+
+
+@pytest.mark.slow
+def test_recalibration_with_a_policy_completes_rows_as_before_and_keeps_the_rate_of_rows_with_gaps(
+    tmp_path: Path,
+) -> None:
+    first = trained(tmp_path)
+    second = load(recalibrate(first, table(values(ROWS, 3)), tmp_path, ALPHA, policy=EVERYTHING).path)
+    rows = values(1000, 1)
+    rows = rows[is_inside(EVERYTHING, rows)]
+    rows[np.arange(len(rows)), np.arange(len(rows)) % 5] = np.nan
+    rows[::2, 1] = np.nan
+    x = torch.from_numpy(rows)
+    with torch.inference_mode():
+        for before, after in zip(first.module.impute(x[:64]), second.module.impute(x[:64]), strict=True):
+            torch.testing.assert_close(before, after)
+        score = torch.cat([second.module.score_gaps(part)[0] for part in x.split(64)])
+        false_alarms = int((second.module.severity(score, ALPHA) > 1).sum())
+    low, high = band_of_false_alarms(second, len(rows))
+    assert low <= false_alarms <= high
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """POST /impute, and /sample with given values: what the service answers is what the model's module computes."""
 
+import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,17 @@ import torch
 
 from models.artifact import load
 from models.pipeline import Pipeline
+from models.scaling import ImputingScaling
 from service.app import create_app
 from service.inference.sampling import NoiseSource
 from service.settings import Settings
 from tests.models import builders
-from tests.models.publishing import publish_windowed
+from tests.models.publishing import GAPS, publish_windowed
+from tests.service.gate import Gate
 from tests.service.hosts import HOST_FEATURES, host_records, host_rows
 from tests.service.published import publish
 from tests.service.running import post, running
+from tests.service.serving import ROWS, serving, until
 from training.adoption.adopt import adopt
 
 pytestmark = pytest.mark.slow
@@ -75,6 +80,29 @@ def test_impute_of_npy_with_nan_gives_the_rows_without_nan(hosts: httpx.Client, 
     response = hosts.post("/impute", content=content.getvalue(), headers=headers)
     assert response.status_code == 200, response.text
     assert np.load(BytesIO(response.content)) == pytest.approx(imputed(artifacts, rows)["outputs"], rel=1e-6)
+
+
+def test_impute_runs_no_further_rows_after_its_client_has_left(artifacts: Path) -> None:
+    rows = json.dumps({"inputs": with_gaps(host_rows(200))}).encode()
+    head = b"POST /impute?model=hosts HTTP/1.1\r\nHost: elbo\r\nContent-Type: application/json\r\n"
+
+    async def check() -> None:
+        async with serving(Settings(artifacts=artifacts)) as (service, port):
+            gate = Gate()
+            held = await gate.hold(service.batcher, service.find(None), ROWS)
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(head + b"Content-Length: %d\r\n\r\n%b" % (len(rows), rows))
+            await until(lambda: service.batcher.pending_rows > len(ROWS))
+            writer.close()
+            await until(lambda: service.batcher.pending_rows == len(ROWS))
+            gate.open.set()
+            await held
+            sample = service.metrics.registry.get_sample_value
+            labels = {"endpoint": "/impute", "model": "hosts", "version": "1", "status": "499"}
+            assert sample("elbo_requests_total", labels) == 1
+            assert not sample("elbo_batch_rows_sum", {"operation": "impute"})
+
+    asyncio.run(check())
 
 
 def test_given_values_stay_and_the_others_are_drawn_by_the_module(hosts: httpx.Client, artifacts: Path) -> None:
@@ -161,7 +189,7 @@ def test_models_say_whether_they_complete_rows(hosts: httpx.Client, others: http
         for model in client.get("/models").json()["models"]
     }
     complete = {"hosts": True, "pca": True, "ae": True, "vae": True}
-    incomplete = {"earlier": False, "window": False, "slow": False}
+    incomplete = {"earlier": False, "earlier-gaps": False, "window": False, "slow": False}
     assert listed == complete | incomplete | {"adopted": True, "reconstructs": True}
 
 
@@ -174,16 +202,19 @@ def test_more_rows_than_allowed_are_refused(hosts: httpx.Client) -> None:
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """Yield a client of a server with three models that cannot complete rows, and two adopted models that can.
+    """Yield a client of a server with four models that cannot complete rows, and two adopted models that can.
 
-    `earlier` is a model of an earlier release, `window` has a window, and `slow` is an adopted network that is too
-    slow for it. `reconstructs` has no latents.
+    `earlier` and `earlier-gaps` are models of an earlier release; rows of the latter may have missing values. `window`
+    has a window, and `slow` is an adopted network that is too slow for it. `reconstructs` has no latents.
     """
     root = tmp_path_factory.mktemp("others")
     complete = builders.pipeline("pca")
     parts = complete.scaling, complete.core, complete.prior, complete.calibration
     names = [f"x{i}" for i in range(builders.D)]
     publish(root, "earlier", Pipeline(*parts), builders.batch()[0], names, [builders.D])
+    rows = builders.batch(gaps=GAPS)[0]
+    scaling = ImputingScaling(complete.scaling, torch.from_numpy(np.nanmedian(rows.numpy(), axis=0)))
+    publish(root, "earlier-gaps", Pipeline(scaling, *parts[1:]), rows, names, [builders.D])
     publish_windowed(root, "pca", "window")
     encoder, decoder = torch.nn.Linear(builders.D, 2), torch.nn.Linear(2, builders.D)
     module = torch.nn.ModuleDict({"encoder": encoder, "decoder": decoder})
@@ -234,6 +265,22 @@ def test_adopted_model_completes_rows_and_scores_rows_with_missing_values(others
     verdicts = post(others, "/anomaly", {"records": records}, params={"model": model})
     assert len(verdicts["results"]) == 3
     assert verdicts["errors"] == []
+
+
+def test_model_of_an_earlier_release_judges_a_row_with_missing_values_with_the_medians(others: httpx.Client) -> None:
+    features = others.get("/models/earlier-gaps").json()["features"]
+    rows = builders.batch(gaps=GAPS)[0].numpy()
+    assert np.isnan(rows).any()
+    medians = np.array([feature["median"] for feature in features])
+    filled = np.where(np.isnan(rows), medians, rows).tolist()
+    incomplete = [[None if np.isnan(value) else value for value in row] for row in rows.tolist()]
+    found, expected = (
+        post(others, "/anomaly", {"inputs": content}, params={"model": "earlier-gaps"})["results"]
+        for content in (incomplete, filled)
+    )
+    for name in ("score", "p_value", "severity"):
+        assert [row[name] for row in found] == pytest.approx([row[name] for row in expected], rel=1e-5), name
+    assert len({row["score"] for row in found}) > 1
 
 
 def test_samples_near_a_row_scatter_around_its_latents_by_spread(hosts: httpx.Client) -> None:
