@@ -94,6 +94,11 @@ def _as_frame(data: Any) -> "pl.DataFrame | None":
         return frame
     if pandas is not None and isinstance(data, pandas.DataFrame):
         return _from_pandas(data)
+    if pandas is not None and isinstance(data, pandas.Series):
+        raise DataError(
+            "data is a Series, which may be one row or one column: give frame.iloc[[0]] for a row, or "
+            "series.to_frame() for a column"
+        )
     is_columns = isinstance(data, Mapping)
     is_records = isinstance(data, Sequence) and bool(data) and isinstance(data[0], Mapping)
     if is_columns or is_records or hasattr(data, "__arrow_c_stream__"):

@@ -140,6 +140,7 @@ def test_columns_of_a_frame_are_found_by_name_for_a_model(site: Any) -> None:
         (pd.DataFrame(np.zeros((9, 2)), columns=["a", "a"]), "data has two columns named 'a': rename one"),
         (pd.DataFrame({"a": [1.0, 2.0] * 9, "b": ["x", "y"] * 9}), "data: column 'b' .*'x'.* is not"),
         (np.zeros((0, 3)), r"data has no rows of numbers \(shape \[0, 3\]\)"),
+        (pd.Series([1.0, 2.0]), r"data is a Series, which may be one row or one column: give frame\.iloc"),
     ],
 )
 def test_data_that_are_no_rows_of_numbers_raise_an_error_that_says_why(data: Any, message: str) -> None:
