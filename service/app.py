@@ -27,12 +27,14 @@ from service.anomaly import series_mapping
 from service.anomaly.group_memory import GroupMemory
 from service.endpoints import routes
 from service.endpoints.context import ServiceContext
+from service.endpoints.direct import DirectInference
 from service.endpoints.information import DOCS_STATIC, STATIC
 from service.endpoints.remote_write import RemoteWriteEndpoint
 from service.errors import from_http_exception
 from service.freed_memory import RETURN_SECONDS, return_freed_memory
 from service.http.admission import AdmissionControl
 from service.http.cross_site import AllowedHosts
+from service.http.direct import DirectHeads
 from service.http.middleware import RequestMiddleware
 from service.http.protocol import Protocol
 from service.http.refusal import HeadRefusal
@@ -164,6 +166,7 @@ def create_app(
     endpoints = routes.endpoints(service, receiver)
     routes.register(app, endpoints, has_keys=keys is not None)
     app.mount("/static", StaticFiles(directory=STATIC))
+    allowed_hosts = AllowedHosts(settings.allowed_hosts.split(",")) if settings.allowed_hosts else None
     entry_point: ASGIApp = RequestMiddleware(
         _router_of(app),
         handlers=routes.handlers(endpoints),
@@ -173,7 +176,7 @@ def create_app(
         admission=admission,
         keys=keys,
         root_path=settings.root_path,
-        allowed_hosts=AllowedHosts(settings.allowed_hosts.split(",")) if settings.allowed_hosts else None,
+        allowed_hosts=allowed_hosts,
     )
     if settings.cors_origins:
         entry_point = CORSMiddleware(
@@ -185,12 +188,16 @@ def create_app(
         )
     app.middleware_stack = entry_point
     paths = routes.admission_paths(endpoints)
+    direct = None
+    if keys is None:
+        direct = DirectHeads(DirectInference(service, access, allowed_hosts), settings.max_body_bytes)
     app.state.protocol = partial(
         Protocol,
         admission=admission,
         head_refusal=HeadRefusal(metrics, access, settings.root_path, keys),
         count_closed=metrics.count_closed,
         paths=paths | {settings.root_path + path for path in paths},
+        direct=direct,
     )
     app.openapi = lambda: _openapi(app, endpoints, keys is not None)  # type: ignore[method-assign] # FastAPI's documented way
     return app

@@ -274,7 +274,9 @@ class InferenceEndpoints:
         if cost and verdicts:
             cost += offload.ONSET * verdicts.explained_rows
         started = perf_counter()
-        fields = await run_in_thread_if_long(partial(_anomaly_fields, parsed, verdicts), cost)
+        fields = await run_in_thread_if_long(
+            partial(anomaly_fields, parsed.served, parsed.body, parsed.inputs, verdicts), cost
+        )
         parsed.record.write += perf_counter() - started
         return await render_response(parsed, fields, parsed.inputs.parsed.x, write_ns=cost)
 
@@ -499,13 +501,14 @@ async def _record_fields(
     return await run_in_thread_if_long(describe, outputs.size * offload.RECORD_VALUE)
 
 
-def _anomaly_fields(parsed: ParsedRequest[AnomalyBody, InputRows], verdicts: Verdicts | None) -> dict[str, Any]:
+def anomaly_fields(
+    served: ServedModel, body: AnomalyBody, input_rows: InputRows, verdicts: Verdicts | None
+) -> dict[str, Any]:
     """Return the fields of an `AnomalyAnswer`, or only the counts if `detail` is "none".
 
     `verdicts` is None if no row could be read. The results of many rows are an iterator over parts, which makes them
     while they are written.
     """
-    body, served, input_rows = parsed.body, parsed.served, parsed.inputs
     counts: dict[str, Any] = {
         "rows": input_rows.rows_received,
         "anomalies": sum(verdicts.is_anomaly) if verdicts else 0,

@@ -59,11 +59,27 @@ class _LoopPass:
             loop.call_soon(self._end)  # runs in the next pass, before all work that waits
         self._ns += estimated_ns
 
+    def take(self, loop: asyncio.AbstractEventLoop, estimated_ns: float) -> bool:
+        """Count the work if there is time for it in the current pass of `loop`. Return whether there is."""
+        if self._loop is not loop:
+            self._loop = loop
+            self._ns = 0.0
+            loop.call_soon(self._end)
+        elif self._ns + estimated_ns > MAX_LOOP_NS:
+            return False
+        self._ns += estimated_ns
+        return True
+
     def _end(self) -> None:
         self._loop = None
 
 
 _loop_pass = _LoopPass()
+
+
+def take_loop_time(loop: asyncio.AbstractEventLoop, estimated_ns: float) -> bool:
+    """Return whether there is time for short work in the current pass of `loop`. The time then counts as taken."""
+    return estimated_ns <= SHORT_NS or _loop_pass.take(loop, estimated_ns)
 
 
 async def run_in_thread_if_long(work: Callable[[], T], estimated_ns: float, *, frees_lock: bool = False) -> T:

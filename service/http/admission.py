@@ -178,7 +178,7 @@ class AdmissionControl:
                     self.turn.release()
                     raise
         except TimeoutError:
-            raise _timed_out() from None
+            raise timed_out() from None
         finally:
             self._rows_without_turn -= rows
 
@@ -263,7 +263,7 @@ class Ticket:
                 async with asyncio.timeout(max(0.0, deadline - perf_counter())):
                     await slots.acquire()
             except TimeoutError:
-                raise _timed_out() from None
+                raise timed_out() from None
         self._has_slot = True
 
     async def take_turn(self, rows: int, deadline: float, response_bytes: int = 0) -> None:
@@ -343,7 +343,8 @@ class Ticket:
         self.held_bytes = 0
 
 
-def _timed_out() -> DeadlineExceeded:
+def timed_out() -> DeadlineExceeded:
+    """Return the error of a request whose deadline passed before its work began."""
     return DeadlineExceeded(
         "the request timed out while it waited in the queue", hint="try again later, or allow more time"
     )

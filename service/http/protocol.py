@@ -17,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from service.codec.response_body import stream_media_type
 from service.http.admission import TICKET, AdmissionControl, Refusal, Ticket
+from service.http.direct import HELD_SECONDS, DirectHead, DirectHeads, DirectRequest
 from service.http.lingering import LingeringTransport
 from service.http.open_inference import infer_route
 from service.http.refusal import HeadRefusal
@@ -58,6 +59,7 @@ class Protocol(HttpToolsProtocol):
         admission: decides which requests are accepted.
         head_refusal: writes the responses to refused requests.
         paths: the paths whose POST requests are under admission control.
+        direct: answers some requests without a task; None if every request needs one.
         count_closed: counts a connection that the server closes because of its client; its argument is the reason.
         options: uvicorn's own arguments.
 
@@ -96,6 +98,10 @@ class Protocol(HttpToolsProtocol):
     _discarding_since = 0.0  # when the first of these bytes arrived
     _lingering_since: float | None = None  # since when nothing arrives, after the last response of the connection
     _unsent = 0, 0.0  # bytes that wait to be sent, and since when their number has not changed
+    _held_head: DirectHead | None = None  # head of a request that may become direct, until its body is complete
+    _held_body: list[bytes]  # what has arrived of the body of this request
+    _held_bytes = 0  # memory that is counted for it, once its body has arrived in part
+    _direct_request: DirectRequest | None = None  # the direct request in progress
 
     def __init__(
         self,
@@ -104,6 +110,7 @@ class Protocol(HttpToolsProtocol):
         head_refusal: HeadRefusal,
         paths: Collection[str],
         count_closed: Callable[[str], None],
+        direct: DirectHeads | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -112,6 +119,7 @@ class Protocol(HttpToolsProtocol):
         self._head_refusal = head_refusal
         self._paths = paths
         self._count_closed = count_closed
+        self._direct = direct
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
         """Begin to wait for the first head."""
@@ -128,6 +136,11 @@ class Protocol(HttpToolsProtocol):
         self.transport.detach()
         self.pipeline.clear()
         self._unread.set(self, 0)
+        self._free_held_bytes()
+        if self._direct and self._direct_request:
+            abandoned, self._direct_request = self._direct_request, None
+            abandoned.is_over = True
+            self._direct.handler.abandon(abandoned)
 
     def data_received(self, data: bytes) -> None:
         """Parse `data`, and limit what the client may send besides bodies. Discard `data` that nobody will read."""
@@ -137,6 +150,12 @@ class Protocol(HttpToolsProtocol):
             self._discard(len(data))
             return
         self._unset_keepalive_if_required()
+        is_between_requests = not self._is_receiving
+        if self._held_head and not self._held_bytes:  # the rest of the body arrives later
+            self._hold_body(self._held_head)
+        if self._direct and is_between_requests and self._start_direct(data):
+            return
+        in_progress = self._direct_request
         try:
             if len(data) > MAX_PIECE:
                 self._parse_in_pieces(data)
@@ -145,6 +164,8 @@ class Protocol(HttpToolsProtocol):
         except httptools.HttpParserError:
             self.send_400_response("Invalid HTTP request received.")
             return
+        if self._direct and is_between_requests and self._direct_request not in (None, in_progress):
+            self._direct.remember(data, self._direct_request.head)
         if self._is_receiving or self.pipeline or self.waiting_since is not None:
             self._limit_input(len(data))
 
@@ -166,6 +187,8 @@ class Protocol(HttpToolsProtocol):
         would take this response for one of them.
         """
         self._is_receiving = True
+        self._free_held_bytes()
+        self._held_head = None
         if self._is_idle() or (self.cycle.more_body and not self.cycle.response_started and not self.pipeline):
             super().send_400_response(msg)
         elif self.cycle.more_body and self.cycle.response_started:
@@ -213,6 +236,14 @@ class Protocol(HttpToolsProtocol):
         refusal = self._admission.refusal(rows=1)
         if refusal and self._may_refuse() and self._refuse(refusal):
             return
+        self._held_head = self._direct_head()
+        if self._held_head:
+            self._held_body = []
+        else:
+            self._start_request()
+
+    def _start_request(self) -> None:
+        """Start the ASGI task of the request whose head has arrived."""
         super().on_headers_complete()
         if self.scope["http_version"] != "1.1":
             self.cycle.__class__ = _Http10Cycle  # uvicorn creates the cycle, but its task has not run yet
@@ -240,6 +271,13 @@ class Protocol(HttpToolsProtocol):
         if self._is_refused:
             self._discard(len(body))
             return
+        if self._held_head:
+            self._held_body.append(body)
+        else:
+            self._keep_body(body)
+
+    def _keep_body(self, body: bytes) -> None:
+        """Pass a piece of the body to the task of the request."""
         cycle = self.cycle
         if cycle.response_complete:
             self._discard(len(body))
@@ -261,12 +299,139 @@ class Protocol(HttpToolsProtocol):
                 self.transport.close()
             self.on_response_complete()
             return
+        if self._held_head:
+            self.waiting_since = None
+            self._free_held_bytes()
+            if self._hand_over(self._held_head, b"".join(self._held_body), self._request_since):
+                self._held_head = None
+                return
+            self._release_held_request()
         if self.cycle.response_complete:
             self._wait_for_next_request()
             return
         super().on_message_complete()
         if self._ticket and not self.pipeline:  # a pipelined request acquires its ticket when its task starts
             self._ticket.acquire()
+
+    def _start_direct(self, data: bytes) -> bool:
+        """Start a direct request if `data` is one whole request with a known head. Return whether it is."""
+        if self.pipeline or not self._is_idle() or self._is_flow_stopped():
+            return False
+        assert self._direct
+        known = self._direct.find(data)
+        if known is None or not self._hand_over(known.head, data[known.size :], perf_counter()):
+            return False
+        self.waiting_since = None
+        self._ticket = None
+        return True
+
+    def _direct_head(self) -> DirectHead | None:
+        """Return the head of the request if the request may be direct."""
+        if (
+            self._direct is None
+            or self.pipeline
+            or not self._is_idle()
+            or self._is_flow_stopped()
+            or self.expect_100_continue
+            or self.parser.get_http_version() != "1.1"
+            or not self.parser.should_keep_alive()
+            or self.parser.get_method() != b"POST"
+        ):
+            return None
+        return self._direct.read(self.url, self.headers)
+
+    def _hand_over(self, head: DirectHead, body: bytes, arrived: float) -> bool:
+        """Let the direct handler answer a request. Return false if the request needs a task.
+
+        Args:
+            head: the head of the request.
+            body: the whole body.
+            arrived: when the head arrived, on the `perf_counter` clock.
+        """
+        assert self._direct
+        request = DirectRequest(self, head, body, arrived)
+        self._direct_request = request  # `start` may respond at once
+        previous, self.cycle = self.cycle, request
+        if not self._direct.handler.start(request):
+            self._direct_request, self.cycle = None, previous
+            return False
+        self._request_since = arrived
+        return True
+
+    def _hold_body(self, head: DirectHead) -> None:
+        """Hold a request until its whole body has arrived, if there is memory for the body."""
+        size = head.length
+        if self._admission.refusal(body_bytes=size):
+            self._release_held_request()
+        else:
+            self._held_bytes = size
+            self._admission.hold_bytes(size)
+
+    def _free_held_bytes(self) -> None:
+        if self._held_bytes:
+            self._admission.release_bytes(self._held_bytes)
+            self._held_bytes = 0
+
+    def _release_held_request(self) -> None:
+        """Start the task of the request that was held, because it is not direct."""
+        self._held_head = self.waiting_since = None
+        self._free_held_bytes()
+        self._start_request()
+        for body in self._held_body:
+            self._keep_body(body)
+        self._held_body = []
+
+    def on_direct_response(self) -> None:
+        """Go on after the response to a direct request."""
+        self._direct_request = None
+        self.on_response_complete()
+
+    def start_task(self, request: DirectRequest) -> None:
+        """Answer a direct request by a task after all."""
+        self._direct_request = None
+        request.detach()
+        if self.transport.is_closing():
+            return
+        head = request.head
+        path, _, query = head.url.partition(b"?")
+        length = b"%d" % len(request.sent)
+        scope: dict[str, Any] = {
+            "type": "http",
+            "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": "POST",
+            "server": self.server,
+            "client": self.client,
+            "scheme": self.scheme,
+            "root_path": self.root_path,
+            "path": head.path,
+            "raw_path": path,
+            "query_string": query,
+            "headers": [(name, length if name == b"content-length" else value) for name, value in head.headers],
+            "state": self.app_state.copy(),
+        }
+        ticket = self._admission.ticket()
+        scope[TICKET] = ticket
+        cycle = RequestResponseCycle(
+            scope=scope,  # type: ignore[arg-type] # a dict
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=self.access_log,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=False,
+            keep_alive=request.keep_alive,
+            on_response=self.on_response_complete,
+        )
+        cycle.body = request.sent  # type: ignore[assignment] # see `_keep_body`
+        cycle.more_body = False
+        cycle.message_event.set()
+        if self.cycle is request:
+            self.cycle = cycle
+        ticket.acquire()
+        super()._start_asgi_task(cycle, self.app)
 
     def shutdown(self) -> None:
         """Close the connection after its last response: the server is shutting down.
@@ -323,6 +488,8 @@ class Protocol(HttpToolsProtocol):
         """
         if self._memory:
             self._count_memory()
+        if self._held_head and now - self._request_since > HELD_SECONDS:
+            self._release_held_request()
         if self._is_reading_slowly(now, seconds):
             self.drop("unread_response")
         elif self._lingering_since is not None:
@@ -474,6 +641,10 @@ class Protocol(HttpToolsProtocol):
     def _is_idle(self) -> bool:
         """Return whether no request waits for its response."""
         return self.cycle is None or self.cycle.response_complete
+
+    def _is_flow_stopped(self) -> bool:
+        """Return whether the client has not read the last response, or the connection does not read."""
+        return self.flow.write_paused or self.flow.read_paused or bool(self._unparsed)
 
     def _close_if_no_response(self, cycle: Any, was_waiting: bool) -> None:
         """Close the connection if the response to its last request has not begun.

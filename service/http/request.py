@@ -115,7 +115,7 @@ class RequestContext:
     def query(self) -> Query:
         """The parsed query string. Raises InvalidField if it names two models."""
         text = self.scope["query_string"]
-        return _parse_query_cached(text) if len(text) < MAX_CACHED_QUERY else _parse_query(text)
+        return parse_query(text)
 
     @property
     def max_body_bytes(self) -> int:
@@ -368,6 +368,11 @@ def _parse_query(text: bytes) -> Query:
 _parse_query_cached = lru_cache(maxsize=1024)(_parse_query)
 
 
+def parse_query(text: bytes) -> Query:
+    """Return the parsed query string. Raises InvalidField if it names two models."""
+    return _parse_query_cached(text) if len(text) < MAX_CACHED_QUERY else _parse_query(text)
+
+
 def _join_lists(headers: dict[bytes, bytes], lines: Iterable[Header]) -> None:
     """Set each list header in `headers` to the joined values of its lines. `lines`: all header lines of the request."""
     for name in LIST_HEADERS:
@@ -392,12 +397,17 @@ def request_of(scope: Scope) -> RequestContext:
 def new_record(scope: Scope, headers: Mapping[bytes, bytes]) -> RequestRecord:
     """Return the record of a request whose head has arrived."""
     client = scope.get("client")
-    request_id = _request_id(headers.get(b"x-request-id", b""))
+    request_id = valid_request_id(headers.get(b"x-request-id", b"")) or new_request_id()
     return RequestRecord(request_id, scope["method"], scope["path"], client[0] if client else None)
 
 
-def _request_id(header: bytes) -> str:
-    """Return the client's X-Request-Id if it is short and printable, or else a new id."""
+def valid_request_id(header: bytes) -> str | None:
+    """Return the client's X-Request-Id if it is short and printable, or else None."""
     if 0 < len(header) <= MAX_REQUEST_ID and header.isascii() and (text := header.decode()).isprintable():
         return text
+    return None
+
+
+def new_request_id() -> str:
+    """Return a new request id."""
     return os.urandom(8).hex()

@@ -8,6 +8,7 @@ runs before the piece. A small request therefore waits for one batch, however ma
 """
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -43,37 +44,104 @@ class BatchResult:
         outputs: arrays, each [B, ...].
         queued: time in the queue, in seconds.
         computed: duration of the whole batch, in seconds.
-        cost: duration of the whole batch, in seconds on the backend's clock.
     """
 
     outputs: tuple[Array, ...]
     queued: float
     computed: float
-    cost: float = 0.0
 
 
 @dataclass(eq=False, slots=True)
-class Job:
+class BatchRun:
+    """A batch that has run.
+
+    Args:
+        outputs: arrays, each [B, ...], for the rows of all jobs.
+        started: when the batch began, on the `perf_counter` clock.
+        seconds: duration.
+        cost: duration in seconds on the backend's clock.
+    """
+
+    outputs: tuple[Array, ...]
+    started: float
+    seconds: float
+    cost: float
+
+
+class Job(ABC):
     """Rows of one request that fit into one batch.
 
     Args:
         inputs: arrays, each [B, ...].
-        result: the future that the request waits for. It completes early if the request is cancelled or times out.
         deadline: when the request times out, on the `perf_counter` clock.
-        on_delay: called at most once, when `check_delay` finds that the job has waited too long.
+        queued_at: when the job joins the queue, on the same clock.
+
+    Attributes:
+        rows: B.
         is_piece: whether the rows are a piece of a request that does not fit into one batch.
+        on_delay: called at most once, when `check_delay` finds that the job has waited too long.
     """
 
-    inputs: tuple[Array, ...]
-    result: "asyncio.Future[BatchResult]"
-    deadline: float
-    on_delay: Callable[[], None] | None
-    is_piece: bool = False
-    queued_at: float = field(default_factory=perf_counter)
-    rows: int = field(init=False)  # B
+    __slots__ = ("deadline", "inputs", "is_piece", "on_delay", "queued_at", "rows")
 
-    def __post_init__(self) -> None:
-        self.rows = len(self.inputs[0])
+    def __init__(self, inputs: tuple[Array, ...], deadline: float, queued_at: float) -> None:
+        self.inputs = inputs
+        self.deadline = deadline
+        self.queued_at = queued_at
+        self.rows = len(inputs[0])
+        self.is_piece = False
+        self.on_delay: Callable[[], None] | None = None
+
+    @property
+    @abstractmethod
+    def is_over(self) -> bool:
+        """Whether nobody waits for a result: it is there, or the request was cancelled or timed out."""
+
+    @abstractmethod
+    def finish(self, run: BatchRun, start: int) -> None:
+        """Take the results from `run`, in which the rows of this job begin at `start`."""
+
+    @abstractmethod
+    def fail(self, error: BaseException) -> None:
+        """Take an error as the result."""
+
+
+class FutureJob(Job):
+    """A job whose request waits for a future.
+
+    Args:
+        result: the future. It completes early if the request is cancelled or times out.
+        on_delay, is_piece: see `Job`.
+    """
+
+    __slots__ = ("result",)
+
+    def __init__(
+        self,
+        inputs: tuple[Array, ...],
+        result: "asyncio.Future[BatchResult]",
+        deadline: float,
+        on_delay: Callable[[], None] | None,
+        is_piece: bool = False,
+    ) -> None:
+        super().__init__(inputs, deadline, perf_counter())
+        self.result = result
+        self.on_delay = on_delay
+        self.is_piece = is_piece
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the future has completed."""
+        return self.result.done()
+
+    def finish(self, run: BatchRun, start: int) -> None:
+        """Complete the future with the results of these rows."""
+        outputs = tuple([output[start : start + self.rows] for output in run.outputs])
+        self.result.set_result(BatchResult(outputs, run.started - self.queued_at, run.seconds))
+
+    def fail(self, error: BaseException) -> None:
+        """Complete the future with an error."""
+        self.result.set_exception(error)
 
 
 @dataclass(eq=False, slots=True)
@@ -172,7 +240,7 @@ class BatchQueue:
         max_rows = self.max_rows(lane.model)
         while lane.jobs and (not jobs or rows + lane.jobs[0].rows <= max_rows):
             job = lane.jobs.popleft()
-            if job.result.done():
+            if job.is_over:
                 continue
             jobs.append(job)
             rows += job.rows
@@ -186,7 +254,7 @@ def check_delay(job: Job, now: float, delay: float) -> None:
 
     `on_delay` is called at most once per job.
     """
-    if job.result.done():
+    if job.is_over:
         return
     waited = now - job.queued_at
     if job.deadline <= now:
@@ -194,7 +262,7 @@ def check_delay(job: Job, now: float, delay: float) -> None:
             f"the response was not ready after {waited:.3g} s",
             hint="send fewer rows, or allow more time with the header X-Request-Timeout (seconds)",
         )
-        job.result.set_exception(error)
+        job.fail(error)
     elif job.on_delay and waited > delay:
         job.on_delay()
         job.on_delay = None

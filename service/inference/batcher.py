@@ -22,7 +22,16 @@ from service.errors import NotReady
 from service.inference.backends import Array
 from service.inference.backlog import Backlog
 from service.inference.batch import run_batch
-from service.inference.batch_queue import Batch, BatchQueue, BatchResult, Job, Model, check_delay
+from service.inference.batch_queue import (
+    Batch,
+    BatchQueue,
+    BatchResult,
+    BatchRun,
+    FutureJob,
+    Job,
+    Model,
+    check_delay,
+)
 from service.inference.operations import Operation
 from service.shared_memory import SharedNumber
 
@@ -31,7 +40,7 @@ MAX_INLINE_PIECE_SECONDS = 0.0005  # the same for the pieces of large requests, 
 MAX_INLINE_BYTES = 2**20  # larger outputs are copied in another thread, because copying would block the event loop
 CHECK_SECONDS = 0.01  # interval between checks of deadlines; a job that has waited longer than this counts as delayed
 
-Outcome = tuple[Job, BatchResult | BaseException]
+Outcome = tuple[Job, int, BatchRun | BaseException]  # a job, its first row in the run, and the run
 
 
 class Batcher:
@@ -49,6 +58,7 @@ class Batcher:
         max_batch_rows: maximum number of rows per batch.
         backlog: the rows that run before a new job. The pieces of large requests do not count, because a new job
             usually runs before them.
+        after_batch: called after each batch, when its jobs have their results.
     """
 
     def __init__(
@@ -63,6 +73,7 @@ class Batcher:
         self.pending_rows = 0
         self.backlog = Backlog()
         self.max_batch_rows = max_batch_rows
+        self.after_batch: Callable[[], None] = _do_nothing
         self._queue = BatchQueue(max_batch_rows, max_batch_bytes)
         self._threads = threads
         self._on_batch = on_batch
@@ -121,13 +132,13 @@ class Batcher:
         self._add_pending(rows)
         try:
             if rows <= max_rows:
-                job = Job(inputs, self._loop.create_future(), deadline, on_delay)
+                job = FutureJob(inputs, self._loop.create_future(), deadline, on_delay)
                 return await self._run_job(model, operation, job)
             joined = _JoinedResult(rows)
             piece_rows = self._queue.piece_rows(model)
             for start in range(0, rows, piece_rows):
                 piece = tuple(array[start : start + piece_rows] for array in inputs)
-                job = Job(piece, self._loop.create_future(), deadline, None if start else on_delay, is_piece=True)
+                job = FutureJob(piece, self._loop.create_future(), deadline, None if start else on_delay, is_piece=True)
                 result = await self._run_job(model, operation, job)
                 if sum(output.nbytes for output in result.outputs) > MAX_INLINE_BYTES:
                     await asyncio.to_thread(joined.add, start, result)
@@ -141,21 +152,40 @@ class Batcher:
         self.pending_rows += rows
         self._exported_rows[0] = self.pending_rows
 
-    async def _run_job(self, model: Model, operation: Operation, job: Job) -> BatchResult:
+    async def _run_job(self, model: Model, operation: Operation, job: FutureJob) -> BatchResult:
         if self._is_closing:
             raise NotReady("the server is shutting down")
         if not job.is_piece:
             self.backlog.add(job.rows)
         try:
-            self._queue.put(model, operation, job)
-            self._schedule_step()
-            if not self._is_check_scheduled:
-                self._is_check_scheduled = True
-                self._loop.call_later(CHECK_SECONDS, self._check_delays)
+            self._put(model, operation, job)
             return await job.result
         finally:
             if not job.is_piece:
                 self.backlog.finish(job.rows)
+
+    def accepts(self, model: Model, rows: int) -> bool:
+        """Return whether `submit` takes a job of `rows` rows: they fit into a batch, and the batcher is not closing."""
+        return rows <= self._queue.max_rows(model) and not self._is_closing
+
+    def submit(self, model: Model, operation: Operation, job: Job) -> None:
+        """Queue a job, for which `accepts` holds. Call `release` with its rows when it is over."""
+        self._add_pending(job.rows)
+        self.backlog.add(job.rows)
+        self._put(model, operation, job)
+
+    def release(self, rows: int) -> None:
+        """Count `rows` of jobs from `submit` as finished or given up."""
+        self._add_pending(-rows)
+        self.backlog.finish(rows)
+
+    def _put(self, model: Model, operation: Operation, job: Job) -> None:
+        self._queue.put(model, operation, job)
+        if not self._is_step_scheduled:
+            self._schedule_step()
+        if not self._is_check_scheduled:
+            self._is_check_scheduled = True
+            self._loop.call_later(CHECK_SECONDS, self._check_delays)
 
     def _schedule_step(self) -> None:
         """Schedule the next batch to start as soon as all requests that have already arrived are in the queue."""
@@ -196,20 +226,21 @@ class Batcher:
         """Give each job its outcome, and record how long a successful batch took."""
         cost = 0.0
         is_successful = True
-        for job, outcome in outcomes:
-            is_awaited = not job.result.done()  # the request was not cancelled and did not time out while the job ran
-            if isinstance(outcome, BatchResult):
+        for job, start, outcome in outcomes:
+            is_awaited = not job.is_over  # the request was not cancelled and did not time out while the job ran
+            if isinstance(outcome, BatchRun):
                 cost = outcome.cost
                 if is_awaited:
-                    job.result.set_result(outcome)
+                    job.finish(outcome, start)
             else:
                 is_successful = False
                 if is_awaited:
-                    job.result.set_exception(outcome)
+                    job.fail(outcome)
         if is_successful:
             name, rows = batch.operation.name, batch.rows
             self._on_batch(name, rows)
             batch.model.backend.latency.record(name, rows, cost)
+        self.after_batch()
 
     def _check_delays(self) -> None:
         """Fail each job whose deadline has passed, and call `on_delay` of each delayed job. Repeat while jobs exist."""
@@ -235,17 +266,14 @@ def _run(batch: Batch) -> list[Outcome]:
         outputs = run_batch(backend, batch.operation, [job.inputs for job in jobs])
     except Exception as error:  # noqa: BLE001 - any error of a model is the outcome of its jobs
         if len(jobs) == 1:
-            return [(jobs[0], error)]
+            return [(jobs[0], 0, error)]
         return [outcome for job in jobs for outcome in _run(Batch(batch.model, batch.operation, [job]))]
-    seconds = perf_counter() - started
-    cost = clock() - clock_started
+    run = BatchRun(outputs, started, seconds=perf_counter() - started, cost=clock() - clock_started)
     outcomes: list[Outcome] = []
     start = 0
     for job in jobs:
-        end = start + job.rows
-        job_outputs = tuple([output[start:end] for output in outputs])
-        outcomes.append((job, BatchResult(job_outputs, started - job.queued_at, seconds, cost)))
-        start = end
+        outcomes.append((job, start, run))
+        start += job.rows
     return outcomes
 
 
@@ -271,3 +299,7 @@ class _JoinedResult:
             output[start : start + len(part)] = part
         result.queued += piece.queued
         result.computed += piece.computed
+
+
+def _do_nothing() -> None:
+    """Do nothing."""

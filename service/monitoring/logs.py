@@ -40,6 +40,11 @@ LOST_LINES = "log lines were lost because standard output was blocked or failed;
 LOST_ON_STDERR = (
     "elbo: %d lines were lost because standard error was blocked or failed; check its reader and the disk\n"
 )
+_USUAL_LINE = (
+    b'{"ts":"%b.%03d+00:00","level":"info","logger":"elbo.access","message":"request","request_id":%b,"method":%b,'
+    b'"path":%b,"status":%d,"client":%b,"ms":%.3f,"model":%b,"version":%d,"rows":%d,'
+    b'"parse_ms":%.3f,"queue_ms":%.3f,"compute_ms":%.3f,"write_ms":%.3f}\n'
+)
 _QUOTED = re.compile(r'[\s"=\\]')  # text with one of these characters is quoted in the format "text"
 # Characters that JSON allows but that control a terminal, begin a line in some viewers, or reorder text.
 _UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -104,6 +109,8 @@ class AccessLog:
         self._records: list[RequestRecord] = []  # not formatted yet
         self._formatted: list[bytes] = []  # lines that are not queued yet: queueing wakes the thread of the queue
         self._timer: asyncio.TimerHandle | None = None  # runs while records or lines wait to be queued
+        self._second = 0  # Unix time of the last formatted line, in whole seconds
+        self._time = b""  # this time as text
 
     def log(self, record: RequestRecord) -> None:
         """Log a request that has ended."""
@@ -136,17 +143,47 @@ class AccessLog:
     def _format_records(self) -> None:
         records, self._records = self._records, []
         clock_offset = time() - perf_counter()  # the time of a record plus this offset is a Unix time
-        self._formatted += [
-            format_line(
-                self._log_format,
-                clock_offset + record.started + record.total,
-                "INFO",
-                ACCESS_LOGGER,
-                "request",
-                _access_fields(record),
-            )
-            for record in records
-        ]
+        for record in records:
+            seconds = clock_offset + record.started + record.total
+            line = self._usual_line(record, seconds) if self._log_format == "json" else None
+            self._formatted.append(line or _access_line(self._log_format, record, seconds))
+
+    def _usual_line(self, record: RequestRecord, seconds: float) -> bytes | None:
+        """Return the line of a request that a model has answered, or None if the line may need `format_line`.
+
+        This takes 4 µs, and `format_line` 16 µs, most of them for the time, the dictionary and the rounding.
+        """
+        if not record.compute or record.key or not record.client:
+            return None
+        if len(record.path) > MAX_LOGGED_PATH or len(record.client) > MAX_LOGGED_CLIENT:
+            return None
+        moment, milliseconds = divmod(round(seconds * 1e6) // 1000, 1000)  # rounded as by `datetime`
+        if moment != self._second:
+            self._second = moment
+            self._time = datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds").encode()[:-6]
+        line = _USUAL_LINE % (
+            self._time,
+            milliseconds,
+            orjson.dumps(record.request_id),
+            orjson.dumps(record.method),
+            orjson.dumps(record.path),
+            record.status,
+            orjson.dumps(record.client),
+            1e3 * record.total,
+            orjson.dumps(record.model),
+            record.version,
+            record.rows,
+            1e3 * record.parse,
+            1e3 * record.queue,
+            1e3 * record.compute,
+            1e3 * record.write,
+        )
+        return line if line.isascii() and b"\x7f" not in line else None
+
+
+def _access_line(log_format: str, record: RequestRecord, seconds: float) -> bytes:
+    """Return the line of any request, which has ended at the Unix time `seconds`."""
+    return format_line(log_format, seconds, "INFO", ACCESS_LOGGER, "request", _access_fields(record))
 
 
 def logged_path(path: str) -> str:

@@ -1,0 +1,732 @@
+"""Answer direct requests to /encode, /decode, /reconstruct and /anomaly. `service.http.direct` says what they are.
+
+Work that the requests of a batch share is done once for the batch: the check that all numbers are finite, the verdicts,
+the numbers of the metrics. Responses are byte for byte those of `InferenceEndpoints`, which handles all other requests.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+from weakref import ref
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+from service.anomaly.inputs import InputRows, with_default_alpha
+from service.anomaly.verdicts import Scores, decide, largest
+from service.codec import npy
+from service.codec.float32 import is_finite
+from service.codec.plain_rows import read_plain_json
+from service.codec.request_body import JSON, media_type_of
+from service.codec.response_body import ARRAY_FORMATS, IMAGE_FORMATS, negotiate_media_type
+from service.codec.row_arrays import parse_array
+from service.codec.row_schema import ParsedRows, RowSchema
+from service.endpoints import offload
+from service.endpoints.context import ServiceContext
+from service.endpoints.inference import ANOMALY, DECODE, ENCODE, RECONSTRUCT, anomaly_fields
+from service.endpoints.pipeline import RequestSpec
+from service.endpoints.pixel_warning import may_be_out_of_range, pixel_warning
+from service.endpoints.query_options import read_options
+from service.endpoints.validation import merge, validate
+from service.errors import PROBLEM_JSON, ClientGone, DeadlineExceeded, ServiceError
+from service.http import security_headers
+from service.http.admission import timed_out
+from service.http.cross_site import AllowedHosts
+from service.http.direct import MAX_BODY, Content, DirectRequest, Header, ResponseHeads, size_of
+from service.http.request import (
+    MAX_HEADER,
+    Query,
+    as_headers,
+    new_request_id,
+    parse_query,
+    valid_request_id,
+)
+from service.http.unread import SMALL_RESPONSE
+from service.inference import operations
+from service.inference.batch_queue import BatchRun, Job
+from service.inference.operations import Operation
+from service.inference.served_model import ServedModel
+from service.monitoring.logs import AccessLog
+from service.monitoring.request_record import RequestRecord
+from service.schemas import AnomalyBody
+
+Array = npt.NDArray[np.float32]
+MAX_IN_PROGRESS = 64  # like the work slots of other requests: so a pass of the event loop takes a few ms
+MAX_NUMBERS = 8192  # of a response in JSON, which takes 0.3 ms to write; larger responses are written in pieces
+MAX_ROWS = 64  # of a response in JSON
+NUMBER_BYTES = 12  # of a number in the JSON of most clients
+# Headers that change what a request means, and that a direct request therefore must not have.
+UNUSUAL = frozenset((b"content-encoding", b"expect", b"origin", b"transfer-encoding", b"upgrade"))
+SPECS: dict[str, RequestSpec[Any, Any]] = {
+    "/encode": ENCODE, "/decode": DECODE, "/reconstruct": RECONSTRUCT, "/anomaly": ANOMALY,
+}  # fmt: skip
+_HEAD = (
+    b"%bcontent-type: %b\r\ncontent-length: %d\r\nelbo-model: %b\r\nx-request-id: %b\r\n"
+    b"server-timing: parse;dur=%.3f, queue;dur=%.3f, compute;dur=%.3f, write;dur=%.3f, total;dur=%.3f\r\n"
+)
+
+
+class Route:
+    """What the head of a request says: the endpoint, the options and the formats.
+
+    Args:
+        endpoint: the path.
+        query: the parsed query.
+        accept: the Accept header.
+        is_npy: whether the body is npy, not JSON.
+        path: the path for the access log, with ELBO_ROOT_PATH.
+        forwarded: the X-Forwarded-For header; None if there is none.
+        request_id: the X-Request-Id header; None for a new one per request.
+        timeout: the seconds in the header X-Request-Timeout, or ELBO_REQUEST_TIMEOUT.
+    """
+
+    __slots__ = (
+        "accept", "endpoint", "forwarded", "is_npy", "model", "path", "plan", "query", "request_id", "timeout",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        endpoint: str,
+        query: Query,
+        accept: str,
+        is_npy: bool,
+        path: str,
+        forwarded: str | None,
+        request_id: str | None,
+        timeout: float,
+    ) -> None:
+        self.endpoint = endpoint
+        self.query = query
+        self.accept = accept
+        self.is_npy = is_npy
+        self.path = path
+        self.forwarded = forwarded
+        self.request_id = request_id
+        self.timeout = timeout
+        self.model: Callable[[], ServedModel | None] = _no_model  # a weak reference to the model of `plan`
+        self.plan: Plan | None = None  # how this model answers; None if it needs a task
+
+
+class Plan:
+    """How one model answers the requests of one route.
+
+    Args:
+        served: the model.
+        route: the route.
+        media_type: media type of the responses.
+        operation: the operation of the model.
+        schema: the schema of the rows.
+        numbers_per_row: the numbers of a response per row.
+    """
+
+    def __init__(
+        self,
+        served: ServedModel,
+        route: Route,
+        media_type: str,
+        operation: Operation,
+        schema: RowSchema,
+        numbers_per_row: int,
+    ) -> None:
+        self.name, self.version = served.name, served.version
+        self.endpoint = route.endpoint
+        self.operation = operation
+        self.media_type = media_type.encode()
+        self.model_header = served.headers[0][1]
+        self.main = SPECS[route.endpoint].array_field or ""
+        self.pointer = f"/{self.main}"
+        self.is_npy = route.is_npy
+        self.schema = schema
+        self.numbers_per_row = numbers_per_row
+        self.max_rows = max(1, MAX_NUMBERS // numbers_per_row) if media_type == JSON else MAX_NUMBERS
+        if media_type == JSON:
+            self.max_rows = min(self.max_rows, MAX_ROWS)
+        # A larger body probably has more than `max_rows` rows.
+        self.max_body = MAX_BODY if route.is_npy else 1000 + NUMBER_BYTES * self.max_rows * schema.width
+
+    def read(self, body: bytes) -> Array | None:
+        """Return the rows of `body`, or None if it is not plain rows of finite numbers."""
+        if not self.is_npy:
+            return read_plain_json(body, self.main, self.schema)
+        try:
+            x = parse_array(self.schema, npy.loads(body), self.pointer)
+        except ServiceError:
+            return None
+        return x if not self.schema.allows_missing or is_finite(x) else None  # else all numbers are finite anyway
+
+    def contents(self, jobs: Sequence["DirectJob"], outputs: tuple[Array, ...]) -> list[Content] | None:
+        """Return the bodies of the responses to `jobs`, or None if some response is not usual.
+
+        Args:
+            jobs: jobs of one batch.
+            outputs: the outputs for the rows of these jobs, one after the other.
+        """
+        raise NotImplementedError
+
+
+class ArrayPlan(Plan):
+    """Responses whose fields are arrays, such as those of /reconstruct."""
+
+    fields: tuple[str, ...] = ()
+
+    def __init__(self, served: ServedModel, route: Route, *arguments: Any, fields: tuple[str, ...]) -> None:
+        super().__init__(served, route, *arguments)
+        self.fields = fields
+        self._model = ref(served)
+        self._has_pixels = route.endpoint == "/reconstruct" and served.manifest.pixel_range is not None
+
+    def contents(self, jobs: Sequence["DirectJob"], outputs: tuple[Array, ...]) -> list[Content] | None:
+        """Return the arrays in JSON or npy."""
+        if not all(map(is_finite, outputs)):
+            return None
+        found: list[Content] = []
+        start = 0
+        for job in jobs:
+            arrays = [output[start : start + job.rows] for output in outputs]
+            start += job.rows
+            if self._has_pixels and self._has_warning(job.inputs[0], arrays):
+                return None
+            if self.media_type == b"application/json":
+                values = dict(zip(self.fields, arrays, strict=True))
+                answer = {"model": self.name, "version": self.version, **values}
+                found.append((orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY),))
+            else:
+                found.append(npy.parts(arrays[0]))
+        return found
+
+    def _has_warning(self, x: Array, arrays: Sequence[Array]) -> bool:
+        """Return whether the response needs a warning about the pixels in x. `arrays`: the arrays of the response."""
+        served = self._model()
+        if served is None:
+            return True
+        return may_be_out_of_range(served, x, arrays[-1]) and pixel_warning(served, x) is not None
+
+
+class AnomalyPlan(Plan):
+    """Responses of /anomaly.
+
+    The numbers of all rows of a batch are written at once, and then set between the names of the fields. This takes a
+    third of the time that orjson takes for a dictionary per row and per feature.
+    """
+
+    def __init__(self, service: ServiceContext, served: ServedModel, *arguments: Any, body: AnomalyBody) -> None:
+        super().__init__(served, *arguments)
+        self._service = service
+        self._model = ref(served)
+        self._body = body
+        self._explained = min(body.explain, served.row_schema.width)
+        self._parts = len(served.manifest.parts)
+        self._names = [b'"name":' + orjson.dumps(name) for name in served.row_schema.names]
+        self._is_live = service.settings.observe if body.observe is None else body.observe
+        # The response to a request without rows, split where the counts and the results belong.
+        empty = {
+            "model": self.name,
+            "version": self.version,
+            **anomaly_fields(served, body, _without_rows(served), None),
+        }
+        text = orjson.dumps(empty, option=orjson.OPT_SERIALIZE_NUMPY).replace(b"%", b"%%")
+        text = text.replace(b'"rows":0,"anomalies":0', b'"rows":%d,"anomalies":%d', 1)
+        self._answer = text.replace(b'"results":[]', b'"results":[%b]', 1)
+        parts = b",".join([orjson.dumps(name).replace(b"%", b"%%") + b":%b" for name in served.manifest.parts])
+        features = b",".join([b'{%b,"value":%b,"expected":%b,"contribution":%b}'] * self._explained)
+        self._result = (
+            b'{"row":%d,"score":%b,"p_value":%b,"severity":%b,"is_anomaly":%b,"parts":{'
+            + parts
+            + b'},"features":['
+            + features
+            + b"]}"
+        )
+
+    def contents(self, jobs: Sequence["DirectJob"], outputs: tuple[Array, ...]) -> list[Content] | None:
+        """Return the verdicts, and count them in the metrics."""
+        scores = Scores(*outputs)
+        served = self._model()
+        if served is None or not scores.all_finite:
+            return None
+        x = jobs[0].inputs[0] if len(jobs) == 1 else np.concatenate([job.inputs[0] for job in jobs])
+        input_rows = InputRows(ParsedRows(x, list(range(len(x))), [], None), len(x))
+        verdicts = decide(input_rows, scores, self._body)
+        anomalies = self._service.metrics.anomalies
+        if self._is_live:
+            anomalies.count(served, input_rows, verdicts)
+        else:
+            anomalies.count_unobserved(served, input_rows)
+        lines = self._lines(x, scores)
+        found: list[Content] = []
+        start = 0
+        for job in jobs:
+            flags = verdicts.is_anomaly[start : start + job.rows]
+            results = [
+                self._result % (row, *line[:3], b"true" if flag else b"false", *line[3:])
+                for row, (flag, line) in enumerate(zip(flags, lines[start : start + job.rows], strict=True))
+            ]
+            start += job.rows
+            found.append((self._answer % (job.rows, sum(flags), b",".join(results)),))
+        return found
+
+    def _lines(self, x: Array, scores: Scores) -> list[list[bytes]]:
+        """Return, for each row, score, p-value, severity, parts, and four texts per feature that is explained."""
+        k, first = self._explained, 3 + self._parts
+        top = largest(scores.contribution, k)
+        numbers = np.empty((len(x), first + 3 * k), np.float32)
+        numbers[:, 0], numbers[:, 1], numbers[:, 2] = scores.score, scores.p_value, scores.severity
+        numbers[:, 3:first] = scores.parts
+        places = top if len(x) == 1 else top + x.shape[1] * np.arange(len(x))[:, None]  # in the flattened arrays
+        numbers[:, first : first + k] = x.take(places)
+        numbers[:, first + k : first + 2 * k] = scores.expected.take(places)
+        numbers[:, first + 2 * k :] = scores.contribution.take(places)
+        texts = orjson.dumps(numbers, option=orjson.OPT_SERIALIZE_NUMPY)[2:-2].split(b"],[")
+        lines = []
+        for text, columns in zip(texts, top.tolist(), strict=True):
+            line = text.split(b",")
+            features: list[Any] = [None] * (4 * k)
+            features[::4] = [self._names[column] for column in columns]
+            features[1::4] = line[first : first + k]
+            features[2::4] = line[first + k : first + 2 * k]
+            features[3::4] = line[first + 2 * k :]
+            lines.append(line[:first] + features)
+        return lines
+
+
+class DirectJob(Job):
+    """The rows of a direct request in the queue of the batcher.
+
+    Args:
+        request: the request.
+        plan: how the model answers it.
+        rows: the rows [B, D].
+        deadline: when the request times out, on the `perf_counter` clock.
+        queued_at: when the rows had been read, on the same clock.
+        parse: how long reading them took, in seconds.
+        on_result: called with this job when it has a result.
+
+    Attributes:
+        result: the batch that has run, or an error; None at first.
+        start: where the rows begin in this batch.
+    """
+
+    __slots__ = ("_on_result", "parse", "plan", "request", "result", "start")
+
+    def __init__(
+        self,
+        request: DirectRequest,
+        plan: Plan,
+        rows: Array,
+        deadline: float,
+        queued_at: float,
+        parse: float,
+        on_result: Callable[["DirectJob"], None],
+    ) -> None:
+        super().__init__((rows,), deadline, queued_at)
+        self.request = request
+        self.plan = plan
+        self.parse = parse
+        self.result: BatchRun | BaseException | None = None
+        self.start = 0
+        self._on_result = on_result
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is a result, or nobody waits for it."""
+        return self.result is not None or self.request.is_over
+
+    def finish(self, run: BatchRun, start: int) -> None:
+        """Take the batch that has run. `DirectInference.respond` runs when the other jobs of the batch have it, too."""
+        self.result = run
+        self.start = start
+        self._on_result(self)
+
+    def fail(self, error: BaseException) -> None:
+        """Take an error."""
+        self.result = error
+        self._on_result(self)
+
+
+class DirectInference:
+    """Answers direct requests, as a `DirectHandler`.
+
+    Args:
+        service: the components of the application.
+        access: logs the requests.
+        allowed_hosts: the hosts that requests may be for; None for every host.
+    """
+
+    def __init__(self, service: ServiceContext, access: AccessLog, allowed_hosts: AllowedHosts | None = None) -> None:
+        self._service = service
+        self._allowed_hosts = allowed_hosts
+        self._root_path = service.settings.root_path
+        self._access = access
+        self._admission = service.admission
+        self._batcher = service.batcher
+        self._batcher.after_batch = self._respond
+        self._heads = ResponseHeads()
+        self._in_progress = 0  # jobs in the batcher
+        self._waiting: deque[DirectRequest] = deque()  # requests whose bodies have not been read yet
+        self._is_start_scheduled = False
+        self._finished: list[DirectJob] = []  # jobs with a result, whose responses are not written yet
+
+    def route(self, path: str, query: bytes, headers: tuple[Header, ...]) -> Route | None:
+        """Return what the head says, or None if the request needs a task."""
+        by_name = dict(headers)
+        endpoint = path.removeprefix(self._root_path)  # a proxy may have removed it already
+        if endpoint not in SPECS or len(by_name) != len(headers) or not UNUSUAL.isdisjoint(by_name):
+            return None
+        if any(len(value) > MAX_HEADER for value in by_name.values()) or b"host" not in by_name:
+            return None
+        media_type = media_type_of(by_name.get(b"content-type", b"").decode("latin-1"))
+        if media_type not in (JSON, npy.MEDIA_TYPE):
+            return None
+        try:
+            timeout = float(by_name.get(b"x-request-timeout", self._service.settings.request_timeout))
+            parsed = parse_query(query)
+            if self._allowed_hosts:
+                self._allowed_hosts.check(endpoint, by_name[b"host"].decode("latin-1"))
+        except (ValueError, ServiceError):
+            return None
+        if not 0 < timeout < math.inf:
+            return None
+        accept = by_name.get(b"accept", b"*/*").decode("latin-1")
+        forwarded = by_name.get(b"x-forwarded-for")
+        return Route(
+            endpoint,
+            parsed,
+            accept,
+            is_npy=media_type == npy.MEDIA_TYPE,
+            path=self._root_path + endpoint,
+            forwarded=None if forwarded is None else forwarded.decode("latin-1"),
+            request_id=valid_request_id(by_name.get(b"x-request-id", b"")),
+            timeout=timeout,
+        )
+
+    def max_body(self, route: Route) -> int:
+        """Return the size in bytes above which the body of a request with this head needs a task."""
+        plan = self._plan_of(route)
+        return 0 if plan is None else plan.max_body
+
+    def start(self, request: DirectRequest) -> bool:
+        """Read the rows of `request` and queue them. Return false if it needs a task."""
+        plan = self._plan_of(request.head.route)
+        if plan is None or len(request.sent) > plan.max_body:
+            return False
+        if self._waiting or self._in_progress >= MAX_IN_PROGRESS or not _has_time(plan, request):
+            return self._wait(request)
+        job = self._read(request, plan, is_queued=False)
+        if job is None:
+            return False
+        try:
+            self._admission.hold_bytes(len(request.sent))
+        except ServiceError:
+            return False
+        self._admission.requests.add(1)
+        self._submit(job)
+        return True
+
+    def abandon(self, request: DirectRequest) -> None:
+        """Forget a request whose client has disconnected."""
+        job: DirectJob | None = request.work
+        if job is not None and job.result is None:
+            self._release([job])
+        elif job is None:
+            self._forget(1, len(request.sent))
+        record = self._record(request, perf_counter())
+        record.status, record.problem = ClientGone.status, ClientGone.code
+        self._count(record)
+        request.detach()
+
+    def _plan_of(self, route: Route) -> Plan | None:
+        try:
+            served = self._service.find(route.query.model)
+            if route.model() is not served:
+                route.model, route.plan = ref(served), None
+                route.plan = create_plan(self._service, served, route)
+        except Exception:  # noqa: BLE001 - a task meets the same error, and reports it
+            return None
+        return route.plan
+
+    def _wait(self, request: DirectRequest) -> bool:
+        """Let a request wait until there is time to read its body. Return false if it is refused."""
+        if self._admission.refusal(rows=1):
+            return False
+        try:
+            self._admission.hold_bytes(len(request.sent))
+        except ServiceError:
+            return False
+        self._admission.requests.add(1)
+        self._waiting.append(request)
+        self._schedule_start()
+        return True
+
+    def _schedule_start(self) -> None:
+        if not self._is_start_scheduled and self._waiting and self._in_progress < MAX_IN_PROGRESS:
+            self._is_start_scheduled = True
+            self._waiting[0].connection.loop.call_soon(self._start_waiting)
+
+    def _start_waiting(self) -> None:
+        """Read the bodies of waiting requests, as far as there is time in this pass of the event loop."""
+        self._is_start_scheduled = False
+        while self._waiting and self._in_progress < MAX_IN_PROGRESS:
+            request = self._waiting[0]
+            if not request.is_over:
+                plan = self._plan_of(request.head.route)
+                if plan is not None and not _has_time(plan, request):
+                    break
+                self._start_after_wait(request, plan)
+            self._waiting.popleft()
+        self._schedule_start()
+
+    def _start_after_wait(self, request: DirectRequest, plan: Plan | None) -> None:
+        if perf_counter() > request.started + request.head.route.timeout:
+            self._forget(1, len(request.sent))
+            self._respond_with_error(request, timed_out())
+            return
+        job = None if plan is None else self._read(request, plan, is_queued=True)
+        if job is None:
+            self._forget(1, len(request.sent))
+            start_task(request)
+        else:
+            self._submit(job)
+
+    def _read(self, request: DirectRequest, plan: Plan, is_queued: bool) -> DirectJob | None:
+        """Return the job of a request, or None if it needs a task."""
+        started = perf_counter()
+        rows = plan.read(request.sent)
+        served = request.head.route.model()
+        if rows is None or served is None or len(rows) > plan.max_rows or not self._batcher.accepts(served, len(rows)):
+            return None
+        if self._admission.refusal(rows=len(rows), is_queued=is_queued):
+            return None
+        now = perf_counter()
+        deadline = request.started + request.head.route.timeout
+        job = request.work = DirectJob(request, plan, rows, deadline, now, now - started, self._on_result)
+        return job
+
+    def _submit(self, job: DirectJob) -> None:
+        served = job.request.head.route.model()
+        assert served is not None  # `_read` has found it
+        self._in_progress += 1
+        self._batcher.submit(served, job.plan.operation, job)
+
+    def _on_result(self, job: DirectJob) -> None:
+        self._finished.append(job)
+        if isinstance(job.result, DeadlineExceeded):  # outside of a batch
+            job.request.connection.loop.call_soon(self._respond)
+
+    def _respond(self) -> None:
+        """Respond to the requests whose jobs have results."""
+        if not self._finished:
+            return
+        finished, self._finished = self._finished, []
+        self._release(finished)
+        groups: dict[tuple[int, int], list[DirectJob]] = {}
+        for job in finished:
+            if not job.request.is_over:
+                groups.setdefault((id(job.plan), id(job.result)), []).append(job)
+        for jobs in groups.values():
+            self._respond_alike(jobs)
+        self._schedule_start()
+
+    def _release(self, jobs: Sequence[DirectJob]) -> None:
+        self._in_progress -= len(jobs)
+        self._batcher.release(sum([job.rows for job in jobs]))
+        self._forget(len(jobs), sum([len(job.request.sent) for job in jobs]))
+
+    def _forget(self, requests: int, size: int) -> None:
+        """Count requests as over, and the `size` bytes of their bodies as freed."""
+        self._admission.requests.finish(requests)
+        self._admission.release_bytes(size)
+
+    def _respond_alike(self, jobs: list[DirectJob]) -> None:
+        """Respond to the requests of one plan in one batch."""
+        run, plan = jobs[0].result, jobs[0].plan
+        if not isinstance(run, BatchRun):
+            self._respond_to_failed(jobs, run)
+            return
+        started = perf_counter()
+        try:
+            contents = plan.contents(jobs, _outputs_of(jobs, run))
+            for content in contents or ():
+                if (size := size_of(content)) > SMALL_RESPONSE:
+                    self._admission.check_response(size)
+        except Exception:  # noqa: BLE001 - a task meets the same error, and reports it
+            contents = None
+        if contents is None:
+            if len(jobs) == 1:
+                start_task(jobs[0].request)
+            else:
+                for job in jobs:
+                    self._respond_alike([job])
+            return
+        self._write(jobs, run, contents, perf_counter() - started)
+
+    def _write(self, jobs: Sequence[DirectJob], run: BatchRun, contents: Sequence[Content], seconds: float) -> None:
+        """Write the responses, and count and log the requests. `seconds`: how long it took to make all of them."""
+        records = []
+        now = perf_counter()
+        for job, content in zip(jobs, contents, strict=True):
+            request = job.request
+            record = self._record(request, now)
+            record.model, record.version = job.plan.name, job.plan.version
+            record.status = 200
+            record.rows = job.rows
+            record.parse, record.queue = job.parse, run.started - job.queued_at
+            record.compute, record.write = run.seconds, seconds
+            head = _HEAD % (
+                self._heads.start(request.connection.server_state.default_headers),
+                job.plan.media_type,
+                size_of(content),
+                job.plan.model_header,
+                record.request_id.encode(),
+                1e3 * record.parse,
+                1e3 * record.queue,
+                1e3 * run.seconds,
+                1e3 * seconds,
+                1e3 * record.total,
+            )
+            self._end(request, head, content)
+            records.append(record)
+        for record in records:
+            self._count(record)
+
+    def _end(self, request: DirectRequest, head: bytes, content: Content) -> None:
+        """Write a response. `head` lacks the last empty line."""
+        if self._heads.closes:
+            request.keep_alive = False
+        elif not request.keep_alive:
+            head += b"connection: close\r\n"
+        request.write(head + b"\r\n", content)
+
+    def _respond_to_failed(self, jobs: Sequence[DirectJob], error: BaseException | None) -> None:
+        """Report that the time is over. Any other error is met again, and reported, by a task."""
+        for job in jobs:
+            if isinstance(error, DeadlineExceeded):
+                self._respond_with_error(job.request, error)
+            else:
+                start_task(job.request)
+
+    def _respond_with_error(self, request: DirectRequest, error: ServiceError) -> None:
+        record = self._record(request, perf_counter())
+        record.status, record.problem = error.status, error.code
+        content = orjson.dumps(error.problem(record.request_id))
+        default_headers = request.connection.server_state.default_headers
+        self._heads.start(default_headers)
+        headers = [
+            *default_headers,
+            (b"content-type", PROBLEM_JSON.encode()),
+            (b"content-length", b"%d" % len(content)),
+            *security_headers.complete(as_headers(error.headers)),
+            (b"x-request-id", record.request_id.encode()),
+            (b"server-timing", b"total;dur=%.3f" % (1e3 * record.total)),
+        ]
+        head = STATUS_LINE[error.status] + b"".join([b"%b: %b\r\n" % header for header in headers])
+        self._end(request, head, (content,))
+        self._count(record)
+
+    def _count(self, record: RequestRecord) -> None:
+        """Count and log a request that has ended."""
+        self._service.metrics.count(record)
+        self._access.log(record)
+
+    def _record(self, request: DirectRequest, now: float) -> RequestRecord:
+        """Return the record of a request that ends now."""
+        route = request.head.route
+        client = client_host(request.connection, route.forwarded)
+        request_id = route.request_id or new_request_id()
+        record = RequestRecord(request_id, "POST", route.path, client, request.started, route.endpoint)
+        record.total = now - request.started
+        return record
+
+
+def client_host(connection: Any, forwarded: str | None) -> str | None:
+    """Return the address of the client, which a trusted proxy states in X-Forwarded-For, as uvicorn finds it."""
+    host = connection.client[0] if connection.client else None
+    if forwarded is None or not isinstance(connection.app, ProxyHeadersMiddleware):
+        return host
+    trusted = connection.app.trusted_hosts
+    return (trusted.get_trusted_client_address(forwarded)[0] or host) if host in trusted else host
+
+
+def start_task(request: DirectRequest) -> None:
+    """Let a task answer `request` from the beginning."""
+    request.connection.start_task(request)
+
+
+def create_plan(service: ServiceContext, served: ServedModel, route: Route) -> Plan | None:
+    """Return how `served` answers the requests of `route`, or None if they need a task."""
+    spec = SPECS[route.endpoint]
+    if served.window_schema is not None or served.conditions is not None or served.columns is not None:
+        return None
+    if spec.needs_latents and served.manifest.only_reconstructs:
+        return None
+    formats = IMAGE_FORMATS if spec.png_output and served.has_png_output else ARRAY_FORMATS
+    try:
+        media_type = negotiate_media_type(route.accept, formats)
+        options = read_options(spec.schema, route.query.options).values
+        body = validate(spec.schema, merge({spec.array_field or "": []}, options))
+    except ServiceError:
+        return None
+    if media_type not in (JSON, npy.MEDIA_TYPE):
+        return None
+    if route.endpoint == "/anomaly":
+        return _anomaly_plan(service, served, route, media_type, with_default_alpha(served, body))
+    return _array_plan(served, route, media_type, body)
+
+
+def _array_plan(served: ServedModel, route: Route, media_type: str, body: Any) -> Plan | None:
+    """Return the plan of an endpoint whose responses are arrays. `body` has the options of the request."""
+    manifest, schema = served.manifest, served.row_schema
+    fields: tuple[str, ...]
+    if body.model_fields_set - {"inputs", "latents"}:
+        return None
+    if route.endpoint == "/encode":
+        if manifest.pixel_range is not None:
+            return None
+        operation, fields, width = operations.ENCODE, ("latents", "std"), 2 * manifest.latents
+    elif route.endpoint == "/decode":
+        operation, fields, width, schema = operations.DECODE, ("outputs",), manifest.width, served.latent_schema
+    else:
+        operation = operations.reconstruct(schema.allows_missing)
+        fields, width = ("outputs", "errors"), manifest.width + 1
+    return ArrayPlan(served, route, media_type, operation, schema, width, fields=fields)
+
+
+def _anomaly_plan(
+    service: ServiceContext, served: ServedModel, route: Route, media_type: str, body: AnomalyBody
+) -> Plan | None:
+    """Return the plan of /anomaly. `body` has the options of the request."""
+    is_usual = body.detail == "full" and body.fdr is None and body.condition is None
+    is_smoothed = body.half_life is not None or body.half_life_rows is not None
+    given = body.records is not None or body.metrics is not None
+    has_fixed_rows = served.silences is None and served.manifest.pixel_range is None
+    if not is_usual or is_smoothed or given or not has_fixed_rows or media_type != JSON:
+        return None
+    operation = operations.anomaly(body.alpha, body.extrapolated)
+    numbers = 3 + len(served.manifest.parts) + 4 * min(body.explain, served.row_schema.width)
+    return AnomalyPlan(service, served, route, media_type, operation, served.row_schema, numbers, body=body)
+
+
+def _without_rows(served: ServedModel) -> InputRows:
+    return InputRows(ParsedRows(np.empty((0, served.row_schema.width), np.float32), [], [], None), 0)
+
+
+def _has_time(plan: Plan, request: DirectRequest) -> bool:
+    """Return whether there is time to read the body of a request in this pass of the event loop, and take the time."""
+    estimated_ns = len(request.sent) * (offload.ARRAY_BYTE if plan.is_npy else offload.JSON_BYTE)
+    return offload.take_loop_time(request.connection.loop, estimated_ns)
+
+
+def _outputs_of(jobs: Sequence[DirectJob], run: BatchRun) -> tuple[Array, ...]:
+    """Return the outputs of `run` for the rows of `jobs`, which are in the order of the run."""
+    start, end = jobs[0].start, jobs[-1].start + jobs[-1].rows
+    if sum([job.rows for job in jobs]) == end - start:
+        return tuple([output[start:end] for output in run.outputs])
+    places = np.concatenate([np.arange(job.start, job.start + job.rows) for job in jobs])
+    return tuple([output[places] for output in run.outputs])
+
+
+def _no_model() -> None:
+    return None

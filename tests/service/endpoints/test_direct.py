@@ -1,0 +1,270 @@
+"""Direct requests: their responses equal those of a task, and unusual ones still get their errors."""
+
+import asyncio
+import json
+import re
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from service.app import create_app
+from service.codec import npy
+from service.endpoints.direct import MAX_IN_PROGRESS
+from service.http.direct import Content, DirectRequest
+from service.settings import Settings
+from tests.service.gate import Gate
+from tests.service.raw_http import read_response
+from tests.service.running import running
+from tests.service.scrape import scrape, total
+from tests.service.serving import serving, until
+
+JSON_TYPE = "application/json"
+NPY_TYPE = "application/x-npy"
+
+
+class Recorder:
+    """The paths of the direct requests that have been answered, and the address of the server."""
+
+    def __init__(self) -> None:
+        self.answered: list[str] = []
+        self.port = 0
+        self.client: httpx.Client
+
+    def send(self, *pieces: bytes) -> bytes:
+        """Send a request in `pieces`, with a pause between them, on a new connection. Return the response."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=20) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for number, piece in enumerate(pieces):
+                if number:
+                    self.client.get("/livez")  # the server has read the last piece
+                connection.sendall(piece)
+            return read_response(connection)
+
+
+@pytest.fixture(scope="module")
+def server(artifacts: Path) -> Iterator[Recorder]:
+    """Yield a running server, and the direct requests that it answers."""
+    recorder = Recorder()
+    write = DirectRequest.write
+
+    def record(self: DirectRequest, head: bytes, content: Content) -> None:
+        recorder.answered.append(self.head.path)
+        write(self, head, content)
+
+    app = create_app(
+        Settings(artifacts=artifacts, default_model="vae", log_level="warning", backend="torchscript", max_rows=300)
+    )
+    with pytest.MonkeyPatch.context() as patch, running(app, app.state.protocol) as client:
+        patch.setattr(DirectRequest, "write", record)
+        recorder.port, recorder.client = client.base_url.port or 0, client
+        yield recorder
+
+
+def request(path: str, body: bytes, *headers: str, content_type: str = JSON_TYPE, accept: str = "*/*") -> bytes:
+    lines = [
+        f"POST {path} HTTP/1.1", "Host: elbo", f"Content-Type: {content_type}", f"Accept: {accept}", *headers,
+        f"Content-Length: {len(body)}", "", "",
+    ]  # fmt: skip
+    return "\r\n".join(lines).encode() + body
+
+
+def for_task(whole: bytes) -> bytes:
+    """Return a request that differs only in a header that the server does not read, but that no direct request has."""
+    return whole.replace(b"Host: elbo", b"Host: elbo\r\nExpect: nothing", 1)
+
+
+def rows(count: int, width: int = 64, seed: int = 0) -> np.ndarray:
+    return np.random.RandomState(seed).uniform(size=(count, width)).astype(np.float32)
+
+
+def as_json(x: np.ndarray, field: str = "inputs") -> bytes:
+    return json.dumps({field: x.tolist()}).encode()
+
+
+def without_times(response: bytes) -> bytes:
+    """Return `response` without what differs between equal requests."""
+    return re.sub(rb"(x-request-id: |date: )[^\r]*|dur=[0-9.]*", rb"\1", response)
+
+
+USUAL = {
+    "one row": request("/reconstruct", as_json(rows(1))),
+    "several rows": request("/reconstruct?model=ae", as_json(rows(3))),
+    "body of more than FEW_BYTES": request("/reconstruct?model=pca", as_json(rows(20))),
+    "npy": request("/reconstruct", npy.dumps(rows(2)), content_type=NPY_TYPE, accept=NPY_TYPE),
+    "npy, answered in JSON": request("/encode?model=hosts", npy.dumps(rows(2, 4)), content_type=NPY_TYPE),
+    "encode": request("/encode?model=hosts", as_json(rows(2, 4))),
+    "decode": request("/decode?model=hosts", as_json(rows(2, 2), "latents")),
+    "request id": request("/reconstruct", as_json(rows(1)), "X-Request-Id: abc"),
+    "anomaly": request("/anomaly?model=hosts", as_json(rows(1, 4))),
+    "anomalies": request("/anomaly?model=hosts&explain=9&alpha=0.2", as_json(100 * rows(7, 4))),
+    "no explanation": request("/anomaly?model=hosts&explain=0&observe=false", as_json(rows(2, 4))),
+    "extrapolated": request("/anomaly?model=hosts&alpha=1e-9&extrapolated=true", as_json(9 * rows(2, 4))),
+}
+
+
+@pytest.mark.parametrize("name", USUAL)
+def test_direct_request_gets_the_response_of_a_task(server: Recorder, name: str) -> None:
+    whole = USUAL[name]
+    server.answered.clear()
+    by_task = server.send(for_task(whole))
+    assert by_task.startswith(b"HTTP/1.1 200 OK")
+    assert server.answered == []
+    first, again = server.send(whole), server.send(whole)  # the head is unknown, then known
+    assert len(server.answered) == 2
+    assert without_times(first) == without_times(again) == without_times(by_task)
+
+
+UNUSUAL = {
+    "boolean": request("/reconstruct", as_json(rows(1)).replace(b"[[", b"[[true, ", 1)),
+    "text": request("/reconstruct", b'{"inputs": [["a"]]}'),
+    "duplicate key": request("/reconstruct", as_json(rows(1))[:-1] + b', "inputs": [[1]]}'),
+    "null": request("/anomaly?model=hosts", b'{"inputs": [[1, 2, 3, null]]}'),
+    "NaN": request("/reconstruct", as_json(rows(1)).replace(b"[[", b"[[NaN, ", 1)),
+    "beyond float32": request("/anomaly?model=hosts", b'{"inputs": [[1e39, 2, 3, 4]]}'),
+    "overflow in the model": request("/anomaly?model=hosts", b'{"inputs": [[3e38, -3e38, 3e38, -3e38], [1, 2, 3, 4]]}'),
+    "wrong width": request("/reconstruct", as_json(rows(1, 63))),
+    "other field": request("/anomaly?model=hosts", as_json(rows(1, 4))[:-1] + b', "explain": 1}'),
+    "unknown option": request("/reconstruct?fast=1", as_json(rows(1))),
+    "unknown model": request("/reconstruct?model=none", as_json(rows(1))),
+    "false discovery rate": request("/anomaly?model=hosts&fdr=0.1", as_json(rows(3, 4))),
+    "too many rows": request("/reconstruct", npy.dumps(rows(301)), content_type=NPY_TYPE, accept=NPY_TYPE),
+    "npy of texts": request("/reconstruct", b"\x93NUMPY", content_type=NPY_TYPE),
+    "no row": request("/reconstruct", b'{"inputs": []}'),
+    "empty body": request("/reconstruct", b""),
+    "picture": request("/reconstruct", as_json(rows(1)), accept="image/png"),
+    "sampled latents": request("/encode?sample=true&seed=3", as_json(rows(1))),
+    "pixels of another range": request("/reconstruct", as_json(255 * rows(1))),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_request_in_one_read_gets_the_response_of_a_task(server: Recorder, name: str) -> None:
+    whole = UNUSUAL[name]
+    server.send(request("/reconstruct", as_json(rows(1))))  # the head of several of these requests is now known
+    server.answered.clear()
+    by_task = server.send(for_task(whole))
+    in_one_read = server.send(whole)
+    assert server.answered == []
+    remove_id = rb'"request_id":"[^"]*"'
+    assert re.sub(remove_id, b"", without_times(in_one_read)) == re.sub(remove_id, b"", without_times(by_task))
+
+
+def test_pipelined_requests_in_one_read_get_their_responses_in_order(server: Recorder) -> None:
+    counts = (1, 3, 2)
+    pipelined = b"".join(request("/reconstruct?model=ae", as_json(rows(count))) for count in counts)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(pipelined)
+        with connection.makefile("rb") as stream:
+            found = []
+            for _ in counts:
+                head = b"".join(iter(stream.readline, b"\r\n"))
+                assert head.startswith(b"HTTP/1.1 200 OK")
+                found.append(json.loads(stream.read(int(re.findall(rb"content-length: ([0-9]+)", head)[0]))))
+    assert [len(answer["outputs"]) for answer in found] == list(counts)
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_request_whose_body_arrives_in_pieces_is_direct(server: Recorder, is_known: bool) -> None:
+    whole = request("/reconstruct?model=ae", as_json(rows(2)), f"X-Request-Id: {is_known}")
+    if is_known:
+        server.send(whole)
+    server.answered.clear()
+    assert server.send(whole[:-99], whole[-99:-5], whole[-5:]).startswith(b"HTTP/1.1 200 OK")
+    assert server.answered == ["/reconstruct"]
+
+
+@pytest.mark.parametrize("header", ["Transfer-Encoding: chunked", "Content-Length: 3", "Host: other", "Expect: x"])
+def test_known_head_with_another_header_is_parsed(server: Recorder, header: str) -> None:
+    whole = request("/reconstruct", as_json(rows(1)))
+    server.send(whole)
+    changed = request("/reconstruct", as_json(rows(1)), header)
+    server.answered.clear()
+    first, again = server.send(changed), server.send(changed)
+    assert first.split(b" ")[1] == again.split(b" ")[1] == (b"200" if header.startswith("Expect") else b"400")
+    assert server.answered == []
+
+
+def test_direct_requests_count_in_the_metrics(server: Recorder) -> None:
+    before = scrape(server.client)
+    for _ in range(3):
+        server.send(request("/anomaly?model=hosts", as_json(rows(2, 4))))
+    after = scrape(server.client)
+    grown = {
+        name: total(after, name) - total(before, name)
+        for name in ("elbo_requests_total", "elbo_rows_total", "elbo_scored_rows_total", "elbo_request_seconds_count")
+    }
+    assert grown["elbo_rows_total"] == grown["elbo_scored_rows_total"] == 6
+    assert grown["elbo_requests_total"] == grown["elbo_request_seconds_count"] == 4  # one of them is the scrape
+    assert total(after, "elbo_pending_rows") == total(after, "elbo_pending_bytes") == 0
+
+
+@asynccontextmanager
+async def blocked(artifacts: Path) -> AsyncIterator[tuple[Any, int, Gate]]:
+    """Yield the service, its port, and a gate that occupies the batcher until it opens."""
+    settings = Settings(artifacts=artifacts, default_model="pca", log_level="warning", backend="torchscript")
+    async with serving(settings) as (service, port):
+        gate = Gate()
+        held = await gate.hold(service.batcher, service.find(None), rows(1))
+        yield service, port, gate
+        gate.open.set()
+        await held
+
+
+async def open_request(port: int, whole: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(whole)
+    return reader, writer
+
+
+def test_client_that_disconnects_before_its_batch_leaves_no_rows_behind(artifacts: Path) -> None:
+    async def scenario() -> None:
+        async with blocked(artifacts) as (service, port, gate):
+            _, writer = await open_request(port, request("/reconstruct", as_json(rows(5))))
+            await until(lambda: service.batcher.pending_rows == 6)  # one of them is the gate's
+            writer.close()
+            await until(lambda: service.batcher.pending_rows == 1)
+            assert service.admission.requests.amount == service.admission.body_bytes.amount == 0
+            gate.open.set()
+            await until(lambda: service.batcher.pending_rows == 0)
+            assert service.admission.requests.amount == 0
+
+    asyncio.run(scenario())
+
+
+def test_direct_request_whose_time_is_over_gets_504(artifacts: Path) -> None:
+    async def scenario() -> None:
+        async with blocked(artifacts) as (service, port, _):
+            reader, writer = await open_request(
+                port, request("/reconstruct", as_json(rows(1)), "X-Request-Timeout: 0.05")
+            )
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+            assert head.startswith(b"HTTP/1.1 504 ")
+            assert b"content-type: application/problem+json" in head
+            writer.close()
+            await until(lambda: service.batcher.pending_rows == 1)
+
+    asyncio.run(scenario())
+
+
+def test_more_requests_than_may_be_in_progress_wait_and_are_answered(artifacts: Path) -> None:
+    async def scenario() -> None:
+        count = MAX_IN_PROGRESS + 10
+        async with blocked(artifacts) as (service, port, gate):
+            opened = [await open_request(port, request("/reconstruct", as_json(rows(1, seed=i)))) for i in range(count)]
+            await until(lambda: service.admission.requests.amount == count)
+            assert service.batcher.pending_rows == 1 + MAX_IN_PROGRESS
+            opened.pop()[1].close()  # a client that waits for its turn
+            await until(lambda: service.admission.requests.amount == count - 1)
+            gate.open.set()
+            for reader, writer in opened:
+                assert (await asyncio.wait_for(reader.readuntil(b"\r\n"), 20)).startswith(b"HTTP/1.1 200 ")
+                writer.close()
+            assert service.admission.requests.amount == service.admission.body_bytes.amount == 0
+
+    asyncio.run(scenario())
