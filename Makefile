@@ -40,14 +40,19 @@ PEER_INSTALL := $(PEERS)/bin/python -m pip --quiet --disable-pip-version-check i
 # The model servers that bench-serve compares with Elbo. Each server has its own environment, because their requirements
 # conflict: MLServer requires FastAPI < 0.116, and PyTriton requires NumPy < 2. BentoML 1.4.40 requires a version of
 # certifi that does not exist, so an older BentoML is installed. All servers work with the version of torch above.
-SERVERS := litserve bentoml ray mlserver triton
+SERVERS := litserve bentoml ray mlserver pytriton granian asyncio
 PACKAGE_litserve := litserve==0.2.19
 PACKAGE_bentoml := bentoml==1.4.39
 PACKAGE_ray := ray[serve]==2.60.0
 PACKAGE_mlserver := mlserver==1.7.1
-PACKAGE_triton := nvidia-pytriton==0.7.0
+PACKAGE_pytriton := nvidia-pytriton==0.7.0
+# These servers run the ONNX twin, and need no torch.
+ONNX_SERVERS := granian asyncio
+PACKAGE_granian := granian==2.8.9
+PACKAGE_asyncio := uvloop==0.23.0
+ONNX_PACKAGES := onnxruntime==1.32.0 orjson numpy uvloop==0.23.0
 # Triton embeds the Python of its environment. This Python must have a shared library, as Debian's Python has.
-PYTHON_triton := /usr/bin/python3.11
+PYTHON_pytriton := /usr/bin/python3.11
 
 .DEFAULT_GOAL := help
 .PHONY: help run check docs test lint types format lock upgrade audit sbom image pin-images bench-train bench-serve bench-anomaly soak fuzz coverage mutants clean
@@ -164,7 +169,8 @@ $(PEERS)-%/.ready: $(READY)
 	@rm -rf $(@D)
 	@echo "installing $(PACKAGE_$*)"
 	@$(or $(PYTHON_$*),$(VENV)/bin/python) -m venv $(@D) && install="$(@D)/bin/python -m pip --quiet --disable-pip-version-check install" \
-		&& $$install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH) && $$install $(TORCH) '$(PACKAGE_$*)' \
+		&& $(if $(filter $(ONNX_SERVERS),$*),$$install '$(PACKAGE_$*)' $(ONNX_PACKAGES),\
+			$$install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH) && $$install $(TORCH) '$(PACKAGE_$*)') \
 		&& touch $@ || echo "$(PACKAGE_$*) cannot be installed here" >&2
 
 # A separate environment, so that the requirements of these packages do not change Elbo's.

@@ -330,6 +330,17 @@ def load(path: Path, device: str = "cpu", keys: TrustedKeys | None = None, diges
     return replace(load_content(content, path, device, is_inspected=digest is not None), signed_by=signed_by)
 
 
+def record_profiles(enabled: bool) -> None:
+    """Choose whether torch records profiles when it compiles the methods of modules in this process.
+
+    By default, torch compiles each method twice: first with code that records the types and shapes of its tensors, and
+    then for what it has recorded. On a CPU, where torch fuses no operators, the second version is no faster and its
+    results are equal to the bit (measured with PCA, autoencoders, VAEs and ensembles of 20 to 784 features). Without
+    profiles, a model is loaded and warmed up in half the time.
+    """
+    torch._C._jit_set_profiling_executor(enabled)
+
+
 def prepare_trials() -> None:
     """Make torch examine the processor now. Call this in the process from which trials are forked.
 

@@ -48,7 +48,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="a few seconds, with servers that need no installation")
     parser.add_argument(
         "--only",
-        help="servers to measure, comma-separated: elbo,plain,litserve,bentoml,ray,mlserver,triton,echo,echo-fastapi",
+        help="servers to measure, comma-separated: elbo,plain,litserve,bentoml,ray,mlserver,pytriton,granian,asyncio,"
+        "echo,echo-fastapi",
     )
     parser.add_argument("--rounds", type=int, help="measurements per server (default 5)")
     parser.add_argument("--seconds", type=float, help="duration of each measurement (default 5)")

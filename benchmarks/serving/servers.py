@@ -147,6 +147,7 @@ def server_kinds(workers: int) -> dict[str, ServerKind]:
 
     infer = "/v2/models/vae/infer"
     triton = OpenInferenceProtocol(infer, binary=True)
+    small = ListProtocol("/reconstruct", npy=True)
     return {
         "elbo": ServerKind("Elbo", ListProtocol("/reconstruct?model=vae", npy=True), "service", lambda *_: []),
         "plain": peer("plain FastAPI, pydantic lists", "plain_fastapi", ListProtocol("/reconstruct")),
@@ -154,7 +155,9 @@ def server_kinds(workers: int) -> dict[str, ServerKind]:
         "bentoml": peer("BentoML", "bentoml_server", ListProtocol("/reconstruct"), "bentoml"),
         "ray": peer("Ray Serve", "ray_server", ListProtocol("/"), "ray"),
         "mlserver": peer("MLServer", "mlserver_server", OpenInferenceProtocol(infer, binary=False), "mlserver"),
-        "triton": peer("Triton (PyTriton)", "triton_server", triton, "nvidia-pytriton"),
+        "pytriton": peer("PyTriton, Python model", "pytriton_server", triton, "nvidia-pytriton"),
+        "granian": peer("Granian + ONNX Runtime", "granian_onnx", small, "granian"),
+        "asyncio": peer("asyncio.Protocol + ONNX Runtime", "asyncio_onnx", small, "uvloop"),
         "echo": echo("echo: uvicorn", "/"),
         "echo-fastapi": echo("echo: uvicorn and FastAPI", "/fastapi"),
     }

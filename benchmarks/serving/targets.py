@@ -21,11 +21,11 @@ class Target(NamedTuple):
 
 # For each column, a tuple per other server: its name, its title, and the minimum of Elbo's rate / this server's rate.
 RATE_RATIOS: Mapping[Column, Sequence[tuple[str, str, float]]] = {
-    C32_1_ROW: (("triton", "Triton", 3.5), ("litserve", "LitServe", 25), ("echo", "the echo server", 0.45)),
-    C32_32_ROWS: (("triton", "Triton", 5.5), ("litserve", "LitServe", 40), ("plain", "plain FastAPI", 40)),
-    C32_32_ROWS_BINARY: (("triton", "Triton, binary protocol", 5),),
-    C8_256_ROWS_BINARY: (("triton", "Triton, binary protocol", 6),),
-    C1_1_ROW: (("triton", "Triton", 12),),
+    C32_1_ROW: (("pytriton", "PyTriton", 3.5), ("litserve", "LitServe", 25), ("echo", "the echo server", 0.45)),
+    C32_32_ROWS: (("pytriton", "PyTriton", 5.5), ("litserve", "LitServe", 40), ("plain", "plain FastAPI", 40)),
+    C32_32_ROWS_BINARY: (("pytriton", "PyTriton, binary protocol", 5),),
+    C8_256_ROWS_BINARY: (("pytriton", "PyTriton, binary protocol", 6),),
+    C1_1_ROW: (("pytriton", "PyTriton", 12),),
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from models.artifact import load
+from models.artifact import Artifact, load
 from models.manifest import resolve
 from service.inference.backend_selection import select_backend
 from service.inference.backends import Backend
@@ -66,6 +66,7 @@ def open_workload(folder: Path) -> Workload:
     artifacts = folder / "artifacts"
     artifact = load(resolve(artifacts, "vae"))
     module = artifact.module
+    _export_twin(artifact, folder)
     rows = {count: _uniform(1, count, FEATURES) for count in BATCH_SIZES}
     with torch.inference_mode():
         outputs = {count: module(torch.from_numpy(x)).numpy() for count, x in rows.items()}
@@ -78,6 +79,15 @@ def open_workload(folder: Path) -> Workload:
         outputs=outputs,
         few_features=_uniform(1, 1, FEW_FEATURES),
     )
+
+
+def _export_twin(artifact: Artifact, folder: Path) -> None:
+    """Write the graph for `reconstruct` and its weights to `folder`, for the servers that do not import torch."""
+    assert artifact.twin is not None
+    graph = artifact.twin.graphs["reconstruct"]
+    (folder / "reconstruct.onnx").write_bytes(graph.onnx)
+    weights = {name: artifact.twin.weights[name].contiguous().numpy() for name in graph.weights}
+    np.savez(folder / "reconstruct.npz", **weights)  # type: ignore[arg-type] # NumPy's stub has one type for all keywords
 
 
 def train_vae(artifacts: Path, name: str, features: int, hidden: tuple[int, ...], latents: int, seed: int = 0) -> None:

@@ -4,12 +4,12 @@ import logging
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 
 import numpy as np
 import torch
 
-from models.artifact import Artifact, load, load_content, prepare_trials
+from models.artifact import Artifact, load, load_content, prepare_trials, record_profiles
 from models.errors import ArtifactError, ArtifactMismatch
 from models.manifest import DIGEST_LENGTH, read_sealed
 from models.signatures import TrustedKeys, identify
@@ -85,6 +85,7 @@ class ModelLoader:
         verdict: Verdict = self._trials.try_out(path, _verified_digest(path, keys)) if self._trials else {}
         if next_path:
             self.begin_trial(next_path, keys)
+        record_profiles(self._device != "cpu")
         artifact = load(path, self._device, keys, verdict.get("digest"))
         selection = self._select_backend(artifact)
         loaded = perf_counter()
@@ -147,6 +148,7 @@ class ModelLoader:
             ArtifactError: the artifact cannot be verified or run.
         """
         torch.set_num_threads(1)  # no other thread runs in a process that was forked
+        record_profiles(False)
         artifact = load_content(content, path)
         torchscript = TorchScriptBackend.name
         requested = torchscript if self._backend == torchscript else OnnxBackend.name
@@ -163,11 +165,12 @@ class ModelLoader:
         """Run all operations on larger and larger batches. Return the rows of the largest batch that fits in memory.
 
         A batch that would take longer than MAX_TRIAL_SECONDS is not tried. It counts as one that does not fit, because
-        its memory is unknown; smaller batches hardly slow down a model that needs so long.
+        its memory is unknown; smaller batches hardly slow down a model that needs so long. Only processor time counts,
+        so that a busy machine does not make the batches smaller.
         """
         max_rows, rows, fitting = self._max_rows(served), 1, 0
         while True:
-            started = perf_counter()
+            started = process_time()
             try:
                 _run_operations(served, rows, completes=True)
             except (RuntimeError, MemoryError) as error:
@@ -175,7 +178,7 @@ class ModelLoader:
                     raise
                 return fitting
             fitting = rows
-            if rows == max_rows or (perf_counter() - started) * TRIAL_GROWTH > MAX_TRIAL_SECONDS:
+            if rows == max_rows or (process_time() - started) * TRIAL_GROWTH > MAX_TRIAL_SECONDS:
                 return rows
             rows = min(rows * TRIAL_GROWTH, max_rows)
 

@@ -1,6 +1,7 @@
 """Bind the address and serve: in this process, or in several workers under a supervisor."""
 
 import gc
+import importlib
 import ipaddress
 import logging
 import resource
@@ -14,7 +15,7 @@ from tempfile import gettempdir
 from models.errors import ElboError
 from models.staging import staging_folder
 from service.monitoring import logs
-from service.server import standard_streams
+from service.server import standard_streams, torch_start
 from service.server.hangup import Hangup
 from service.server.tls import Certificate
 from service.settings import Settings
@@ -37,6 +38,7 @@ def serve(settings: Settings) -> None:
         ElboError: the address or the device is not available, or the artifact folder is a file.
     """
     standard_streams.reserve()
+    loading = torch_start.load_libraries()
     Hangup.handle(lambda: None)  # until the server can reload, SIGHUP does nothing
     logs.configure(settings.log_level, settings.log_format)
     logs.redirect_streams()
@@ -58,6 +60,12 @@ def serve(settings: Settings) -> None:
     with bind(settings.host, settings.port) as listener:
         require_keys_if_public(listener, settings)
         with without_collection():
+            importlib.import_module(
+                "fastapi"
+            )  # needs no torch: it is imported while the thread loads torch's libraries
+            torch_start.defer_modules()
+            if loading:
+                loading.join()  # the trial process is forked from a process with one thread
             from service.server.trials import start_trials
         trials = start_trials(settings)  # before torch starts threads, here or in a worker
         with without_collection():

@@ -1,4 +1,6 @@
-"""Serve the model with NVIDIA Triton through PyTriton: `python -m benchmarks.serving.peers.triton_server MODEL PORT`.
+"""Serve the model with PyTriton: `python -m benchmarks.serving.peers.pytriton_server MODEL PORT`.
+
+PyTriton is NVIDIA Triton's server with models in Python.
 
 Triton's dynamic batcher makes batches of up to 1,024 rows that are already waiting. The batcher does not delay requests
 to fill a batch, because this gives the highest rate here. There are two instances of the model, one per core. Triton
