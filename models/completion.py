@@ -18,7 +18,9 @@ from models.scaling import Scaling
 
 CHAINS = 16
 FIRST_STEPS = 4  # steps of each chain whose states are discarded
-KEPT_STEPS = 4  # later steps of each chain, whose states are used; more of them lower the error by less than 2 %
+# Later steps of each chain, whose states are used. More of them lower the error by less than 2 %. If you change the
+# number, change `CompletingNetwork._run_chains` too, which writes the steps out.
+KEPT_STEPS = 4
 SCORED_STEPS = 2  # steps of each chain before its state is scored; more of them change the AUROC by less than 0.003
 CANDIDATES = 256  # draws from the prior, among which the first states of the chains are chosen
 MAX_EXACT_FEATURES = 256  # limits the matrices [B, D, D] that the exact scores of PCA need for B rows of D features
@@ -421,6 +423,7 @@ class CompletingNetwork(CompletingPipeline):
         decoded = self._first_states(x)  # [B, C, D]
         for step in range(self.first_steps):
             decoded = self._step(decoded, missing, values, step)
+        # KEPT_STEPS steps, written out: TorchScript and ONNX would need a list that grows in a loop.
         first = self._step(decoded, missing, values, self.first_steps)
         second = self._step(first, missing, values, self.first_steps + 1)
         third = self._step(second, missing, values, self.first_steps + 2)

@@ -81,12 +81,22 @@ class Silence(_Rules):
             raise ValueError(
                 f"start and end are both {self.start}: expected two different times, or neither for whole days"
             )
-        if not (self.model_fields_set - {"name", "zone"}):
+        if self.is_every_day and self.is_whole_day and self.first is None and self.last is None and self.groups is None:
             raise ValueError(
-                "expected at least one of days, start, end, first, last and groups: without them, no row would ever be "
-                "anomalous"
+                "expected only some days, or start, end, first, last or groups: this silence always holds, so no row "
+                "would ever be anomalous"
             )
         return self
+
+    @property
+    def is_every_day(self) -> bool:
+        """Whether the silence can begin on every day of the week."""
+        return set(self.days) == set(DAYS)
+
+    @property
+    def is_whole_day(self) -> bool:
+        """Whether the silence lasts from midnight to midnight."""
+        return self.start in (None, time()) and self.end in (None, time())
 
     @field_serializer("start", "end", when_used="unless-none")
     def _write_time(self, value: time) -> str:

@@ -276,8 +276,8 @@ class TrainConfig(BaseModel):
             )
         if calibration == "cross" and info.data.get("time") is not None:
             raise ValueError(
-                "expected split or auto with --time, because a model must be calibrated on rows that are newer than "
-                "those that it was fitted to"
+                "expected split or auto with --time, because neighbouring rows resemble each other: a model that was "
+                "fitted to the neighbours of a row scores it too low"
             )
         return calibration
 

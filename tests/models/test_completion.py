@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models import artifact
-from models.completion import Chains, CompletingNetwork, CompletingPCA
+from models.completion import KEPT_STEPS, Chains, CompletingNetwork, CompletingPCA
 from models.likelihood import GaussianLikelihood
 from models.observation import Observation
 from models.pca import PCA
@@ -134,6 +134,14 @@ def linear_vae(chains: int) -> tuple[CompletingNetwork, CompletingPCA]:
     prior = gaussian_prior(torch.ones(latents))
     completing = CompletingNetwork(model.scaling, vae, prior, model.calibration, chains=parts)
     return completing.eval().requires_grad_(False), model
+
+
+def test_run_chains_returns_as_many_states_as_kept_steps_say() -> None:
+    network, _ = linear_vae(chains=3)
+    x, _, _ = batch()
+    states = network._run_chains(x)
+    assert states.shape == (len(x), KEPT_STEPS * 3, D)
+    assert len(network.chains.state_places) == KEPT_STEPS * 3 - 1
 
 
 @pytest.mark.parametrize("gaps", [[1], [0, 3], [0, 1, 2, 4], [0, 1, 2, 3, 4]], ids=str)

@@ -179,7 +179,7 @@ def test_cross_calibration_with_times_is_refused(capsys: pytest.CaptureFixture[s
     )
     assert code == 2
     assert "--calibration" in err
-    assert "expected split or auto with --time" in err
+    assert "expected split or auto with --time, because neighbouring rows resemble each other" in " ".join(err.split())
 
 
 def test_command_in_the_card_of_a_small_table_names_the_split(tmp_path: Path) -> None:
