@@ -5,9 +5,9 @@ signatures of this text. The text is JSON with the name and the version of the m
 file contains everything that Elbo reads of a version: module, weights, manifest, ONNX twin and exhibits. A signature is
 therefore invalid for other content, for another name and for another version.
 
-The verifier makes the text that it expects from the name and the version under which the artifact is to be loaded, and
-from the bytes that are then loaded. The signed text must be equal to it, byte for byte. The verifier parses the signed
-text only to tell how it differs, and only if a trusted key has signed it.
+The verifier computes the expected text from the name and the version under which the artifact is to be loaded, and from
+the bytes that are then loaded. The signed text must equal the expected text, byte for byte. If the texts differ and a
+trusted key has signed, the verifier parses the signed text, to report the difference.
 """
 
 import base64
@@ -80,8 +80,10 @@ class TrustedKeys:
         trusted = [(by_fingerprint[each.keyid], each) for each in envelope.signatures if each.keyid in by_fingerprint]
         if not trusted:
             signers = join_names([printable(each.keyid)[:60] for each in envelope.signatures]) or "no key"
+            known = join_names([str(key) for key in self.keys])
             raise ArtifactUntrusted(
-                f"{path} is signed by {signers}, and {self.source} trusts {join_names([str(key) for key in self.keys])}"
+                f"{path} is signed by {signers}, and {self.source} trusts {known}: "
+                f"check where it comes from, then sign it with a trusted key: elbo sign {reference} --key FILE"
             )
         expected, signed = signed_text(content, name, version), _decode(envelope.payload)
         for key, signature in trusted:
@@ -89,15 +91,18 @@ class TrustedKeys:
                 if signed == expected:
                     return key
                 raise ArtifactUntrusted(f"{path}: {_difference(signed, expected)}; it was signed by {key}")
-        raise ArtifactUntrusted(f"{file}: the signature of {trusted[0][0]} is not valid: the file was altered")
+        raise ArtifactUntrusted(
+            f"{file}: the signature of {trusted[0][0]} is not valid, because the file was altered: check where it "
+            f"comes from, then sign the version again with elbo sign {reference} --key FILE"
+        )
 
 
 class TrustedKeySource:
     """Reads the trusted keys, and reads them again when their file changes.
 
     Args:
-        setting: the path of a file with one public key per line, or the keys themselves, separated by commas or line
-            breaks.
+        setting: the path of a file with one public key per line; or, if it begins with a key type or #, the keys
+            themselves, separated by commas or line breaks.
     """
 
     def __init__(self, setting: str) -> None:
@@ -145,8 +150,8 @@ def sign(path: Path, key: PrivateKey) -> str:
     Signatures by other keys are kept if they are for the same content, name and version.
 
     Raises:
-        ArtifactError: the artifact is damaged or unsafe, is not in a folder <name>/<version>, or its folder is not
-            writable.
+        ArtifactError: the artifact is damaged or unsafe, is not in a folder <name>/<version>, or has MAX_SIGNATURES
+            signatures already; or its folder is not writable.
     """
     content = read_sealed(path)
     parse(content, path)
@@ -165,10 +170,7 @@ def sign(path: Path, key: PrivateKey) -> str:
 
 
 def signer(content: bytes, name: str, key: PrivateKey | None) -> Callable[[Path, int], None]:
-    """Return a function that writes a signature of `content` as a version of model `name`.
-
-    The function is called with the staging folder and the version. Without a key, it does nothing.
-    """
+    """Return a function that signs `content`, given the staging folder and the version. Without `key`, do nothing."""
 
     def write(staging: Path, version: int) -> None:
         if key is not None:
@@ -240,7 +242,10 @@ def _read_envelope(file: Path) -> _Envelope:
     except (ValidationError, ValueError) as error:
         raise ArtifactUntrusted(f"{file} is damaged, or is no signature of Elbo: sign the version again") from error
     if len(envelope.signatures) > MAX_SIGNATURES:
-        raise ArtifactUntrusted(f"{file} has {len(envelope.signatures)} signatures, at most {MAX_SIGNATURES} are read")
+        raise ArtifactUntrusted(
+            f"{file} has {len(envelope.signatures)} signatures, expected at most {MAX_SIGNATURES}: "
+            "sign the version again"
+        )
     return envelope
 
 
@@ -255,7 +260,11 @@ def _encoded(text: bytes) -> bytes:
 
 def _difference(signed: bytes, expected: bytes) -> str:
     """Return how `signed`, a text that a trusted key has signed, differs from the `expected` text."""
-    old, new = json.loads(signed), json.loads(expected)
+    new = json.loads(expected)
+    try:
+        old = json.loads(signed)
+    except ValueError:
+        old = None
     if not isinstance(old, dict) or old.keys() != new.keys():
         return "the signature is of another release of Elbo: sign the version again"
     if (old["name"], old["version"]) != (new["name"], new["version"]):

@@ -12,7 +12,7 @@ import torch
 from models import artifact
 from models.errors import ArtifactCorrupt, ArtifactUntrusted, KeyInvalid
 from models.keys import PrivateKey, PublicKey, create_key, parse_public_keys, read_private_key
-from models.signatures import TrustedKeys, TrustedKeySource, sign, trusted_keys
+from models.signatures import TrustedKeys, TrustedKeySource, sign, trusted_keys, write_signature
 from tests.conftest import require
 from tests.models.publishing import publish
 from tests.models.signing import CHANGES, alter, copy_version, edit_envelope, new_key, signature_of
@@ -131,6 +131,12 @@ def test_signatures_of_several_keys_are_kept_and_one_trusted_key_is_enough(
     assert artifact.load(path, keys=trust(third, second)).signed_by == second.public
     with pytest.raises(ArtifactUntrusted, match=r"is signed by SHA256:\S+, SHA256:\S+, and ELBO_TRUSTED_KEYS trusts"):
         artifact.load(path, keys=trust(third))
+
+
+def test_signed_text_that_is_not_json_is_refused_as_a_signature_of_another_release(path: Path, key: PrivateKey) -> None:
+    write_signature(signature_of(path), b"no JSON", key)
+    with pytest.raises(ArtifactUntrusted, match="the signature is of another release of Elbo"):
+        artifact.load(path, keys=trust(key))
 
 
 def test_signing_a_changed_file_drops_the_signatures_of_the_old_content(

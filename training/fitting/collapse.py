@@ -35,16 +35,16 @@ def predict_active_latents(x: Tensor, latents: int, beta: float, variance: float
 
 
 def forecast_message(predicted: int, latents: int, beta: float) -> str:
-    """Return the note that is shown before training."""
+    """Return the note about the predicted number of active latents, which is shown before training."""
     text = f"forecast: about {predicted} of {latents} latents will stay active, given the spectrum of the data"
     return text if predicted == latents else f"{text} and beta {beta:g}; lower --latents or --beta"
 
 
 def collapse_warning(active: int, predicted: int, latents: int) -> str | None:
-    """Return a warning if fewer than half of the predicted number of latents are active, else None."""
-    if active == latents or 2 * active >= predicted > 0:
+    """Return a warning if no latent is active, or fewer than half of the predicted number are; else None."""
+    if active > 0 and 2 * active >= predicted:
         return None
     return (
-        f"WARNING: posterior collapse: {active} of {latents} latents are active, but {predicted} were predicted: "
+        f"WARNING: posterior collapse: {active} of {latents} latents are active, {predicted} were predicted: "
         "lower --beta or --variance, or add --warm-up steps"
     )

@@ -1,4 +1,4 @@
-"""`elbo inspect`: describe an artifact in text. Needs no torch."""
+"""`elbo inspect`: describe an artifact in text. This module imports no torch."""
 
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from models.errors import join_names
 from models.manifest import CalibrationSize, Conditions, Manifest, Period, Timeline, Window, calibration_rows_needed
-from models.policy_rules import DAYS, Silence
+from models.policy_rules import Silence
 from training.config import TrainConfig
 
 KIND_NAMES = {
@@ -18,14 +18,14 @@ KIND_NAMES = {
     "ensemble": "ensemble of an autoencoder and nearest neighbours",
     "adopted": "adopted network",
 }
-LINE_WIDTH = 100  # longer lists continue on further lines
+LINE_WIDTH = 100  # characters; longer lists continue on further lines
 DEFAULT_ALPHA = 0.05  # of /anomaly and `elbo score`
 LISTED_LEVELS = 20  # number of levels of a condition that are listed; further levels are only counted
 FEATURES = 12  # number of features that are listed; further features are only counted
 
 
 def describe(manifest: Manifest, path: Path) -> str:
-    """Return about fifteen lines of text on the artifact at `path`. The caller must have verified the seal."""
+    """Return a description of the artifact at `path`, in lines of text. The caller must have verified the seal."""
     facts = list(_facts(manifest, path))
     width = max(len(label) for label, _ in facts)
     lines = [f"{label:<{width}}  {text}" for label, text in _wrapped(facts, LINE_WIDTH - width - 2)]
@@ -33,7 +33,7 @@ def describe(manifest: Manifest, path: Path) -> str:
 
 
 def _wrapped(facts: Iterable[tuple[str, str]], width: int) -> Iterator[tuple[str, str]]:
-    """Yield the facts with long lists on several lines."""
+    """Yield the facts, with long texts broken into lines of at most `width` characters under an empty label."""
     for label, text in facts:
         lines = [text]
         if label in ("WARNING", "warning", "training", "versions", "policy"):
@@ -89,7 +89,7 @@ def _facts(manifest: Manifest, path: Path) -> Iterator[tuple[str, str]]:
 
 
 def adoption_lines(manifest: Manifest) -> Iterator[str]:
-    """Yield what an adopted model took from the module, a line for each fact."""
+    """Yield how a module was adopted, a line for each fact; nothing if the model was trained by Elbo."""
     adoption = manifest.adoption
     if adoption is None:
         return
@@ -126,7 +126,7 @@ def _split_by_time(timeline: Timeline) -> Iterator[tuple[str, str]]:
 
 
 def _baseline(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """Yield what verdicts take into account besides the row: its group, the season, and incidents of the group."""
+    """Yield what a verdict depends on besides the row: baselines of groups, the season, and incidents."""
     if manifest.groups:
         yield "baseline", f"{len(manifest.groups):,} groups have their own; other groups have the common baseline"
         if manifest.training.get("scale_by_group"):
@@ -167,7 +167,7 @@ def policy_lines(manifest: Manifest) -> Iterator[str]:
     units = {feature.name: f" {feature.unit}" if feature.unit else "" for feature in manifest.features}
     for name, rule in policy.rules.features.items():
         parts = [] if rule.direction == "both" else [f"only {rule.direction} values matter"]
-        parts += [f"deviations from {rule.least:g}{units[name]} matter"] if rule.least else []
+        parts += [f"deviations below {rule.least:g}{units[name]} do not matter"] if rule.least else []
         parts += [] if rule.minimum is None else [f"at least {rule.minimum:g}{units[name]} is valid"]
         parts += [] if rule.maximum is None else [f"at most {rule.maximum:g}{units[name]} is valid"]
         parts += [] if rule.alone else ["never raises an alarm alone"]
@@ -189,9 +189,10 @@ def policy_lines(manifest: Manifest) -> Iterator[str]:
 
 
 def _silence(silence: Silence) -> str:
-    words = [] if len(silence.days) == len(DAYS) else [f"on {', '.join(silence.days)}"]
+    """Return when and for which groups a silence holds."""
+    words = [] if silence.is_every_day else [f"on {', '.join(silence.days)}"]
     if silence.start is not None or silence.end is not None:
-        start, end = (f"{moment or time():%H:%M}" for moment in (silence.start, silence.end))
+        start, end = (f"{moment or time():%H:%M:%S}".removesuffix(":00") for moment in (silence.start, silence.end))
         words.append(f"from {start} to {end}")
     words += [] if silence.first is None else [f"from {silence.first}"]
     words += [] if silence.last is None else [f"until {silence.last}"]

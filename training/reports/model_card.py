@@ -1,4 +1,4 @@
-"""The model card in Markdown: what to know about a published model before trusting it. Needs no torch."""
+"""The model card: a description of a published model in Markdown, with its limits. This module imports no torch."""
 
 import csv
 import io
@@ -23,8 +23,8 @@ from training.reports.describe import (
 )
 
 FEATURES = 40  # number of features that are listed; further features are only counted
-FEW_CALIBRATION_ROWS = 100
-MEASURES = {
+FEW_CALIBRATION_ROWS = 100  # with fewer, the card warns that the false-alarm rate is uncertain
+MEASURES = {  # title and unit of each metric
     "reconstruction_error": ("reconstruction error", "mean square per value, raw units²"),
     "baseline_error": ("error of predicting the mean", "mean square per value, raw units²"),
     "pca_error": ("error of PCA with as many latents", "mean square per value, raw units²"),
@@ -52,7 +52,7 @@ CAPTIONS = {
 
 
 def card(manifest: Manifest, version: int | None, notes: Sequence[str], plots: Sequence[str]) -> str:
-    """Return the card of `manifest`.
+    """Return the model card for `manifest`, as Markdown.
 
     Args:
         version: the published version, or None before publication.
@@ -175,7 +175,7 @@ def _latents(manifest: Manifest) -> Iterator[str]:
 
 
 def _calibration(manifest: Manifest) -> Iterator[str]:
-    """Yield which rows the scores of new rows are compared with."""
+    """Yield sentences about the calibration set: its rows, and whether they trained the model."""
     rows = manifest.calibration.rows
     if origin := manifest.recalibration:
         yield f"It was recalibrated on {rows:,} of {origin.rows:,} rows of {origin.source}. Its networks and weights"
@@ -246,7 +246,7 @@ DENOISING = (
 
 
 def _limits(manifest: Manifest) -> Iterator[str]:
-    """Yield when not to trust this model: first the limits of this model, then those of all models."""
+    """Yield the reasons not to trust the model: first those of this model, then those of all models."""
     yield from (f"**{warning}**" for warning in manifest.warnings)
     yield from _series_limits(manifest)
     error, pca_error = manifest.metrics.get("reconstruction_error"), manifest.metrics.get("pca_error")
@@ -261,7 +261,7 @@ def _limits(manifest: Manifest) -> Iterator[str]:
     if manifest.calibration.rows < FEW_CALIBRATION_ROWS:
         yield f"It was calibrated on only {manifest.calibration.rows} rows: the false-alarm rate is uncertain."
     if gaps := [feature.name for feature in manifest.features if feature.missing]:
-        yield f"Missing values are replaced by the training median: {join_names(gaps)}."
+        yield f"In training, the median of the column took the place of missing values: {join_names(gaps)}."
     grey = manifest.training.get("likelihood") == "bernoulli" and not manifest.training.get("binarise")
     if manifest.kind == "vae" and grey:
         yield "Its likelihood treats grey values as probabilities: compare it only with other Bernoulli models."
@@ -305,7 +305,7 @@ def _denoises(manifest: Manifest) -> bool:
 
 
 def _changed_options(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """Yield the training options that differ from the defaults, as typed on the command line."""
+    """Yield name and value of each training option that differs from its default, the value as on the command line."""
     for name, field in TrainConfig.model_fields.items():
         value = manifest.training.get(name, field.default)
         value = tuple(value) if isinstance(value, list) else value
@@ -320,7 +320,7 @@ def _changed_options(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def _as_list(cells: Sequence[object]) -> str:
-    """Return the value of an option that takes a list: a line of CSV."""
+    """Return a list as the command line takes it: a line of CSV."""
     text = io.StringIO()
     csv.writer(text, lineterminator="").writerow(cells)
     return text.getvalue()
@@ -357,7 +357,7 @@ def _would_be_cross(manifest: Manifest) -> bool:
     """Return whether `elbo train` would use cross-conformal calibration by default, but did not for this model."""
     distinct = manifest.data.rows if manifest.data.distinct is None else manifest.data.distinct
     is_small = manifest.timeline is None and not manifest.is_image and distinct <= AUTO_CROSS_ROWS
-    return is_small and manifest.training.get("calibration", "split") == "split"
+    return is_small and manifest.conditions is None and manifest.training.get("calibration", "split") == "split"
 
 
 def _versions(manifest: Manifest) -> str:

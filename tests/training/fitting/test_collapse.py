@@ -38,9 +38,9 @@ def test_prediction_agrees_with_the_optimal_variance_if_the_variance_is_learned(
 
 
 @pytest.mark.parametrize(
-    ("active", "predicted", "warned"), [(16, 16, False), (8, 16, False), (7, 16, True), (0, 0, True)]
+    ("active", "predicted", "warned"), [(16, 16, False), (8, 16, False), (7, 16, True), (0, 0, True), (3, 0, False)]
 )
-def test_warning_appears_if_fewer_than_half_of_the_predicted_latents_are_active(
+def test_warning_appears_if_no_latent_or_fewer_than_half_of_the_predicted_latents_are_active(
     active: int, predicted: int, warned: bool
 ) -> None:
     assert (collapse_warning(active, predicted, 16) is not None) is warned
