@@ -62,7 +62,7 @@ class Calibration(nn.Module):
         return (at_least + 1).to(score.dtype) / (n + 1)
 
     def threshold(self, alpha: float) -> Tensor:
-        """Return the score above which p <= alpha, a scalar. If alpha < 1 / (n + 1), it comes from the fitted tail."""
+        """Return the score above which p <= alpha, a scalar. If alpha < 1 / (n + 1), it is from the fitted tail."""
         n = self.scores.shape[0]
         allowed = int(alpha * (n + 1) + 1e-6) - 1  # p <= alpha if at most this many calibration scores are >= the score
         if allowed >= 0:
@@ -82,7 +82,7 @@ class Calibration(nn.Module):
         return torch.where(score > threshold, above, ratio.clamp(max=1.0))
 
     def _surprisal_at(self, score: Tensor) -> Tensor:
-        """Return the surprisal [B] of scores [B]: minus the log of the probability that a normal row scores higher.
+        """Return the surprisal [B] of scores [B]: minus the log of the probability that a normal row scores as high.
 
         The result increases continuously with the score, and is exact at the calibration scores.
         """

@@ -16,11 +16,11 @@ import numpy.typing as npt
 Period = Literal["day", "week"]
 PERIODS: tuple[Period, ...] = get_args(Period)
 SECONDS: dict[Period, int] = {"day": 86_400, "week": 7 * 86_400}
-HARMONICS = 3  # per period; a shape that changes faster than in about three hours of a day is smoothed
+HARMONICS = 3  # per period: 24, 12 and 8 hours for the day; shapes that change faster are smoothed
 PRODUCTS = (2, 4)  # the first 2 columns of the day times the first 4 of the week: days of the week may differ in shape
-FIRST_YEAR, LAST_YEAR = 1970, 2100  # the offsets of other years are those of the nearest of these years
+FIRST_YEAR, LAST_YEAR = 1970, 2100  # offsets are known between the beginnings of these years, and constant outside
 
-_ANGLES = 2 * np.pi * np.arange(1, HARMONICS + 1)  # per turn
+_ANGLES = 2 * np.pi * np.arange(1, HARMONICS + 1)  # radians of each harmonic in one period
 _WEEK = 1 + 2 * HARMONICS  # the first column of the week, if there are columns of the day
 
 Floats = npt.NDArray[np.float64]
@@ -48,7 +48,7 @@ def encode(local: Floats, periods: Sequence[Period]) -> Floats:
     found = np.empty((len(local), columns(periods)))
     found[:, 0] = 1.0
     lengths = np.array([SECONDS[period] for period in periods], np.float64)  # [P]
-    turns = np.remainder(local[:, None], lengths) / lengths  # [B, P], share of the period that has passed
+    turns = np.remainder(local[:, None], lengths) / lengths  # [B, P], share of each period that has passed
     angles = (turns[:, :, None] * _ANGLES).reshape(len(local), -1)  # [B, 3 P]
     end = 1 + 2 * HARMONICS * len(periods)
     found[:, 1:end:2] = np.cos(angles)
@@ -109,7 +109,7 @@ def offsets_of_zone(name: str) -> tuple[Floats, Floats]:
     for start in range(first, last, day):
         if offset_at(start + day) == offsets[-1]:
             continue
-        low, high = start, start + day  # the offset changes after low, at high or before
+        low, high = start, start + day  # the offset changes after low, and no later than high
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if offset_at(middle) == offsets[-1] else (low, middle)

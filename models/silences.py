@@ -11,8 +11,10 @@ import numpy.typing as npt
 
 from models.policy_rules import DAYS, Silence
 
-BLOCK = 900  # seconds; no time zone changes its offset within a quarter of an hour
-DAY = 86_400
+# Seconds. Time zones change their offset at the beginning of a quarter of an hour. A change at another minute, as in
+# Antarctica/Casey in 2022 (16:01 UTC), is taken to happen up to a quarter of an hour later.
+BLOCK = 900
+DAY = 86_400  # seconds
 Mask = npt.NDArray[np.bool_]
 _EPOCH = date(1970, 1, 1)
 _EPOCH_WEEKDAY = 3  # 1 January 1970 was a Thursday
@@ -32,7 +34,7 @@ class Silences:
         self._silences = [_Clock(silence) for silence in silences]
 
     def estimate_ns(self, rows: int) -> float:
-        """Return the estimated time that `hold` takes for so many rows, in nanoseconds."""
+        """Return the estimated time that `hold` takes for `rows` rows, in nanoseconds."""
         return (50_000 + 3_000 * rows) * len(self._silences)
 
     def hold(
@@ -41,7 +43,7 @@ class Silences:
         """Return for which rows a silence holds, [N].
 
         Args:
-            times: [N] in Unix seconds; a row whose time is NaN, or every row if there are no times, is of `now`.
+            times: [N] in Unix seconds. A row without a time (NaN), or every row if this is None, gets the time `now`.
             groups: [N], with None for a row without a group; None if no row has one.
             rows: the number N.
             now: Unix seconds.
@@ -54,7 +56,7 @@ class Silences:
 
 
 class _Clock:
-    """One silence, with its times as numbers."""
+    """One silence, with its times as seconds after midnight and its dates as days since 1 January 1970."""
 
     def __init__(self, silence: Silence) -> None:
         self._zone = ZoneInfo(silence.zone)
@@ -66,6 +68,7 @@ class _Clock:
         self._last = np.inf if silence.last is None else (silence.last - _EPOCH).days
 
     def hold(self, seconds: npt.NDArray[np.float64], groups: Sequence[str | None] | None) -> Mask:
+        """Return for which rows [N] the silence holds, given their times in Unix seconds [N] and their groups [N]."""
         blocks, places = np.unique(seconds // BLOCK, return_inverse=True)
         offsets = np.array([_offset_in_block(self._zone, block) for block in blocks.tolist()])
         local = seconds + offsets[places]
@@ -89,10 +92,10 @@ class _Clock:
 
 @lru_cache(maxsize=10_000)
 def _offset_in_block(zone: ZoneInfo, block: float) -> float:
-    """Return the offset of the zone from UTC, in seconds, in a quarter of an hour."""
+    """Return the offset of the zone from UTC, in seconds, at the beginning of block number `block` since 1970."""
     try:
         offset = datetime.fromtimestamp(block * BLOCK, UTC).astimezone(zone).utcoffset()
-    except (ValueError, OverflowError, OSError):  # before the year 1 or after the year 9999
+    except (ValueError, OverflowError, OSError):  # the block is before the year 1 or after the year 9999
         return 0.0
     return 0.0 if offset is None else offset.total_seconds()
 

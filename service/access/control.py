@@ -21,10 +21,10 @@ from service.errors import BadRequest, Forbidden, Unauthorized
 from service.shared_memory import SharedCounters
 
 log = logging.getLogger("elbo.access_control")
-MAX_VALUE_BYTES = 256  # number of bytes of a value that are hashed; no valid key is longer
+MAX_VALUE_BYTES = 256  # only so many bytes of a value are hashed; no valid key is longer
 NAMES_OF_HEADERS = (b"authorization", b"x-api-key")
 _BEARER = b"bearer "
-_NO_VALUE = bytes(48)  # hashed if a request has no key, so that its check takes as long as that of a key
+_NO_VALUE = bytes(48)  # hashed in place of a missing key, so that both checks take equally long
 _ABSENT = (
     "the request has no API key",
     "send the header Authorization: Bearer KEY, or X-API-Key: KEY",
@@ -77,7 +77,7 @@ class GrantedKey:
             self.limits.enter()
 
     def leave(self, rows: int) -> None:
-        """Count the end of a request that `enter` has counted, and `rows` of its rows."""
+        """Count the end of a request that `enter` has counted, and those `rows` of it that are not counted yet."""
         if self.limits:
             self.limits.leave()
             self.limits.count_rows(rows)
@@ -117,7 +117,9 @@ class AccessControl:
         self._stamp = _stamp(path)
         self._use(key_file.read(path))
         if not self._by_hash:
-            log.warning("%s has no API keys: all requests except probes are refused; add one with elbo key add", path)
+            log.warning(
+                "%s has no API keys, so every request that needs a key is refused: add one with elbo key add", path
+            )
 
     def find(self, headers: Mapping[bytes, bytes]) -> GrantedKey:
         """Return the key of a request.
@@ -159,7 +161,7 @@ class AccessControl:
             log.info("read the API keys again", extra={"fields": {"file": str(self._path), "keys": len(keys)}})
 
     async def refresh_limits(self) -> None:
-        """Update the limits with the requests and rows that other processes have counted."""
+        """Update the limits with the requests and rows that all processes have counted."""
         if self._counters.has_other_processes:
             for limits in self._limits:
                 limits.refresh()

@@ -1,8 +1,8 @@
 """The limits of one API key: requests per second, rows per second, and requests at once.
 
 Each worker process counts in shared memory, and applies the limits to the sum of all counts, so a limit holds for the
-whole server. A worker reads the sum at each request of the key, and every REFRESH_SECONDS. No locks are used, so a
-limit may be exceeded:
+whole server. A worker reads the sum at each request of the key, and if there are several workers also every
+REFRESH_SECONDS. No locks are used, so a limit may be exceeded:
 
 - by one request per worker, if requests reach several workers at the same moment;
 - by the requests of REFRESH_SECONDS, if the requests of a key move to another worker;
@@ -29,8 +29,8 @@ class Bucket:
 
     Args:
         rate: tokens per second.
-        burst: most tokens in the bucket. It is full at first.
-        used: how many tokens all processes have taken out so far.
+        burst: largest number of tokens in the bucket, which is full at first.
+        used: number of tokens that all processes have taken out so far.
         now: the time on the `perf_counter` clock.
     """
 
@@ -44,7 +44,7 @@ class Bucket:
         self._now = now
 
     def level(self, used: float, now: float) -> float:
-        """Return the number of tokens at the time `now`, when all processes have taken out `used` tokens so far."""
+        """Update and return the number of tokens at the time `now`, when all processes have taken out `used` so far."""
         level = self._level + (now - self._now) * self.rate - (used - self._used)
         self._level, self._used, self._now = min(self.burst, level), used, now
         return self._level
@@ -61,7 +61,7 @@ class Bucket:
 
     @property
     def last_level(self) -> float:
-        """The number of tokens after the last call."""
+        """The number of tokens after the last call of `level` or `take_one`."""
         return self._level
 
 
@@ -114,7 +114,7 @@ class KeyLimits:
         self._own_counts[_ROWS] += rows
 
     def may_send_rows(self) -> bool:
-        """Return whether the rows that the key has sent so far are within its limit."""
+        """Return whether the limit lets the key send rows now: its bucket has a token left, or there is no limit."""
         return self._rows is None or self._rows.level(self._used(_ROWS), perf_counter()) > 0
 
     def refresh(self) -> None:

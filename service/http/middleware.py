@@ -25,12 +25,13 @@ class RequestMiddleware:
     """The ASGI middleware that every request passes through.
 
     It calls the `handlers` of POST requests directly, without FastAPI. FastAPI would spend time on its middleware
-    stack, router, dependency resolution and response validation, and inference uses none of these four. What a request
-    costs: benchmarks/serving/request_cost.py.
+    stack, router, dependency resolution and response validation, and inference uses none of these four.
+    `benchmarks/serving/request_cost.py` measures the time per request.
 
     Args:
         app: the application that handles all requests without an entry in `handlers`.
-        handlers: the handlers of POST requests by path, or by route for requests of the Open Inference Protocol.
+        handlers: the handlers of POST requests, by path. For the Open Inference Protocol, by route: the path with names
+            and versions of models replaced by placeholders.
         metrics: counts the requests.
         access: logs the requests.
         limits: limits on request bodies.
@@ -116,6 +117,7 @@ class RequestMiddleware:
             _check_access(self._keys, request, path)
 
     async def _pass_on(self, request: RequestContext) -> None:
+        """Let the application handle the request."""
         scope = scope_with_request(request)
         if scope["method"] == "HEAD":  # handled like GET: the server omits the body
             scope["method"] = "GET"

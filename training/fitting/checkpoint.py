@@ -15,7 +15,7 @@ from models.staging import PREFIX, staging_folder
 from training.errors import FitError
 
 FILE_NAME = "checkpoint.pt"
-FOLD = "fold-"  # a folder with the checkpoint of a fold has a name that starts with this
+FOLD = "fold-"  # prefix of the folders with the checkpoints of folds
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class CheckpointStore:
         return replace(store, resume=self.resume and store.belongs_to_run())
 
     def exists(self) -> bool:
-        """Return whether there is a checkpoint to resume from."""
+        """Return whether there is a checkpoint file, of any run."""
         return self.path.is_file()
 
     def belongs_to_run(self) -> bool:
@@ -61,7 +61,7 @@ class CheckpointStore:
         return True
 
     def is_finished(self) -> bool:
-        """Return whether the checkpoint is the last one of this run: its networks are trained to the end."""
+        """Return whether this run has a checkpoint with networks that are trained to the end."""
         try:
             return bool(self.load().get("finished"))
         except FitError:
@@ -110,10 +110,10 @@ class CheckpointStore:
         return state
 
     def remove(self) -> None:
-        """Delete the checkpoint, and its folder if empty. Errors are ignored: the published model needs neither.
+        """Delete the checkpoint and those of its folds, and each folder that is then empty.
 
-        Parts of checkpoints that killed processes of earlier releases left in the folder are deleted, too, and so are
-        the checkpoints of folds.
+        Also delete parts of checkpoints that killed processes of earlier releases left in these folders. Ignore errors:
+        the published model does not need this.
         """
         for folder in self.folder.glob(f"{FOLD}*/"):
             replace(self, folder=folder).remove()
@@ -129,7 +129,8 @@ def claim(folder: Path) -> Iterator[bool]:
     """Reserve `folder` for this process while the context lasts. Yield false if another process has reserved it.
 
     Before that, delete the parts of checkpoints that killed runs left in `folder` and in the folders in it. The lock is
-    on the folder itself and ends with the process. Yield true if the file system has no locks.
+    on the folder itself and ends with the process. Yield true, too, if the folder cannot be opened or the file system
+    has no locks.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -37,6 +37,8 @@ class LossVAE(Protocol):
 class VAEGivenConditions:
     """A conditional VAE with the conditions of one batch of rows. Its methods take rows and latents without conditions.
 
+    In shapes, L is the number of latents, and C the number of levels of all columns of conditions together.
+
     Args:
         vae: the VAE.
         condition: one-hot, [B, C].
@@ -57,7 +59,11 @@ class VAEGivenConditions:
 
 
 def for_losses(vae: VAE, x: Tensor) -> tuple[LossVAE, Tensor]:
-    """Return a VAE and rows [B, D] as the losses take them. If `vae` is conditional, x is [B, D + C], else [B, D]."""
+    """Return a VAE and rows [B, D] as the losses take them.
+
+    Args:
+        x: rows [B, D]; for a conditional VAE, rows with their conditions, [B, D + C].
+    """
     if isinstance(vae, ConditionalVAE):
         return VAEGivenConditions(vae, x[:, vae.width :]), x[:, : vae.width]
     return vae, x
@@ -157,18 +163,18 @@ def squared_error_terms(autoencoder: Autoencoder, x: Tensor, corrupted: Tensor |
 
 
 def weight_penalty(model: nn.Module) -> Tensor:
-    """Return the sum of the squares of all weights except biases."""
+    """Return the sum of the squares of all parameters of two or more dimensions, so without biases."""
     squares = [parameter.square().sum() for parameter in model.parameters() if parameter.dim() > 1]
     return torch.stack(squares).sum()
 
 
 def corrupt(x: Tensor, noise_range: tuple[float, float], masking: float, random: torch.Generator) -> Tensor:
-    """Return x [B, D] with Gaussian noise added and some features set to 0.
+    """Return x [B, D] with Gaussian noise added and some values set to 0.
 
     Args:
-        noise_range: smallest and largest standard deviation, in model units. The standard deviation of
-            each row is drawn log-uniformly between the two. (0, 0) adds no noise.
-        masking: probability that a feature is set to 0.
+        noise_range: smallest and largest standard deviation, in model units. The standard deviation of each row is
+            drawn log-uniformly between the two, or uniformly if the smallest is 0. (0, 0) adds no noise.
+        masking: probability that a value is set to 0.
         random: a CPU generator.
     """
     low, high = noise_range

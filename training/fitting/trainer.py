@@ -1,7 +1,7 @@
 """The training loop: minibatch gradient descent with validation, early stopping, checkpoints and several processes.
 
 - After every epoch, the model is validated on the held-out rows. Either the best or the last weights are kept.
-- If the loss becomes NaN or infinite, training stops and keeps the best model so far.
+- If the loss becomes NaN or infinite, training stops and keeps the weights of the best or the last epoch before.
 - A killed run can resume from its checkpoint, and then ends with exactly the weights of an uninterrupted run.
 - Several processes that share the batches compute the same weights as a single process, up to rounding.
 """
@@ -28,7 +28,7 @@ from training.fitting.objectives import Objective
 from training.progress import Reporter
 from training.random_streams import NOISE, VALIDATION, random_stream
 
-DEFAULT_STEPS = 3_000  # default number of steps; more steps do not improve the demonstration models
+DEFAULT_STEPS = 3_000  # optimiser steps; more steps do not improve the demonstration models
 MIN_EPOCHS, MAX_EPOCHS = 10, 400  # limits of the default number of epochs
 DEFAULT_LEARNING_RATE = 1e-3
 MAX_GRADIENT_NORM = 1000.0  # far above the norm in a healthy step, so only exploding gradients are clipped
@@ -117,7 +117,8 @@ class Trainer:
         """Train to the end. Leave the model in evaluation mode, with the weights to publish.
 
         Raises:
-            FitError: the loss became NaN or infinite before the first epoch ended, or the checkpoint is unusable.
+            FitError: the loss became NaN or infinite before the first epoch ended (with a warm-up: the first epoch that
+                ends after it), or the checkpoint is unusable.
         """
         if self._checkpoints and self._checkpoints.resume:
             self._restore(self._checkpoints.load())
@@ -125,7 +126,7 @@ class Trainer:
         with _delay_interrupt() as interrupted:
             self._reporter.start(f"{self._config.name} ({self._config.model})", self._steps)
             self._train_steps(interrupted)
-        if self._checkpoints:  # the statistics that follow may take long, and the run may be killed meanwhile
+        if self._checkpoints:  # the run may be killed while the statistics that follow are computed
             self._save_checkpoint(self._checkpoints, finished=True)
         if self._best is not None:
             self._model.load_state_dict(self._best)
@@ -152,7 +153,7 @@ class Trainer:
                 raise KeyboardInterrupt
 
     def _train_step(self) -> bool:
-        """Make one optimiser step. Return False, and change nothing, if the loss or its gradient is not finite."""
+        """Make one optimiser step. Return False, and leave the weights, if the loss or its gradient is not finite."""
         epoch, step_in_epoch = divmod(self._step, self._steps_per_epoch)
         if step_in_epoch == 0:
             self._term_sums = []
@@ -205,6 +206,7 @@ class Trainer:
         return cast(list[float], values.tolist())
 
     def _all_reduce_gradients(self) -> None:
+        """Replace the gradients of this process by their sums over all processes."""
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -240,7 +242,7 @@ class Trainer:
         self._epochs_without_gain = 0 if better else self._epochs_without_gain + 1
 
     def _keep_weights(self) -> None:
-        """Keep a copy of the weights. An epoch of a small table takes as long as new tensors would: reuse the old."""
+        """Copy the weights to `_best`. Reuse its tensors: new ones would take as long as an epoch of a small table."""
         weights = self._model.state_dict()
         if self._best is None:
             self._best = copy.deepcopy(weights)
@@ -261,12 +263,14 @@ class Trainer:
         return self._config.patience is not None and self._epochs_without_gain > self._config.patience
 
     def _report_bad_loss(self) -> None:
+        """Report that the loss is not finite. Raise FitError if there are no weights to publish."""
         epoch = self._step // self._steps_per_epoch + 1
         message = f"the loss became NaN or infinite at step {self._step + 1}, in epoch {epoch}"
         if self._best is None:
             raise FitError(f"{message}: lower --learning-rate")
         self._reporter.note(
-            f"warning: {message}: training stopped, and the best model so far is kept; lower --learning-rate"
+            f"warning: {message}: training stopped, and the weights of the {self._config.kept or 'best'} epoch before "
+            "it are kept; lower --learning-rate"
         )
 
     def _save_checkpoint(self, checkpoints: CheckpointStore, *, finished: bool = False) -> None:
@@ -284,6 +288,7 @@ class Trainer:
             )
 
     def _state(self) -> dict[str, Any]:
+        """Return the state of the run, which `_restore` takes."""
         return {
             "step": self._step,
             "model": self._model.state_dict(),
