@@ -10,6 +10,7 @@ export function fixed(value, digits = 2) {
 
 /** `value` with four significant digits; scientific notation for very large and very small numbers. */
 export function number(value) {
+  if (typeof value === "string") return value; // the level of a column of text
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   if (value === 0) return "0";
   const size = Math.abs(value);

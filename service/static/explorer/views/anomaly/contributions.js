@@ -25,7 +25,9 @@ function contributionTable(model, result, onselect) {
   const largest = Math.max(1e-12, ...listed.map((feature) => Math.abs(feature.contribution)));
   const hasOnsets = listed.some(({ lag }) => lag !== undefined);
   const tableRow = ({ name, value, expected, contribution, lag, since }) => {
-    const index = model.features.findIndex((feature) => feature.name === name);
+    // A column of text has a feature per level; the first of them stands for the column.
+    const isOf = (feature) => feature.name === name || feature.name.startsWith(`${name}=`);
+    const index = model.features.findIndex(isOf);
     const unit = model.features[index]?.unit;
     const share = Math.abs(contribution) / largest;
     return h(
