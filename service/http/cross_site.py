@@ -14,7 +14,8 @@ from collections.abc import Collection, Mapping
 from service.codec.request_body import JSON, media_type_of
 from service.errors import BadRequest, UnsupportedMediaType
 
-OPEN_PATHS = ("/livez", "/readyz")  # probes send the address of the container as Host
+# Probes send the address of the container as Host.
+OPEN_PATHS = ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready")
 _PORT = re.compile(r":\d*$")
 
 

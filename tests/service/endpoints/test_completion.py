@@ -218,14 +218,14 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     publish_windowed(root, "pca", "window")
     encoder, decoder = torch.nn.Linear(builders.D, 2), torch.nn.Linear(2, builders.D)
     module = torch.nn.ModuleDict({"encoder": encoder, "decoder": decoder})
-    rows, layer = np.random.RandomState(0).normal(size=(120, builders.D)), torch.nn.Linear(800, 800)
+    normal, layer = np.random.RandomState(0).normal(size=(120, builders.D)), torch.nn.Linear(800, 800)
     slow = torch.nn.Sequential(torch.nn.Linear(builders.D, 800), *[layer] * 24, torch.nn.Linear(800, 2))
     for name, network in (
         ("adopted", module),
         ("reconstructs", torch.nn.Sequential(encoder, decoder)),
         ("slow", torch.nn.ModuleDict({"encoder": slow, "decoder": decoder})),
     ):
-        adopt(network, rows, name=name, artifacts=root, feature_names=names)
+        adopt(network, normal, name=name, artifacts=root, feature_names=names)
     with running(create_app(Settings(artifacts=root, default_model="earlier", log_level="warning"))) as client:
         yield client
 

@@ -81,7 +81,7 @@ def test_request_for_another_host_is_refused(named: httpx.Client, path: str, hos
 def test_post_for_another_host_is_refused_and_probes_are_answered(named: httpx.Client) -> None:
     response = named.post("/sample", json={"n": 1}, headers={"host": "evil.example"})
     assert response.status_code == 400
-    for path in ("/livez", "/readyz"):
+    for path in ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready"):
         assert named.get(path, headers={"host": "10.0.0.7:8000"}).status_code == 200
 
 
