@@ -48,6 +48,7 @@ def adopt(
     images: bool | None = None,
     seed: int = 0,
     key: "PrivateKey | str | os.PathLike[str] | None" = None,
+    replace_features: bool = False,
     progress: bool = False,
 ) -> Model:
     """Publish a network that was trained elsewhere as the next version of `name`, and return it.
@@ -75,12 +76,14 @@ def adopt(
         images: whether rows are images; by default, this is recognised by their shape and values.
         seed: seed of the split of the rows and of the fit of the prior.
         key: signs the artifact: a private key, or the path of one (`elbo keygen`).
+        replace_features: publish even if the newest version of this name has other features.
         progress: write the stages and the notes to standard error.
 
     Raises:
         AdoptionError: the module, the scaler or the rows cannot become an artifact. The message says why. Nothing is
             published.
-        DataError: the rows, or the file of the network, cannot be read.
+        DataError: the rows, or the file of the network, cannot be read; or the newest version of this name has other
+            features, and `replace_features` is false.
         ArtifactUnwritable: the model cannot be written to `artifacts`.
     """
     rows, names = _rows(calibration_rows, None)
@@ -113,6 +116,7 @@ def adopt(
         source="data",
         seed=seed,
         key=read_private_key(Path(key)) if isinstance(key, str | os.PathLike) else key,
+        replace_features=replace_features,
         report=report,
     )
     for note in report.notes:

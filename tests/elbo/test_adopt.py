@@ -17,7 +17,7 @@ import elbo
 from elbo.errors import ElboWarning, NotSupportedError
 from models.errors import ArtifactUntrusted
 from models.keys import create_key
-from training.errors import AdoptionError
+from training.errors import AdoptionError, DataError
 
 pytestmark = pytest.mark.slow
 
@@ -197,3 +197,12 @@ def test_arguments_that_do_not_fit_raise_an_error_and_publish_nothing(
     with pytest.raises(AdoptionError, match=message):
         elbo.adopt(**{"module": Linear(), "name": "web", "artifacts": tmp_path, **arguments})
     assert not list(tmp_path.rglob("model.pt"))
+
+
+def test_model_with_other_features_than_the_served_version_is_published_only_if_asked_for(tmp_path: Path) -> None:
+    elbo.adopt(Linear(), NORMAL, name="web", artifacts=tmp_path, feature_names=NAMES)
+    other = ["a", "b", "c", "d", "memory"]
+    with pytest.raises(DataError, match=r"data has other features than web@1 .*lacks e.*set replace_features"):
+        elbo.adopt(Linear(), NORMAL, name="web", artifacts=tmp_path, feature_names=other)
+    model = elbo.adopt(Linear(), NORMAL, name="web", artifacts=tmp_path, feature_names=other, replace_features=True)
+    assert (model.path.parent.name if model.path else None, model.feature_names) == ("2", other)

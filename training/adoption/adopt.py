@@ -34,6 +34,7 @@ from training.fitting.latents import describe_latents
 from training.fitting.pca import spectrum_from_moments
 from training.fitting.prepared_data import MAX_COVARIANCE_FEATURES, SPECTRUM_SIZE, PreparedData
 from training.progress import Reporter, SilentReporter
+from training.publishing.compatibility import IN_PYTHON, refuse_other_features
 from training.publishing.exhibits import make_exhibits
 from training.publishing.onnx_export import export
 from training.publishing.publish import describe_data, describe_features, software_versions
@@ -61,6 +62,7 @@ def adopt(
     source: str = "rows in memory",
     seed: int = 0,
     key: PrivateKey | None = None,
+    replace_features: bool = True,
     report: Reporter | None = None,
 ) -> Path:
     """Publish a trained module as an artifact. Return the path of the artifact.
@@ -98,9 +100,11 @@ def adopt(
         source: where the rows come from, for the manifest.
         seed: seed of the split of the rows and of the fit of the prior.
         key: signs the artifact.
+        replace_features: publish even if the newest version of `name` has other features.
         report: receives the progress and the notes.
 
     Raises:
+        DataError: the newest version of `name` has other features, and `replace_features` is false.
         AdoptionError: the module or the rows cannot become an artifact. Nothing is published.
         ArtifactUnwritable: the model cannot be written to `artifacts`. This is checked first.
     """
@@ -117,6 +121,8 @@ def adopt(
         source=source,
         seed=seed,
     )
+    if not replace_features:
+        refuse_other_features(data.table, artifacts, name, IN_PYTHON)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # results then do not depend on the number of cores
     try:

@@ -10,19 +10,23 @@ from training.data.layout import PIXEL_RANGES
 from training.data.table import Table
 from training.errors import DataError
 
+ON_COMMAND_LINE = "choose another --name, or add --replace-features"
+IN_PYTHON = "choose another name, or set replace_features"
 
-def refuse_other_features(table: Table, root: Path, name: str) -> None:
+
+def refuse_other_features(table: Table, root: Path, name: str, advice: str = ON_COMMAND_LINE) -> None:
     """Check that a model trained on `table` takes the same rows as the newest readable version of model `name`.
+
+    Args:
+        table: training data.
+        root: artifact folder.
+        name: name of the model.
+        advice: what to do if the features differ.
 
     Raises:
         DataError: clients that send rows to `name` would get errors or wrong responses.
     """
-    _refuse(
-        Rows(table.source, list(table.shape), table.names, table.units, table.pixel_range),
-        root,
-        name,
-        "choose another --name, or add --replace-features",
-    )
+    _refuse(Rows(table.source, list(table.shape), table.names, table.units, table.pixel_range), root, name, advice)
 
 
 def refuse_other_manifest(manifest: Manifest, root: Path, name: str) -> None:
@@ -33,7 +37,7 @@ def refuse_other_manifest(manifest: Manifest, root: Path, name: str) -> None:
     """
     names, units = [each.name for each in manifest.features], [each.unit for each in manifest.features]
     rows = Rows("the model", manifest.shape, names, units, manifest.pixel_range)
-    _refuse(rows, root, name, "choose another name, or set replace_features")
+    _refuse(rows, root, name, IN_PYTHON)
 
 
 class Rows(NamedTuple):
