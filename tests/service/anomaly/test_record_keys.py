@@ -221,9 +221,11 @@ def test_words_in_cells_have_the_same_meaning_over_http_and_for_elbo_score(tmp_p
     expected = [json.loads(line) for line in scored.stdout.splitlines()]
     with running(create_app(Settings(artifacts=tmp_path / "a", backend="torchscript"))) as client:
         content = post(client, (path.read_bytes(), CSV)).json()
-        mixed = post(client, (b"load,fan,temp\n0,yes,1\n0,3,1\n0,no,1\n", CSV)).json()
+        mixed = post(client, (b"load,fan,temp\nyes,1,1\n3,1,1\nno,1,1\n", CSV)).json()
+        of_fan = post(client, (b"load,fan,temp\n0,yes,1\n0,3,1\n0,no,1\n", CSV)).json()
     assert (content["rows"], content["failed"]) == (120, 0)
     assert [r["score"] for r in content["results"]] == pytest.approx([r["score"] for r in expected], rel=1e-4, abs=1e-4)
+    assert of_fan["failed"] == 0  # fan was 0 and 1 in training, so its words are numbers
     assert [error["detail"] for error in mixed["errors"]] == [
         "expected a number, got true",
         "expected a number, got false",

@@ -132,7 +132,8 @@ def test_truncated_npy_body_gives_invalid_npy(client: httpx.Client, path: str) -
 @pytest.mark.parametrize(
     ("path", "body", "pointer", "words"),
     [
-        ("/encode", {}, "/inputs", "missing"),
+        ("/decode", {}, "/latents", "missing"),
+        ("/encode", {}, None, "records"),
         ("/decode", {"inputs": [[1]]}, "/latents", "missing"),
         ("/encode", {"inputs": [ROW], "sed": 1}, "/sed", "did you mean seed?"),
         ("/encode", {"inputs": [ROW], "model": "vae"}, "/model", "?model=name"),
