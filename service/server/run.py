@@ -38,7 +38,6 @@ def serve(settings: Settings) -> None:
         ElboError: the address or the device is not available, or the artifact folder is a file.
     """
     standard_streams.reserve()
-    loading = torch_start.load_libraries()
     Hangup.handle(lambda: None)  # until the server can reload, SIGHUP does nothing
     logs.configure(settings.log_level, settings.log_format)
     logs.redirect_streams()
@@ -60,12 +59,9 @@ def serve(settings: Settings) -> None:
     with bind(settings.host, settings.port) as listener:
         require_keys_if_public(listener, settings)
         with without_collection():
-            importlib.import_module(
-                "fastapi"
-            )  # needs no torch: it is imported while the thread loads torch's libraries
-            torch_start.defer_modules()
-            if loading:
-                loading.join()  # the trial process is forked from a process with one thread
+            with torch_start.loading_libraries():
+                importlib.import_module("fastapi")  # needs no torch
+                torch_start.defer_modules()
             from service.server.trials import start_trials
         trials = start_trials(settings)  # before torch starts threads, here or in a worker
         with without_collection():

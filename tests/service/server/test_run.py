@@ -421,7 +421,7 @@ def test_registry_loads_every_artifact_if_the_model_classes_and_training_are_abs
     shutil.copytree(ROOT / "service", tmp_path / "service", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "models").mkdir()
     contract = "__init__ errors columns pixels manifest versions artifact staging keys signatures trial inspection"
-    in_time = "timestamps baseline feature_baseline season silences policy_rules explanation onset windows"
+    in_time = "timestamps baseline feature_baseline season silences policy_rules explanation onset windows categories"
     checks = "allowed_code archive_check code_check onnx_check pickle_check"
     for module in f"{contract} {in_time} {checks}".split():
         shutil.copy(ROOT / "models" / f"{module}.py", tmp_path / "models")

@@ -14,12 +14,12 @@ pytestmark = pytest.mark.slow
 
 PROGRAM = """
 import sys
+import threading
 from service.server import torch_start
 
-thread = torch_start.load_libraries()
-assert thread is not None
-thread.join(60)
-assert not thread.is_alive()
+with torch_start.loading_libraries():
+    assert threading.active_count() == 2
+assert threading.active_count() == 1
 assert "libtorch_cpu.so" in open("/proc/self/maps").read()
 torch_start.defer_modules()
 torch_start.defer_modules()
@@ -48,7 +48,8 @@ except AttributeError:
     pass
 else:
     raise AssertionError("torch.export has a name that it does not have")
-assert torch_start.load_libraries() is None
+with torch_start.loading_libraries():
+    assert not [thread for thread in threading.enumerate() if thread.name == "torch libraries"]
 print(*deferred)
 """
 
