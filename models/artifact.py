@@ -225,18 +225,24 @@ def weights_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def record_golden(module: torch.jit.ScriptModule, x: Tensor, noise: Tensor, choice: Tensor) -> Golden:
+def record_golden(
+    module: torch.jit.ScriptModule, x: Tensor, noise: Tensor, choice: Tensor, *, must_be_finite: bool = False
+) -> Golden:
     """Return the golden answers: the outputs of `module` for given x [B, D], noise [B, K] and choice [B].
 
     `load` later verifies that the module still gives the same outputs. If the model imputes missing values, x may
     contain NaN, which the manifest stores as null. Outputs that are all NaN, such as `log_weight` of an autoencoder,
     are omitted.
 
+    Args:
+        must_be_finite: refuse a module of which an output other than `log_weight` is not finite. A model that was
+            trained here may overflow: the user was warned, and published it nevertheless.
+
     Raises:
-        ArtifactCorrupt: another output has values that are not finite, so no answer of the module could be verified.
+        ArtifactCorrupt: an output must be finite, and is not.
     """
     computed = compute_outputs(module, x, noise, choice)
-    for name, output in computed.items():
+    for name, output in computed.items() if must_be_finite else ():
         if name != "log_weight" and not bool(output.isfinite().all()):
             raise ArtifactCorrupt(
                 f"{name} of the module gives values that are not finite: check the rows and the weights"

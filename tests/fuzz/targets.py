@@ -62,6 +62,7 @@ def _served() -> ServedModel:
             selectors=selectors,
             manifest=without_times,
             conditions=None,
+            columns=None,
             default_alpha=None,
         ),
     )

@@ -353,7 +353,7 @@ def _publish(
     noise = torch.from_numpy(random.standard_normal((len(rows), pipeline.prior.means.shape[1])).astype(np.float32))
     choice = torch.from_numpy(random.uniform(size=len(rows)).astype(np.float32))
     try:
-        golden = artifact.record_golden(module, rows, noise, choice)
+        golden = artifact.record_golden(module, rows, noise, choice, must_be_finite=True)
     except ArtifactError as error:
         raise AdoptionError(
             f"the artifact of the module cannot be verified, so it is not published: {error}"
