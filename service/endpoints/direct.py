@@ -418,11 +418,8 @@ class DirectInference:
         job = self._read(request, plan, is_queued=False)
         if job is None:
             return False
-        try:
-            self._admission.hold_bytes(len(request.sent))
-        except ServiceError:
+        if not self._take_place(request):
             return False
-        self._admission.requests.add(1)
         self._submit(job)
         return True
 
@@ -452,13 +449,19 @@ class DirectInference:
         """Let a request wait until there is time to read its body. Return false if it is refused."""
         if self._admission.refusal(rows=1):
             return False
+        if not self._take_place(request):
+            return False
+        self._waiting.append(request)
+        self._schedule_start()
+        return True
+
+    def _take_place(self, request: DirectRequest) -> bool:
+        """Count a request and the memory of its body. Return false if there is no room for the body."""
         try:
             self._admission.hold_bytes(len(request.sent))
         except ServiceError:
             return False
         self._admission.requests.add(1)
-        self._waiting.append(request)
-        self._schedule_start()
         return True
 
     def _schedule_start(self) -> None:

@@ -21,7 +21,7 @@ LATENT_OUTPUTS = ("mean", "std")
 
 
 class Weights(nn.Module):
-    """The weights and the constants of a scripted module, with the same names, as a module of Python.
+    """The weights and the constants of a scripted module under the same names, as a Python module.
 
     Args:
         script: the scripted module, on the CPU.

@@ -126,5 +126,5 @@ class InferenceAnswer(ProtocolBody):
     model_name: str
     model_version: str
     id: str | None = Field(None, description="the id of the request")
-    parameters: Parameters = Field(None, description="of `NAME:sample`: the `seed` that was used")
+    parameters: Parameters = Field(None, description="for `NAME:sample`: the `seed` of the samples")
     outputs: list[InferenceOutput]
