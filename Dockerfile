@@ -28,12 +28,16 @@ RUN pip --python /opt/elbo/bin/python install --no-cache-dir --no-deps --target 
 
 # The server listens on every interface, so it starts only with API keys (ELBO_API_KEYS_FILE) or with ELBO_INSECURE=1.
 # The user is numeric, so that an orchestrator can verify that it is not root. It can write to /artifacts and /state only.
+# Another user works, too: OpenShift runs images as any user of group 0, and SageMaker as root.
 FROM base AS serve-packages
-RUN useradd --uid 10001 --no-create-home --home-dir /tmp elbo && install --directory --owner elbo --group elbo /artifacts /state
+RUN useradd --uid 10001 --no-create-home --home-dir /tmp elbo \
+    && install --directory --owner elbo --group root --mode 0775 /artifacts /state
 COPY --from=packages /opt/elbo /opt/elbo
-ENV PYTHONPATH=/opt/source ELBO_HOST=0.0.0.0 ELBO_PORT=8000 ELBO_ARTIFACTS=/artifacts ELBO_RUNS=/artifacts/.runs
+ENV HOME=/tmp PYTHONPATH=/opt/source ELBO_HOST=0.0.0.0 ELBO_PORT=8000 ELBO_ARTIFACTS=/artifacts ELBO_RUNS=/artifacts/.runs
 VOLUME /artifacts
 EXPOSE 8000
+# Inference pipelines of SageMaker choose the port with SAGEMAKER_BIND_TO_PORT if the image has this label.
+LABEL com.amazonaws.sagemaker.capabilities.accept-bind-to-port=true
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s CMD ["python", "-m", "service.healthcheck"]
 ENTRYPOINT ["elbo"]
 CMD ["serve"]

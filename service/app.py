@@ -36,6 +36,7 @@ from service.http.admission import AdmissionControl
 from service.http.cross_site import AllowedHosts
 from service.http.direct import DirectHeads
 from service.http.middleware import RequestMiddleware
+from service.http.platform_routes import PlatformRoutes
 from service.http.protocol import Protocol
 from service.http.refusal import HeadRefusal
 from service.http.request import BodyLimits
@@ -167,9 +168,11 @@ def create_app(
     routes.register(app, endpoints, has_keys=keys is not None)
     app.mount("/static", StaticFiles(directory=STATIC))
     allowed_hosts = AllowedHosts(settings.allowed_hosts.split(",")) if settings.allowed_hosts else None
+    platform = PlatformRoutes(settings.health_route, settings.predict_route, settings.platform == "vertex")
+    platform_handlers = routes.platform_handlers(service, settings)
     entry_point: ASGIApp = RequestMiddleware(
         _router_of(app),
-        handlers=routes.handlers(endpoints),
+        handlers=routes.handlers(endpoints) | platform_handlers,
         metrics=metrics,
         access=access,
         limits=BodyLimits(max_bytes=settings.max_body_bytes, seconds=settings.request_timeout),
@@ -177,6 +180,7 @@ def create_app(
         keys=keys,
         root_path=settings.root_path,
         allowed_hosts=allowed_hosts,
+        platform=platform,
     )
     if settings.cors_origins:
         entry_point = CORSMiddleware(
@@ -187,14 +191,14 @@ def create_app(
             expose_headers=RESPONSE_HEADERS,
         )
     app.middleware_stack = entry_point
-    paths = routes.admission_paths(endpoints)
+    paths = routes.admission_paths(endpoints).union(platform_handlers)
     direct = None
     if keys is None:
         direct = DirectHeads(DirectInference(service, access, allowed_hosts), settings.max_body_bytes)
     app.state.protocol = partial(
         Protocol,
         admission=admission,
-        head_refusal=HeadRefusal(metrics, access, settings.root_path, keys),
+        head_refusal=HeadRefusal(metrics, access, settings.root_path, keys, platform),
         count_closed=metrics.count_closed,
         paths=paths | {settings.root_path + path for path in paths},
         direct=direct,

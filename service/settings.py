@@ -10,6 +10,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from service.platforms import settings_of
+
 # In a namespace with a Service named `elbo`, Kubernetes gives every container the variable ELBO_PORT with such a value,
 # and also ELBO_SERVICE_HOST, ELBO_SERVICE_PORT and ELBO_PORT_80_TCP, which are no settings.
 _SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://", re.IGNORECASE)
@@ -22,6 +24,18 @@ class _EnvironmentWithoutServiceLinks(EnvSettingsSource):
         """Return the value of the variable of `field_name`, the key of the value, and whether the value is JSON."""
         value, key, is_complex = super().get_field_value(field, field_name)
         return (None if _is_service_link(field_name, value) else value), key, is_complex
+
+
+class _PlatformValues(PydanticBaseSettingsSource):
+    """What SageMaker or Vertex AI asks for. It comes before ELBO_*: the image sets ELBO_PORT, for other hosts."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002
+        """Return no value: `__call__` returns all of them."""
+        return None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        """Return the values by name."""
+        return settings_of(os.environ, self.current_state.get("platform"))
 
 
 def _is_service_link(field_name: str, value: str | None) -> bool:
@@ -205,6 +219,17 @@ class Settings(BaseSettings):
         description="TOML file that maps remote-write series to features; without it, each series is read as the "
         "feature of the same name",
     )
+    platform: Literal["auto", "none", "sagemaker", "vertex"] = Field(
+        "auto",
+        description="cloud platform that runs the container. auto recognises Vertex AI by AIP_HTTP_PORT, and SageMaker "
+        "by SAGEMAKER_BIND_TO_PORT or the folder /opt/ml/model. The platform sets the port and the next two settings, "
+        "and, unless ELBO_ARTIFACTS is set, the artifact folder. It also sets ELBO_INSECURE, because it decides itself "
+        "who can reach the container",
+    )
+    health_route: str = Field("", description="another path of /readyz; the platform sets it")
+    predict_route: str = Field(
+        "", description="path to which the platform sends requests for inference; the platform sets it"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level that is logged")
     log_format: Literal["auto", "json", "text"] = Field(
         "auto",
@@ -220,7 +245,7 @@ class Settings(BaseSettings):
         **_: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Return the sources of values: first the arguments, then the environment."""
-        return init_settings, _EnvironmentWithoutServiceLinks(settings_cls)
+        return init_settings, _PlatformValues(settings_cls), _EnvironmentWithoutServiceLinks(settings_cls)
 
     def ignored_variables(self) -> dict[str, str]:
         """Return the environment variables that were ignored because Kubernetes has set them, by name."""
@@ -243,6 +268,13 @@ class Settings(BaseSettings):
         if path and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", path):
             raise ValueError("expected a path such as /elbo, of letters, digits and the characters / . _ ~ -")
         return path
+
+    @field_validator("health_route", "predict_route")
+    @classmethod
+    def _check_route(cls, value: str) -> str:
+        if value and not re.fullmatch(r"/[^\s?#%]*", value):
+            raise ValueError("expected a path such as /predict")
+        return value
 
     @field_validator("cors_origins")
     @classmethod

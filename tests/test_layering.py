@@ -48,7 +48,8 @@ MAY_IMPORT = {
     "elbo.client": "",  # works where only the base dependencies are installed
     "elbo.__main__": "elbo.cli",
     "service.errors": "models.errors",
-    "service.settings": "",
+    "service.platforms": "",
+    "service.settings": "platforms",
     "service.healthcheck": "",
     "service.shared_memory": "",
     "service.freed_memory": "",

@@ -110,6 +110,18 @@ def read_fields(body: bytes, budget: Budget = NO_LIMIT) -> RequestFields:
     return RequestFields({"records": records} if records else {}, may_contain_non_floats=True)
 
 
+def read_rows(body: bytes, budget: Budget = NO_LIMIT) -> Iterator[list[Any] | MalformedRow]:
+    """Yield the values of each line of a CSV without a header. A number is a float, and a missing value None."""
+    for record in _records(body, budget):
+        yield record if isinstance(record, MalformedRow) else [_number(cell) for cell in record]
+
+
+def has_header(body: bytes, budget: Budget = NO_LIMIT) -> bool:
+    """Return whether the first line of a CSV names the columns: whether some of its cells are texts."""
+    first = next(read_rows(body, budget), None)
+    return not isinstance(first, list) or any(type(value) is str for value in first)
+
+
 def _check_header(header: list[str]) -> None:
     if any("\ufffd" in name for name in header):
         raise InvalidCsv("the CSV header is not UTF-8", expected="CSV in UTF-8", hint="save the file in UTF-8")

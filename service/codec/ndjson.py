@@ -13,7 +13,10 @@ from service.codec.row_errors import MalformedRow
 from service.errors import InvalidJson
 
 MEDIA_TYPE = "application/x-ndjson"
-MEDIA_TYPES = (MEDIA_TYPE, "application/ndjson", "application/jsonl", "application/x-jsonlines")
+# The last one is the type of SageMaker.
+MEDIA_TYPES = (
+    MEDIA_TYPE, "application/ndjson", "application/jsonl", "application/x-jsonlines", "application/jsonlines",
+)  # fmt: skip
 _BLANK_LINES = re.compile(rb"\n[ \t\r\n]+")
 SHORT_LINE = 8  # bytes; if the lines of a chunk are shorter on average, most of them may be blank
 _OBJECT = ord("{")

@@ -45,9 +45,18 @@ class AnomalyStream:
     """A request whose rows are scored as they arrive, and whose response has the type `media_type`.
 
     The constructor raises a ServiceError if the query or a header is invalid.
+
+    Args:
+        service: the components of the application.
+        request: the request.
+        media_type: the media type of the response.
+        has_counts: whether the response ends with a line that has the counts.
     """
 
-    def __init__(self, service: ServiceContext, request: RequestContext, media_type: str) -> None:
+    def __init__(
+        self, service: ServiceContext, request: RequestContext, media_type: str, *, has_counts: bool = True
+    ) -> None:
+        self._has_counts = has_counts
         self._service = service
         self._media_type = media_type
         self._request = request
@@ -107,9 +116,10 @@ class AnomalyStream:
                     )
             if rest := splitter.finish():
                 yield await self._score(rest)
-            yield ndjson.dumps(
-                {"model": self._served.name, "version": self._served.version, **self._counts, **self._warning}
-            )
+            if self._has_counts:
+                yield ndjson.dumps(
+                    {"model": self._served.name, "version": self._served.version, **self._counts, **self._warning}
+                )
         except (ClientDisconnect, ClientGone):
             raise  # nobody reads another line
         except Exception as error:  # noqa: BLE001 - a client must not take a broken stream for a complete one

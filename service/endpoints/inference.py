@@ -78,6 +78,7 @@ from service.schemas import (
 )
 
 Array = npt.NDArray[np.float32]
+Spec = RequestSpec[Any, Any]  # the request that a handler accepts instead of its own, from a platform's endpoint
 LATENT_DRAWS = 1024  # number of draws from the prior that the standard deviations of the latents are estimated from
 MAX_STRIP_STEPS = 32  # for up to this many interpolation steps, the image is a single row of tiles
 
@@ -92,9 +93,9 @@ class InferenceEndpoints:
         # For each model, the standard deviations [K] of latents that are drawn from its prior.
         self._deviations: WeakKeyDictionary[ServedModel, Array] = WeakKeyDictionary()
 
-    async def encode(self, request: RequestContext) -> HttpResponse:
+    async def encode(self, request: RequestContext, spec: Spec | None = None) -> HttpResponse:
         """Encode rows: return the posterior mean or a posterior sample, and the posterior standard deviation."""
-        parsed = await parse_request(self._service, request, ENCODE)
+        parsed = await parse_request(self._service, request, spec or ENCODE)
         mean, std = await run_operation(self._service, parsed, operations.ENCODE, parsed.inputs)
         rows = features_of(parsed.served, parsed.inputs)
         imputed = imputed_fields(parsed.served, rows) | await pixel_fields(parsed.served, rows)
@@ -110,15 +111,15 @@ class InferenceEndpoints:
         latents = await run_in_thread_if_long(draw, mean.size * offload.NORMAL, frees_lock=True)
         return await render_response(parsed, {"latents": latents, "std": std, "seed": seed, **imputed}, latents)
 
-    async def decode(self, request: RequestContext) -> HttpResponse:
+    async def decode(self, request: RequestContext, spec: Spec | None = None) -> HttpResponse:
         """Decode latents to rows."""
-        parsed = await parse_request(self._service, request, DECODE)
+        parsed = await parse_request(self._service, request, spec or DECODE)
         (outputs,) = await run_operation(self._service, parsed, operations.DECODE, parsed.inputs)
         return await render_response(parsed, {"outputs": outputs, **await _record_fields(parsed, outputs)}, outputs)
 
-    async def reconstruct(self, request: RequestContext) -> HttpResponse:
+    async def reconstruct(self, request: RequestContext, spec: Spec | None = None) -> HttpResponse:
         """Encode and decode rows; return the reconstructions, and the mean squared error per row."""
-        parsed = await parse_request(self._service, request, RECONSTRUCT)
+        parsed = await parse_request(self._service, request, spec or RECONSTRUCT)
         operation = operations.reconstruct(parsed.served.row_schema.allows_missing)
         outputs, errors = await run_operation(self._service, parsed, operation, parsed.inputs)
         rows = features_of(parsed.served, parsed.inputs)
@@ -222,9 +223,9 @@ class InferenceEndpoints:
         fields = {"latents": latents, "outputs": outputs, "seed": seed, **await _record_fields(parsed, outputs)}
         return await render_response(parsed, fields, outputs)
 
-    async def impute(self, request: RequestContext) -> HttpResponse:
+    async def impute(self, request: RequestContext, spec: Spec | None = None) -> HttpResponse:
         """Estimate the missing values of rows from the known ones, each with its uncertainty."""
-        parsed = await parse_request(self._service, request, IMPUTE)
+        parsed = await parse_request(self._service, request, spec or IMPUTE)
         x, most = parsed.inputs, operations.imputed_rows(parsed.served.manifest.width)
         if len(x) > self._service.admission.max_small_rows:
             await take_turn(parsed, len(x), arrays=4)
@@ -251,20 +252,13 @@ class InferenceEndpoints:
         fields = {"latents": latents, "outputs": outputs, **imputed, **await _record_fields(parsed, outputs)}
         return await render_response(parsed, fields, outputs, columns)
 
-    async def anomaly(self, request: RequestContext) -> HttpResponse:
+    async def anomaly(self, request: RequestContext, spec: Spec | None = None) -> HttpResponse:
         """Score rows: return per row the score, the p-value, the verdict and the features that contribute most."""
         media_type = anomaly_stream.media_type(request)
         if media_type:
             return anomaly_stream.AnomalyStream(self._service, request, media_type).response()
-        parsed = await parse_request(self._service, request, ANOMALY)
-        if parsed.served.default_alpha is not None:
-            parsed.body = with_default_alpha(parsed.served, parsed.body)
-        run = partial(run_operation, self._service, parsed)
-        is_live = is_live_traffic(self._service, request, parsed.body)
-        verdicts = await score_rows(
-            self._service, parsed.served, parsed.inputs, parsed.body, run, is_live, parsed.deadline, request
-        )
-        parsed.record.rows = parsed.inputs.rows_received
+        parsed = await parse_request(self._service, request, spec or ANOMALY)
+        verdicts = await self.judge(parsed)
         if parsed.media_type != JSON:
             numbers = score_array(parsed.inputs, verdicts)
             fields = dict(zip(("score", "p_value", "severity"), numbers.T, strict=True))
@@ -279,6 +273,18 @@ class InferenceEndpoints:
         )
         parsed.record.write += perf_counter() - started
         return await render_response(parsed, fields, parsed.inputs.parsed.x, write_ns=cost)
+
+    async def judge(self, parsed: "ParsedRequest[AnomalyBody, InputRows]") -> Verdicts | None:
+        """Return the verdicts on the rows of a request; None if no row could be read."""
+        if parsed.served.default_alpha is not None:
+            parsed.body = with_default_alpha(parsed.served, parsed.body)
+        run = partial(run_operation, self._service, parsed)
+        is_live = is_live_traffic(self._service, parsed.request, parsed.body)
+        verdicts = await score_rows(
+            self._service, parsed.served, parsed.inputs, parsed.body, run, is_live, parsed.deadline, parsed.request
+        )
+        parsed.record.rows = parsed.inputs.rows_received
+        return verdicts
 
 
 # The requests that each endpoint accepts

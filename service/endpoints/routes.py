@@ -16,6 +16,8 @@ from service.codec import ndjson, open_inference, pictures, remote_write
 from service.codec.request_body import ARRAY_MEDIA_TYPES, JSON
 from service.codec.response_body import ARRAY_FORMATS, IMAGE_FORMATS
 from service.endpoints.backtest import BACKTEST, BacktestEndpoint
+from service.endpoints.cloud.sagemaker import SageMakerEndpoint
+from service.endpoints.cloud.vertex import VertexEndpoint
 from service.endpoints.context import ServiceContext
 from service.endpoints.examples import EXAMPLES, TEXTS
 from service.endpoints.feedback import FEEDBACK, FeedbackEndpoint
@@ -69,6 +71,7 @@ from service.schemas import (
     ReconstructAnswer,
     SampleAnswer,
 )
+from service.settings import Settings
 
 Handler = Callable[[Any], Awaitable[Any]]
 MODEL_ERRORS = (404, 406, 408, 413, 415, 422, 429, 500, 503, 504)
@@ -216,6 +219,16 @@ def _open_inference_endpoints(protocol: OpenInferenceEndpoints) -> list[Endpoint
 def handlers(found: Iterable[Endpoint]) -> dict[str, Handler]:
     """Return the handlers of the POST endpoints by path. `RequestMiddleware` calls these handlers; FastAPI does not."""
     return {endpoint.path: endpoint.handler for endpoint in found if endpoint.method == "POST"}
+
+
+def platform_handlers(service: ServiceContext, settings: Settings) -> dict[str, Handler]:
+    """Return the handler of the cloud platform's requests for inference by path; none outside of a platform."""
+    if not settings.predict_route:
+        return {}
+    inference = InferenceEndpoints(service)
+    if settings.platform == "vertex":
+        return {settings.predict_route: VertexEndpoint(service, inference).predict}
+    return {settings.predict_route: SageMakerEndpoint(service, inference).invoke}
 
 
 def admission_paths(found: Iterable[Endpoint]) -> frozenset[str]:

@@ -13,6 +13,7 @@ from service.errors import BadRequest, ClientGone, InternalError, ServiceError
 from service.http.admission import TICKET, AdmissionControl
 from service.http.cross_site import AllowedHosts, check_origin
 from service.http.open_inference import infer_route
+from service.http.platform_routes import NO_PLATFORM, PlatformRoutes
 from service.http.request import BodyLimits, HttpResponse, RequestContext, scope_with_request
 from service.monitoring.logs import AccessLog, logged_path
 from service.monitoring.metrics import Metrics
@@ -39,6 +40,7 @@ class RequestMiddleware:
         keys: the API keys of the server; None if requests need no key.
         root_path: path under which a proxy publishes the server; empty for none.
         allowed_hosts: the hosts that requests may be for; None for every host.
+        platform: the paths of the cloud platform that runs the server.
     """
 
     def __init__(
@@ -53,7 +55,9 @@ class RequestMiddleware:
         keys: AccessControl | None = None,
         root_path: str = "",
         allowed_hosts: AllowedHosts | None = None,
+        platform: PlatformRoutes = NO_PLATFORM,
     ) -> None:
+        self._platform = None if platform == NO_PLATFORM else platform
         self._app = app
         self._handlers = handlers
         self._metrics = metrics
@@ -74,12 +78,9 @@ class RequestMiddleware:
         ticket = scope.get(TICKET) or self._admission.ticket()  # only `Protocol` adds a ticket to the scope
         request = RequestContext(scope, receive, send, self._limits, ticket)
         path = scope["path"].removeprefix(scope.get("root_path", ""))  # root_path: prefix at which the app is mounted
-        handler, route = None, path
-        if scope["method"] == "POST":
-            handler = self._handlers.get(path)
-            if handler is None:
-                route = infer_route(path)
-                handler = self._handlers.get(route)
+        handler, route = self._find_handler(path) if scope["method"] == "POST" else (None, path)
+        if self._platform:
+            path = self._enter_platform_path(self._platform, request, path)
         try:
             if handler:
                 request.record.endpoint = route
@@ -102,6 +103,22 @@ class RequestMiddleware:
             request.finish()
             self._metrics.count(request.record)
             self._access.log(request.record)
+
+    def _find_handler(self, path: str) -> tuple[Handler | None, str]:
+        """Return the handler of POST requests for `path`, and their route."""
+        handler = self._handlers.get(path)
+        if handler:
+            return handler, path
+        route = infer_route(path)
+        return self._handlers.get(route), route
+
+    def _enter_platform_path(self, platform: PlatformRoutes, request: RequestContext, path: str) -> str:
+        """Return the path of this server whose scope `path` needs. A probe of the platform becomes one of this path."""
+        known = platform.known_path(path)
+        request.has_text_errors = platform.has_text_error(path)
+        if path and path == platform.health:
+            request.scope["path"] = request.scope.get("root_path", "") + known
+        return known
 
     def _check(self, request: RequestContext, path: str) -> None:
         """Raise an error if the head of the request is not acceptable. The body is read only after this check."""

@@ -13,6 +13,7 @@ from service.access.scopes import scope_of
 from service.errors import PROBLEM_JSON, BadRequest, Forbidden, Overloaded, Unauthorized
 from service.http import open_inference
 from service.http.admission import Refusal
+from service.http.platform_routes import NO_PLATFORM, PlatformRoutes
 from service.http.request import Header, new_record
 from service.monitoring.logs import AccessLog
 from service.monitoring.metrics import Metrics
@@ -29,11 +30,18 @@ class HeadRefusal:
         access: logs the requests.
         root_path: path under which a proxy publishes the server; empty for none.
         keys: the API keys of the server; None if requests need no key.
+        platform: the paths of the cloud platform that runs the server.
     """
 
     def __init__(
-        self, metrics: Metrics, access: AccessLog, root_path: str = "", keys: AccessControl | None = None
+        self,
+        metrics: Metrics,
+        access: AccessLog,
+        root_path: str = "",
+        keys: AccessControl | None = None,
+        platform: PlatformRoutes = NO_PLATFORM,
     ) -> None:
+        self._platform = platform
         self._metrics = metrics
         self._access = access
         self._root_path = root_path
@@ -57,13 +65,13 @@ class HeadRefusal:
         if self._keys:
             try:
                 key = self._keys.find(headers_by_name)
-                key.require(scope_of(path))
+                key.require(scope_of(self._platform.known_path(path)))
             except (BadRequest, Unauthorized, Forbidden):
                 return None
             record.key = key.name
         record.status = Overloaded.status
         record.problem = Overloaded.code
-        if open_inference.is_protocol_path(path):
+        if open_inference.is_protocol_path(path) or self._platform.has_text_error(path):
             head, body_start, body_end = _protocol_template(refusal)
             request_id = b""
         else:

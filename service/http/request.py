@@ -87,8 +87,10 @@ class RequestContext:
         record: the data about the request for the metrics and the access log.
         response_started: whether the head of the response has been sent.
         key: the API key of the request; None if the server has no keys, or if the route needs none.
+        has_text_errors: whether the body of an error is an object with the text `error`, as a cloud platform expects.
     """
 
+    has_text_errors = False
     _kept: Sequence[Message] = ()  # parts of the body that `wait_for_disconnect` has received, oldest first
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, limits: BodyLimits, ticket: Ticket) -> None:
@@ -302,7 +304,7 @@ class RequestContext:
         """Send `error` as application/problem+json, or as the Open Inference Protocol demands on its paths."""
         headers = as_headers(error.headers)
         path = self.scope["path"].removeprefix(self.scope.get("root_path", ""))
-        if open_inference.is_protocol_path(path):
+        if self.has_text_errors or open_inference.is_protocol_path(path):
             content, media_type = open_inference.error_body(error), open_inference.ERROR_MEDIA_TYPE
         else:
             content, media_type = orjson.dumps(error.problem(self.record.request_id)), PROBLEM_JSON

@@ -9,9 +9,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -27,17 +28,27 @@ class ServerProcess:
     Args:
         artifacts: the artifact folder.
         prefix: the command that starts the server's command, such as `setpriv` with options.
+        command: the arguments of Python.
+        environment: further environment variables.
         settings: values of environment variables; for example, PORT sets ELBO_PORT.
     """
 
-    def __init__(self, artifacts: Path, *, prefix: Sequence[str] = (), **settings: Any) -> None:
+    def __init__(
+        self,
+        artifacts: Path,
+        *,
+        prefix: Sequence[str] = (),
+        command: Sequence[str] = ("-m", "service"),
+        environment: Mapping[str, str] = MappingProxyType({}),
+        **settings: Any,
+    ) -> None:
         options = {"ARTIFACTS": artifacts, "PORT": 0, "POLL_SECONDS": 0.1, **settings}
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("ELBO_")}
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `close`
         self.popen: subprocess.Popen[str] = PreloadedProcess(
-            [*prefix, sys.executable, "-m", "service"],
+            [*prefix, sys.executable, *command],
             cwd=ROOT,
-            env=inherited | {f"ELBO_{key}": str(value) for key, value in options.items()},
+            env=inherited | {f"ELBO_{key}": str(value) for key, value in options.items()} | dict(environment),
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             text=True,

@@ -1,0 +1,1 @@
+"""The endpoints that Amazon SageMaker and Google Vertex AI call."""
