@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -45,11 +46,27 @@ class Servers:
     alertmanager_port: int
     programs: Path
 
+    def published(self) -> set[tuple[str, int]]:
+        """Return the names and versions in the folder."""
+        return {(name, version) for name in names(self.artifacts) for version in versions(self.artifacts, name)}
+
     def has_loaded_everything(self) -> bool:
-        """Return whether the newest version of every model in the folder is served."""
+        """Return whether the newest version of every model in the folder, and no removed one, is served."""
         models = httpx.get(f"http://127.0.0.1:{self.port}/models").json()["models"]
         served = {(model["name"], model["version"]) for model in models}
-        return {(name, max(versions(self.artifacts, name))) for name in names(self.artifacts)} <= served
+        newest = {(name, max(versions(self.artifacts, name))) for name in names(self.artifacts)}
+        return newest <= served <= self.published()
+
+    @contextmanager
+    def without_new_models(self) -> Iterator[None]:
+        """Remove, after the block, the models that it publishes, so that no page depends on the models of another."""
+        before = self.published()
+        yield
+        for name, version in self.published() - before:
+            shutil.rmtree(self.artifacts / name / str(version))
+            if not versions(self.artifacts, name):
+                shutil.rmtree(self.artifacts / name)
+        wait_until(self.has_loaded_everything, 60, httpx.TransportError)
 
 
 @contextmanager
@@ -109,13 +126,14 @@ def run_page(page: Path, servers: Servers, folder: Path) -> list[str]:
     blocks = BLOCK.findall(page.read_text())
     assert blocks, f"{page} has no code block"
     outputs = []
-    for index, (language, code) in enumerate(blocks):
-        if language in RUN:
-            outputs.append(_run(language, code, servers, folder))
-            wait_until(servers.has_loaded_everything, 60, httpx.TransportError)
-        elif language == "json" and index and blocks[index - 1][0] in RUN:
-            difference = _difference(json.loads(code), json.loads(outputs[-1]), "output")
-            assert difference is None, f"{page.name}: {difference}"
+    with servers.without_new_models():
+        for index, (language, code) in enumerate(blocks):
+            if language in RUN:
+                outputs.append(_run(language, code, servers, folder))
+                wait_until(servers.has_loaded_everything, 60, httpx.TransportError)
+            elif language == "json" and index and blocks[index - 1][0] in RUN:
+                difference = _difference(json.loads(code), json.loads(outputs[-1]), "output")
+                assert difference is None, f"{page.name}: {difference}"
     return outputs
 
 
