@@ -1,4 +1,4 @@
-"""The clients' own transports, which keep connections open: sync over sockets, async over asyncio's streams.
+"""The clients' own transports, which keep connections open: sync over sockets, async over asyncio.
 
 A call with a body of 100 KB takes 0.8 ms of processor time over httpx's own transport, and 0.3 ms over these
 (benchmarks/serving/results/client.md). They save the time of httpx's parser (h11), pool and streams, because they
@@ -14,12 +14,15 @@ import socket
 import ssl
 import time
 from collections import deque
+from collections.abc import Awaitable
 from contextlib import suppress
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import httpx
 
 from elbo.client.http1 import ResponseReader
+
+T = TypeVar("T")
 
 RECEIVE_BYTES = 2**16  # malloc would map and unmap a larger buffer for each response
 IDLE_SECONDS = 60.0  # shorter than the server's ELBO_KEEP_ALIVE_SECONDS, 130 s by default
@@ -187,39 +190,88 @@ class SocketTransport:
                 connections.pop().close()
 
 
-class AsyncConnection:
-    """A connection over asyncio's streams."""
+class AsyncConnection(asyncio.Protocol):
+    """A connection of asyncio that parses each response as it arrives.
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader = reader
-        self.writer = writer
+    asyncio's streams copy a response into a buffer, and wake the task for each part of it. Here the task is woken once,
+    by the end of the response.
+    """
+
+    def __init__(self) -> None:
         self.idle_since = 0.0
+        self._transport: asyncio.Transport | None = None
+        self._reader: ResponseReader | None = None  # of the response that is awaited
+        self._complete: asyncio.Future[None] | None = None  # the end of this response
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse a part of the response. Close the connection if no request has asked for it."""
+        if self._reader is None:
+            self.close()
+            return
+        try:
+            self._reader.feed(data)
+        except httpx.RemoteProtocolError as error:
+            self._fail(error)
+            return
+        if self._reader.is_complete:
+            self._finish()
+
+    def eof_received(self) -> None:
+        """End the response with the connection; asyncio then closes the transport."""
+        if self._reader is not None:
+            self.data_received(b"")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Fail the request that waits for a response."""
+        self._transport = None
+        self._fail(httpx.ReadError(f"the connection broke: {error or 'it was closed'}"))
 
     def is_usable(self) -> bool:
         """Return whether the server keeps the connection open."""
-        is_fresh = time.monotonic() - self.idle_since <= IDLE_SECONDS
-        return is_fresh and not self.reader.at_eof() and not self.writer.is_closing()
+        is_open = self._transport is not None and not self._transport.is_closing()
+        return is_open and time.monotonic() - self.idle_since <= IDLE_SECONDS
 
     async def exchange(self, head: bytes, body: bytes, seconds: float | None) -> ResponseReader:
         """Send a request, and return its response, which arrives within `seconds`. Raises as `Connection.exchange`."""
-        failure: OSError | None = None
-        reader = ResponseReader()
+        if self._transport is None:
+            raise httpx.ReadError("the connection broke before the request was sent")
+        loop = asyncio.get_running_loop()
+        self._reader, self._complete = reader, complete = ResponseReader(), loop.create_future()
+        timer = None
+        if seconds is not None:
+            timer = loop.call_later(seconds, self._fail, httpx.ReadTimeout("the response did not arrive in time"))
         try:
-            async with asyncio.timeout(seconds):
-                try:
-                    self.writer.write(head + body)
-                    await self.writer.drain()
-                except OSError as error:
-                    failure = error  # as in Connection.exchange
-                while not reader.is_complete:
-                    reader.feed(await self.reader.read(RECEIVE_BYTES))
-        except TimeoutError as error:
-            raise httpx.ReadTimeout("the response did not arrive in time") from error
-        except OSError as error:
-            raise httpx.ReadError(f"the connection broke: {failure or error}") from error
-        if failure:
-            reader.keeps_alive = False
+            self._transport.write(head + body)
+            await complete
+        finally:
+            if timer is not None:
+                timer.cancel()
+            self._reader = self._complete = None
         return reader
+
+    def _finish(self) -> None:
+        if self._complete is not None and not self._complete.done():
+            self._complete.set_result(None)
+
+    def _fail(self, error: httpx.TransportError) -> None:
+        if self._complete is not None and not self._complete.done():
+            self._complete.set_exception(error)
+
+    def close(self) -> None:
+        """Close the connection without waiting."""
+        if self._transport is not None:
+            self._transport.abort()
+
+
+class StreamConnection(NamedTuple):
+    """A connection over asyncio's streams, for a stream of rows."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
 
     def close(self) -> None:
         """Close the connection without waiting."""
@@ -228,7 +280,7 @@ class AsyncConnection:
 
 
 class AsyncSocketTransport:
-    """A transport over asyncio's streams.
+    """A transport over asyncio.
 
     Args:
         ssl_context: how to verify the server; by default as Python does.
@@ -243,15 +295,11 @@ class AsyncSocketTransport:
     async def exchange(self, origin: Origin, head: bytes, body: bytes, seconds: float | None) -> ResponseReader:
         """Send a request, and return its response. Raises the errors of `SocketTransport.exchange` and PoolTimeout."""
         end = None if seconds is None else time.monotonic() + seconds
-        try:
-            async with asyncio.timeout(seconds):
-                await self._slots.acquire()
-        except TimeoutError as error:
-            raise httpx.PoolTimeout("all connections of the client are in use") from error
+        await self._take_slot(seconds)
         try:
             connection = self._idle_connection(origin)
             if connection is None:
-                connection = await self.connect(origin, seconds)
+                connection = await self._connect(origin, seconds)
             try:
                 reader = await connection.exchange(head, body, None if end is None else end - time.monotonic())
             except BaseException:
@@ -266,6 +314,16 @@ class AsyncSocketTransport:
             connection.close()
         return reader
 
+    async def _take_slot(self, seconds: float | None) -> None:
+        if not self._slots.locked():
+            await self._slots.acquire()  # at once: a timer would cost as much as the rest
+            return
+        try:
+            async with asyncio.timeout(seconds):
+                await self._slots.acquire()
+        except TimeoutError as error:
+            raise httpx.PoolTimeout("all connections of the client are in use") from error
+
     def _idle_connection(self, origin: Origin) -> AsyncConnection | None:
         """Return an idle connection that the server has not closed; None if there is none."""
         idle = self._idle.get(origin)
@@ -276,22 +334,42 @@ class AsyncSocketTransport:
             connection.close()
         return None
 
-    async def connect(self, origin: Origin, seconds: float | None) -> AsyncConnection:
+    async def _connect(self, origin: Origin, seconds: float | None) -> AsyncConnection:
+        async def connect() -> AsyncConnection:
+            loop, context = asyncio.get_running_loop(), self._context(origin)
+            _, connection = await loop.create_connection(AsyncConnection, origin.host, origin.port, ssl=context)
+            return connection
+
+        return await _connected(connect(), origin, seconds)
+
+    async def open_stream(self, origin: Origin, seconds: float | None) -> StreamConnection:
         """Return a new connection, which the caller closes. Raises the errors of `SocketTransport.connect`."""
-        context: ssl.SSLContext | None = None
-        if origin.is_tls:
-            context = self._ssl_context or ssl.create_default_context()
-        try:
-            async with asyncio.timeout(connect_seconds(seconds)):
-                streams = await asyncio.open_connection(origin.host, origin.port, ssl=context, limit=RECEIVE_BYTES)
-        except TimeoutError as error:
-            raise httpx.ConnectTimeout(f"{origin.host}:{origin.port} did not respond in time") from error
-        except OSError as error:
-            raise httpx.ConnectError(str(error)) from error
-        return AsyncConnection(*streams)
+
+        async def connect() -> StreamConnection:
+            context = self._context(origin)
+            streams = await asyncio.open_connection(origin.host, origin.port, ssl=context, limit=RECEIVE_BYTES)
+            return StreamConnection(*streams)
+
+        return await _connected(connect(), origin, seconds)
+
+    def _context(self, origin: Origin) -> ssl.SSLContext | None:
+        if not origin.is_tls:
+            return None
+        return self._ssl_context or ssl.create_default_context()
 
     async def aclose(self) -> None:
         """Close all idle connections."""
         for connections in self._idle.values():
             while connections:
                 connections.pop().close()
+
+
+async def _connected(connect: Awaitable[T], origin: Origin, seconds: float | None) -> T:
+    """Return the connection that `connect` opens. Raises httpx.ConnectError and httpx.ConnectTimeout."""
+    try:
+        async with asyncio.timeout(connect_seconds(seconds)):
+            return await connect
+    except TimeoutError as error:
+        raise httpx.ConnectTimeout(f"{origin.host}:{origin.port} did not respond in time") from error
+    except OSError as error:
+        raise httpx.ConnectError(str(error)) from error

@@ -18,10 +18,10 @@ import httpx
 from elbo.client.calls import row_error, verdict
 from elbo.client.connections import (
     RECEIVE_BYTES,
-    AsyncConnection,
     AsyncSocketTransport,
     Connection,
     SocketTransport,
+    StreamConnection,
 )
 from elbo.client.errors import ConnectionFailed, InvalidReply, TimedOut, from_problem
 from elbo.client.formats import NDJSON, dump_json, load_json
@@ -300,7 +300,7 @@ class AsyncAnomalyStream(AsyncIterator[Verdict | RowError]):
         self._rows = rows
         self._credit = asyncio.Semaphore(ahead)
         self._seconds = seconds
-        self._connection: AsyncConnection | None = None
+        self._connection: StreamConnection | None = None
         self._producer: asyncio.Task[None] | None = None
         self._lines: list[bytes] = []
         self._size = 0
@@ -343,18 +343,18 @@ class AsyncAnomalyStream(AsyncIterator[Verdict | RowError]):
         self._credit.release()
         return self._reader.verdicts.popleft()
 
-    async def _connect(self) -> AsyncConnection:
+    async def _connect(self) -> StreamConnection:
         attempts = Attempts(self._settings.retries, False, self._seconds, self._settings.base_url)
         while self._connection is None:
             try:
-                self._connection = await self._transport.connect(self._settings.origin, self._seconds)
+                self._connection = await self._transport.open_stream(self._settings.origin, self._seconds)
             except httpx.TransportError as error:
                 await asyncio.sleep(attempts.wait_after_failure(error))
         self._connection.writer.write(request_head(self._request))
         self._producer = asyncio.create_task(self._produce(self._connection))
         return self._connection
 
-    async def _receive(self, connection: AsyncConnection) -> None:
+    async def _receive(self, connection: StreamConnection) -> None:
         try:
             async with asyncio.timeout(self._seconds):
                 data = await connection.reader.read(RECEIVE_BYTES)
@@ -376,7 +376,7 @@ class AsyncAnomalyStream(AsyncIterator[Verdict | RowError]):
         if self._producer and self._producer.done() and (error := self._producer.exception()):
             raise error
 
-    async def _produce(self, connection: AsyncConnection) -> None:
+    async def _produce(self, connection: StreamConnection) -> None:
         """Send the rows. If the source fails, abort the connection: its end would say that these were all rows."""
         try:
             async for row in self._with_credit():
@@ -398,7 +398,7 @@ class AsyncAnomalyStream(AsyncIterator[Verdict | RowError]):
             connection.close()
             raise
 
-    def _flush(self, connection: AsyncConnection) -> None:
+    def _flush(self, connection: StreamConnection) -> None:
         if self._lines and not connection.writer.is_closing():
             connection.writer.write(chunk(b"".join(self._lines)))
         self._lines.clear()

@@ -2,8 +2,10 @@
 
 import asyncio
 import shutil
+import socket
 import ssl
 import subprocess
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -124,3 +126,46 @@ def test_async_client_has_no_more_connections_than_allowed() -> None:
         asyncio.run(scenario(server.address))
         assert len(server.received) == 20
         assert len(server._connections) <= 3
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_connection_on_which_bytes_arrived_unasked_is_not_used_again(is_async: bool) -> None:
+    def answer_and_say_more(connection: socket.socket) -> bool:
+        MODELS(connection)
+        time.sleep(0.05)  # the client has read the response
+        connection.sendall(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
+        return True
+
+    async def scenario(address: str) -> list[bool]:
+        async with AsyncClient(address, retries=Retries(attempts=1)) as elbo:
+            first = await elbo.models()
+            await asyncio.sleep(0.2)
+            return [first == await elbo.models()]
+
+    with scripted(answer_and_say_more) as server:
+        if is_async:
+            assert asyncio.run(scenario(server.address)) == [True]
+        else:
+            with Client(server.address, retries=Retries(attempts=1)) as elbo:
+                first = elbo.models()
+                time.sleep(0.2)
+                assert elbo.models() == first
+        assert len(server._connections) == 2
+
+
+def test_connection_of_a_cancelled_call_is_closed_and_the_next_call_gets_its_own_response() -> None:
+    def answer_late(connection: socket.socket) -> bool:
+        time.sleep(0.3)
+        return respond("200 OK", b'{"default": "late", "models": []}')(connection)
+
+    async def scenario(address: str) -> str | None:
+        async with AsyncClient(address) as elbo:
+            call = asyncio.create_task(elbo.models())
+            await asyncio.sleep(0.1)
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+            return (await elbo.models()).default
+
+    with scripted(answer_late, respond("200 OK", b'{"default": "next", "models": []}')) as server:
+        assert asyncio.run(scenario(server.address)) == "next"
+        assert len(server._connections) == 2

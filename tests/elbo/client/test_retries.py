@@ -290,11 +290,11 @@ def test_message_about_a_server_that_accepts_no_connection_does_not_advise_a_lon
     def create_connection(*_arguments: Any, **_options: Any) -> NoReturn:
         raise TimeoutError
 
-    async def open_connection(*_arguments: Any, **_options: Any) -> NoReturn:
+    async def create_async_connection(*_arguments: Any, **_options: Any) -> NoReturn:
         raise TimeoutError
 
     monkeypatch.setattr(socket, "create_connection", create_connection)
-    monkeypatch.setattr(asyncio, "open_connection", open_connection)
+    monkeypatch.setattr(asyncio.BaseEventLoop, "create_connection", create_async_connection)
     with pytest.raises(TimedOut, match=r"^no connection to http://10\.0\.0\.1:8000: .*attempt 4.*server running"):
         call("http://10.0.0.1:8000", "models")
 
