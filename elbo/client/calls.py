@@ -5,9 +5,9 @@ Each public function that is named after a method of the clients returns the `Ca
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import lru_cache
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 from urllib.parse import quote, urlencode
 
 import numpy as np
@@ -35,8 +35,7 @@ Options = Mapping[str, Any]
 _CLIENT_OPTIONS = ("model", "timeout", "deadline")
 
 
-@dataclass(frozen=True, slots=True)
-class Call(Generic[T]):
+class Call(NamedTuple, Generic[T]):
     """One request, and the function that reads its response.
 
     Args:
@@ -61,11 +60,11 @@ class Call(Generic[T]):
 
 def _path(path: str, model: str | None, options: Options | None = None) -> str:
     """Return `path` with the model and the options as its query."""
-    if not options:
-        return _path_of_model(path, model)
-    pairs = [("model", model)] if model else []
-    pairs += [(name, _option(value)) for name, value in options.items() if name not in _CLIENT_OPTIONS]
-    return f"{path}?{urlencode(pairs, quote_via=quote)}" if pairs else path
+    pairs = [(name, _option(value)) for name, value in (options or {}).items() if name not in _CLIENT_OPTIONS]
+    start = _path_of_model(path, model)
+    if not pairs:
+        return start
+    return f"{start}{'&' if model else '?'}{urlencode(pairs, quote_via=quote)}"
 
 
 @lru_cache(maxsize=256)

@@ -1,6 +1,7 @@
 """The binary formats of the server, npy and safetensors, and JSON with NumPy arrays."""
 
 import io
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -19,6 +20,7 @@ SAFETENSORS = "application/x-safetensors"
 NDJSON = "application/x-ndjson"
 _PREFIX_BYTES = 8  # a safetensors file begins with the length of its header, uint64
 _METADATA = "__metadata__"
+_FLOAT32 = np.dtype("<f4")
 
 
 def dump_npy(array: Array) -> bytes:
@@ -43,27 +45,35 @@ def load_npy(content: bytes) -> Array:
 
 
 def load_safetensors(content: bytes) -> tuple[dict[str, Array], Mapping[str, str]]:
-    """Return the F32 tensors and the metadata in a safetensors file. Raises InvalidReply."""
-    size = int.from_bytes(content[:_PREFIX_BYTES], "little")
-    start = _PREFIX_BYTES + size
+    """Return the F32 tensors and the metadata in a safetensors file. Raises InvalidReply.
+
+    The tensors are writable, and share one copy of `content`.
+    """
+    start = _PREFIX_BYTES + int.from_bytes(content[:_PREFIX_BYTES], "little")
     try:
         header = orjson.loads(content[_PREFIX_BYTES:start])
         metadata = header.pop(_METADATA, {})
-        tensors = {name: _tensor(content, start, entry) for name, entry in header.items()}
+        values = bytearray(content[start:])
+        tensors = {name: _tensor(values, entry) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidReply(f"the response is not a safetensors file: {error}") from error
     return tensors, metadata
 
 
-def _tensor(content: bytes, start: int, entry: Mapping[str, Any]) -> Array:
-    """Return one tensor as a writable array. Raises KeyError and ValueError."""
+def _tensor(values: bytearray, entry: Mapping[str, Any]) -> Array:
+    """Return the tensor that `entry` describes, as an array over `values`.
+
+    Raises:
+        KeyError, TypeError, ValueError: `entry` is not an entry of safetensors.
+    """
     if entry["dtype"] != "F32":
         raise ValueError(f"expected F32, got {entry['dtype']}")
-    first, last = entry["data_offsets"]
-    if start + last > len(content):
-        raise ValueError(f"the file is cut off: expected {start + last} bytes, got {len(content)}")
-    tensor: Array = np.frombuffer(content, "<f4", (last - first) // 4, start + first).reshape(entry["shape"])
-    return tensor.copy()
+    (first, last), shape = entry["data_offsets"], entry["shape"]
+    if last > len(values):
+        raise ValueError(f"the file is cut off: expected {last} bytes of values, got {len(values)}")
+    if 4 * math.prod(shape) != last - first:
+        raise ValueError(f"{last - first} bytes do not hold float32 values of shape {shape}")
+    return np.ndarray(shape, _FLOAT32, values, first)
 
 
 def dump_json(value: object) -> bytes:

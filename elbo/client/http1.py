@@ -4,18 +4,18 @@ from typing import NamedTuple
 
 import httpx
 
-Headers = list[tuple[bytes, bytes]]
+Headers = dict[bytes, bytes]  # names in lower case; the values of repeated headers are joined with ", "
 MAX_HEAD_BYTES = 2**17
 MAX_LINE_BYTES = 2**14  # of a chunk size with its extensions, or of a trailer
 _NO_BODY = (204, 304)  # statuses whose responses have no body
 
 
 class Received(NamedTuple):
-    """A whole response. The names of the headers are in lower case."""
+    """A whole response."""
 
     status: int
     reason: str
-    headers: dict[bytes, bytes]
+    headers: Headers
     content: bytes
 
     def header(self, name: bytes) -> str:
@@ -34,7 +34,7 @@ def request_head(request: httpx.Request) -> bytes:
 
 
 class ResponseReader:
-    """Parses one response. The names in `headers` are in lower case.
+    """Parses one response.
 
     Call `feed` with the bytes that arrive, and with b"" at the end of the connection, until `is_complete`. `take` then
     returns the bytes of the body that have arrived since the last `take`. Informational responses (1xx) are skipped.
@@ -44,7 +44,7 @@ class ResponseReader:
     def __init__(self) -> None:
         self.status = 0
         self.reason = b""
-        self.headers: Headers = []
+        self.headers: Headers = {}
         self.is_complete = False
         self.keeps_alive = False
         self._buffer = b""
@@ -62,7 +62,7 @@ class ResponseReader:
 
     def received(self) -> Received:
         """Return the whole response. Call it when `is_complete`, and instead of `take`."""
-        return Received(self.status, self.reason.decode("latin-1"), dict(self.headers), self.take())
+        return Received(self.status, self.reason.decode("latin-1"), self.headers, self.take())
 
     def feed(self, data: bytes) -> None:
         """Read `data`; b"" is the end of the connection.
@@ -107,12 +107,14 @@ class ResponseReader:
         status, _, reason = tail.partition(b" ")
         if version not in (b"HTTP/1.1", b"HTTP/1.0") or len(status) != 3 or not status.isdigit():
             raise httpx.RemoteProtocolError(f"expected a status line of HTTP/1.1, got {first[:60]!r}")
-        headers = []
+        headers: Headers = {}
         for line in lines:
             name, colon, value = line.partition(b":")
+            name = name.lower()
             if not colon or not name or name != name.strip():
                 raise httpx.RemoteProtocolError(f"expected a header, got {line[:60]!r}")
-            headers.append((name.lower(), value.strip(b" \t")))
+            value = value.strip(b" \t")
+            headers[name] = value if name not in headers else b"%b, %b" % (headers[name], value)
         if status == b"101":
             raise httpx.RemoteProtocolError("the server switched to another protocol, which the client did not ask for")
         if status[:1] != b"1":
@@ -122,24 +124,18 @@ class ResponseReader:
 
     def _start_body(self, is_1_1: bool) -> None:
         """Find out from the headers how the body ends (RFC 9112, section 6.3)."""
-        lengths: set[bytes] = set()
-        codings, options = [], b""
-        for name, value in self.headers:
-            if name == b"content-length":
-                lengths.add(value)
-            elif name == b"transfer-encoding":
-                codings.append(value.lower())
-            elif name == b"connection":
-                options += value.lower() + b","
+        length = self.headers.get(b"content-length")
+        coding = self.headers.get(b"transfer-encoding")
+        options = self.headers.get(b"connection", b"").lower()
         self.keeps_alive = b"close" not in options if is_1_1 else b"keep-alive" in options
         if self.status in _NO_BODY:
             self.is_complete = True
-        elif codings:
-            if codings != [b"chunked"]:
-                raise httpx.RemoteProtocolError(f"expected the transfer encoding chunked, got {codings}")
+        elif coding is not None:
+            if coding.lower() != b"chunked":
+                raise httpx.RemoteProtocolError(f"expected the transfer encoding chunked, got {coding!r}")
             self._is_chunked = True
-        elif lengths:
-            self._left = _length(lengths)
+        elif length is not None:
+            self._left = _length(length)
             self.is_complete = self._left == 0
         else:
             self._left = None
@@ -179,11 +175,12 @@ class ResponseReader:
         return rest
 
 
-def _length(values: set[bytes]) -> int:
-    text = next(iter(values))
-    if len(values) > 1 or not text.isdigit():
-        raise httpx.RemoteProtocolError(f"expected one Content-Length, got {sorted(values)}")
-    return int(text)
+def _length(value: bytes) -> int:
+    """Return the length in a Content-Length, which may be repeated if all lengths are equal (RFC 9112, section 6.3)."""
+    length = value if value.isdigit() else value.partition(b", ")[0]
+    if not length.isdigit() or set(value.split(b", ")) != {length}:
+        raise httpx.RemoteProtocolError(f"expected one Content-Length, got {value!r}")
+    return int(length)
 
 
 def _chunk_size(line: bytes) -> int:

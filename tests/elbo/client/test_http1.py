@@ -19,7 +19,7 @@ EMPTY = b"HTTP/1.1 204 No Content\r\n\r\n"
 RESPONSES = [LENGTH, CHUNKED, CONTINUED, CLOSED, OLD, EMPTY]
 
 
-def read(pieces: list[bytes]) -> tuple[int, bytes, list[tuple[bytes, bytes]], bool]:
+def read(pieces: list[bytes]) -> tuple[int, bytes, dict[bytes, bytes], bool]:
     """Return the status, the body, the headers and whether the connection may be used again."""
     reader = ResponseReader()
     body = b""
@@ -28,21 +28,23 @@ def read(pieces: list[bytes]) -> tuple[int, bytes, list[tuple[bytes, bytes]], bo
             break
         reader.feed(piece)
         body += reader.take()
-    headers = [(name.lower(), value) for name, value in reader.headers]
-    return reader.status, body, headers, reader.keeps_alive
+    return reader.status, body, reader.headers, reader.keeps_alive
 
 
-def read_with_h11(data: bytes) -> tuple[int, bytes, list[tuple[bytes, bytes]], bool]:
+def read_with_h11(data: bytes) -> tuple[int, bytes, dict[bytes, bytes], bool]:
     """Return what `read` returns, as h11 reads `data`."""
     connection = h11.Connection(h11.CLIENT)
     connection.send(h11.Request(method="POST", target="/", headers=[("Host", "elbo"), ("Content-Length", "0")]))
     connection.send(h11.EndOfMessage())
     connection.receive_data(data)
     connection.receive_data(b"")
-    status, body, headers = 0, b"", []
+    status, body = 0, b""
+    headers: dict[bytes, bytes] = {}
     while not isinstance(event := connection.next_event(), h11.EndOfMessage):
         if isinstance(event, h11.Response):
-            status, headers = event.status_code, [(bytes(name), bytes(value)) for name, value in event.headers]
+            status = event.status_code
+            for name, value in event.headers:
+                headers[bytes(name)] = b", ".join([headers[name], value]) if name in headers else bytes(value)
         elif isinstance(event, h11.Data):
             body += bytes(event.data)
     return status, body, headers, connection.our_state is not h11.MUST_CLOSE
