@@ -40,11 +40,12 @@ MAX_CALLS = 20_000  # operators that one method of the model may run, without re
 MAX_LOOPS = 1  # loops within loops, including those of called functions
 CAST_TYPE = "List[int]"  # the only type that `unchecked_cast` may name
 TEXT_OPERATORS = frozenset({"torch.format", "ops.prim.RaiseException"})
-NODES = (
+BRACKETS = re.compile(r"[()\[\]{}]")
+NODES = {
     ast.Module, ast.ClassDef, ast.FunctionDef, ast.arguments, ast.arg, ast.Assign, ast.AnnAssign, ast.If, ast.For,
     ast.Return, ast.Expr, ast.Pass, ast.Call, ast.keyword, ast.Attribute, ast.Subscript, ast.Name, ast.Constant,
     ast.List, ast.Tuple, ast.UnaryOp, ast.USub, ast.Load, ast.Store,
-)  # fmt: skip
+}  # fmt: skip
 
 # What a value depends on. A tuple of values is a tuple of these.
 FILE = 0  # on the artifact alone
@@ -279,22 +280,32 @@ def _parse(text: str) -> ast.Module:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise _Forbidden(f"cannot be parsed ({type(error).__name__})") from error
-    for node in ast.walk(tree):
-        if not isinstance(node, NODES):
+    for node in _nodes_of(tree):
+        if type(node) not in NODES:
             raise _Forbidden(f"has {_shown(node)}, a {type(node).__name__}")
         if isinstance(node, ast.Constant) and type(node.value) not in (int, float, str, bool, type(None)):
             raise _Forbidden(f"has the constant {_shown(node)}")
     return tree
 
 
+def _nodes_of(tree: ast.AST) -> Iterator[ast.AST]:
+    """Return all nodes of `tree`, in the order of `ast.walk`, which takes three times as long."""
+    nodes = [tree]
+    for node in nodes:  # the list grows during the loop
+        yield node
+        for name in node._fields:
+            child = getattr(node, name, None)
+            if isinstance(child, ast.AST):
+                nodes.append(child)
+            elif type(child) is list:
+                nodes.extend([each for each in child if isinstance(each, ast.AST)])
+
+
 def _check_depth(text: str) -> None:
     """Check that neither brackets nor blocks are nested deeply."""
     depth = 0
-    for character in text:
-        if character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
+    for bracket in BRACKETS.findall(text):
+        depth += 1 if bracket in "([{" else -1
         if depth > MAX_DEPTH:
             raise _Forbidden(f"has brackets nested more than {MAX_DEPTH} deep")
     if any(line.startswith(" " * (2 * MAX_DEPTH)) for line in text.splitlines()):
@@ -357,13 +368,13 @@ def _check_function(node: ast.FunctionDef) -> None:
     if node.returns is None:
         raise _Forbidden(f"has the function {node.name} without a type of its result")
     _check_type(node.returns)
-    for part in ast.walk(node):
-        if isinstance(part, ast.FunctionDef | ast.ClassDef) and part is not node:
-            raise _Forbidden(f"defines {part.name} inside of a function")
+    for part in _nodes_of(node):
         if isinstance(part, ast.Call):
             _check_operator(part)
-        if isinstance(part, ast.AnnAssign):
+        elif isinstance(part, ast.AnnAssign):
             _check_type(part.annotation)
+        elif isinstance(part, ast.FunctionDef | ast.ClassDef) and part is not node:
+            raise _Forbidden(f"defines {part.name} inside of a function")
 
 
 def _check_operator(call: ast.Call) -> None:

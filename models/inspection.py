@@ -4,8 +4,10 @@
 only operators that `models.allowed_code` lists, on memory that belongs to the model. This module does not import torch.
 """
 
+import hashlib
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ ENTRY_METHODS = (
 
 
 TWIN_FOLDER = "extra/twin/"
+MAX_REMEMBERED = 32  # artifacts; one takes some 10 KB
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,13 @@ class Inspected:
     twin_weights: Mapping[str, Mapping[str, TwinWeight]]
 
 
+# What passed the inspection in this process, by SHA-256. The result depends on the bytes alone, and an inspection takes
+# a quarter of the time of loading a small model, which a program may do often.
+_passed: OrderedDict[bytes, Inspected] = OrderedDict()
+
+
 def inspect_artifact(content: bytes, path: Path) -> Inspected:
-    """Refuse an artifact that could harm this machine.
+    """Refuse an artifact that could harm this machine. Bytes that have passed are not inspected again.
 
     Args:
         content: the bytes of the artifact.
@@ -50,11 +58,17 @@ def inspect_artifact(content: bytes, path: Path) -> Inspected:
     Raises:
         ArtifactUnsafe: the artifact has something that no artifact needs; the message says what and where.
     """
+    digest = hashlib.sha256(content).digest()
+    if (known := _passed.get(digest)) is not None:
+        return known
     try:
         with open_archive(content) as archive:
-            return _inspect(archive, content, path)
+            found = _passed[digest] = _inspect(archive, content, path)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise ArtifactUnsafe(f"{path}: the zip file cannot be unpacked: {error}") from error
+    if len(_passed) > MAX_REMEMBERED:
+        _passed.popitem(last=False)
+    return found
 
 
 def _inspect(archive: zipfile.ZipFile, content: bytes, path: Path) -> Inspected:

@@ -16,15 +16,19 @@ from models.signatures import TrustedKeys, identify
 from models.trial import Verdict
 from service.codec import png
 from service.inference import operations
-from service.inference.backend_selection import BACKENDS, DECISIONS, WARM_UP_ROUNDS, Selection, select_backend
+from service.inference.backend_selection import BACKENDS, DECISIONS, Selection, select_backend
 from service.inference.backends import OnnxBackend, TorchScriptBackend, is_out_of_memory
+from service.inference.latency import LatencyEstimate
 from service.inference.sampling import NoiseSource
 from service.inference.served_model import ServedModel
 from service.inference.trial import TrialClient
 from service.shared_memory import SharedCounters, SharedDecisions
 
 log = logging.getLogger("elbo.registry")
-OPTIMISED_ROWS = (1, 16)  # the warm-up runs each of these batch sizes WARM_UP_ROUNDS times
+COMPILED_ROWS = {  # the batches of the warm-up that let TorchScript compile, by the type of the device
+    "cpu": (1,),  # without profiles, TorchScript compiles a method once, at its first call
+    "cuda": (1, 16) * 3,  # with profiles, it compiles during the second and third calls, too
+}
 MAX_WARM_UP_SECONDS = 5.0
 MAX_TRIAL_SECONDS = 5.0  # a trial runs no batch that would take longer
 TRIAL_GROWTH = 16  # each batch of a trial is 16 times as large as the batch before it
@@ -188,15 +192,19 @@ class ModelLoader:
         return max(1, min(limits))
 
     def _warm_up(self, served: ServedModel) -> None:
-        """Run all operations until TorchScript has optimised them, then run larger and larger batches.
+        """Run all operations until TorchScript has compiled them, then run larger and larger batches.
 
         The batches grow until one has the maximum size or does not fit in memory, or until the warm-up has taken
-        MAX_WARM_UP_SECONDS. The latency of every run is recorded for the batcher.
+        MAX_WARM_UP_SECONDS. The latency of every run after the compilation is recorded for the batcher.
+
+        The operations that complete rows are not run. They have no latency, so the batcher runs them on the inference
+        thread, where their compilation (25 ms) stops nothing else.
         """
         torch.set_num_threads(self._threads)
         end = perf_counter() + MAX_WARM_UP_SECONDS
-        for rows in OPTIMISED_ROWS * WARM_UP_ROUNDS:
-            _run_operations(served, rows, completes=rows == 1)
+        for rows in COMPILED_ROWS[served.backend.device.type]:
+            _run_operations(served, rows, completes=False)
+        served.backend.latency = LatencyEstimate()  # without the time of the compilation
         max_rows = self._max_rows(served)
         rows = 1
         while perf_counter() < end:
@@ -234,7 +242,8 @@ def _verified_digest(path: Path, keys: TrustedKeys | None) -> str | None:
 def _run_operations(served: ServedModel, rows: int, completes: bool) -> None:
     """Run all operations on a batch of `rows` rows, and record their latencies.
 
-    If `completes`, also run the operations that complete rows, which take about a millisecond per row.
+    If `completes`, also run the operations that complete rows. They take about a millisecond per row, and 25 ms when
+    they run for the first time.
     """
     manifest, backend = served.manifest, served.backend
     medians = np.array([[feature.median for feature in manifest.features]], np.float32)
