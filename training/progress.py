@@ -193,19 +193,20 @@ class RowProgress(Protocol):
 
 
 @contextmanager
-def progress(title: str, total: int | None) -> Iterator[RowProgress]:
-    """Show the progress of work whose results go to standard output.
+def progress(title: str, total: int | None, prints_results: bool = True) -> Iterator[RowProgress]:
+    """Show the progress of work.
 
     On a terminal, a bar is shown while the results go elsewhere. Otherwise, a line appears every few seconds.
 
     Args:
         title: name of the work.
         total: number of rows, possibly estimated; None if unknown.
+        prints_results: whether the results go to standard output.
     """
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb" or not total:
         yield _RowLines(title, total or 0)
         return
-    if sys.stdout.isatty():  # the results show the progress
+    if prints_results and sys.stdout.isatty():  # the results show the progress
         yield _NoRowProgress()
         return
     from rich.console import Console

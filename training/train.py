@@ -22,7 +22,7 @@ from models.policy_rules import Policy
 from models.windowed import Windowed
 from training.config import AUTO_KINDS, TrainConfig
 from training.data.readers import format_option
-from training.data.table import Table
+from training.data.table import Table, read_table
 from training.errors import FitError
 from training.evaluation.metrics import held_out_metrics, pca_metrics
 from training.evaluation.model_selection import Candidate, compare
@@ -162,6 +162,7 @@ def fit_model(
     report: Reporter,
     *,
     policy: Policy | None = None,
+    split_seed: int | None = None,
 ) -> FittedModel:
     """Fit, evaluate and calibrate a model, and publish nothing.
 
@@ -173,6 +174,7 @@ def fit_model(
         report: receives the progress and the notes.
         policy: which deviations matter, when no row is anomalous, and how many alarms there may be; by default, every
             deviation matters.
+        split_seed: the seed of the split of the rows; by default, `config.seed`.
 
     Raises:
         DataError: the table cannot be used, or the policy leaves no calibration row.
@@ -181,10 +183,39 @@ def fit_model(
     config = _check_options(config, table, policy)
     _report_notes(table, report)
     with _one_thread():
-        data = _prepare(config, table, report, policy)
+        seed = config.seed if split_seed is None else split_seed
+        data = _prepare(config.model_copy(update={"seed": seed}), table, report, policy)
         candidates = [_fit_candidate(each, data, report) for each in _configs_per_kind(config)]
         chosen, comparison = compare(candidates, data, report)
         return FittedModel(chosen=chosen, comparison=comparison, data=data)
+
+
+def read(source: str, config: TrainConfig) -> Table:
+    """Return the table in `source`, read as `config` says. Raise DataError if it cannot be used."""
+    return read_table(
+        source,
+        config.drop,
+        config.keep,
+        config.size,
+        escape=config.escape,
+        layout=config.layout,
+        label=config.label,
+        time=config.time,
+        group=config.group,
+        condition=config.condition,
+        category=config.category,
+    )
+
+
+def split_data(config: TrainConfig, table: Table, split_seed: int) -> PreparedData:
+    """Return the rows of `table` and their split, as a model with the options `config` gets them.
+
+    Raises:
+        DataError: the table cannot be used.
+        FitError: the options do not fit the data.
+    """
+    config = _check_options(config, table, None).model_copy(update={"seed": split_seed})
+    return _prepare(config, table, SilentReporter(), None)
 
 
 def _check_options(config: TrainConfig, table: Table, policy: Policy | None) -> TrainConfig:

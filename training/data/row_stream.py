@@ -1,8 +1,8 @@
 """Rows for `elbo score`, read as a stream: a faulty row costs only itself, and the first rows come at once."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,11 @@ from training.data.row_store import Floats
 from training.data.table import open_for_model
 from training.errors import DataError
 
+if TYPE_CHECKING:
+    import polars as pl
+
+    from training.data.readers import SourcePart
+
 T = TypeVar("T")
 BATCH_ROWS = 1024
 TIME, GROUP = "timestamp", "host"  # default names of the columns that are passed on, as in requests
@@ -25,7 +30,7 @@ TIME, GROUP = "timestamp", "host"  # default names of the columns that are passe
 
 @dataclass(frozen=True)
 class StreamedRows:
-    """Up to BATCH_ROWS consecutive rows."""
+    """Up to `RowStream.batch_rows` consecutive rows."""
 
     first: int  # number of the first row
     x: Floats  # [B, D], raw units; medians replace faulty rows, and missing values that the model cannot score
@@ -36,6 +41,7 @@ class StreamedRows:
     condition: Floats | None = None  # [B, C], one-hot; None if the model knows no conditions
     # By position in x: the column and the text of each level that the model does not know.
     unknown_levels: dict[int, list[tuple[str, str]]] = field(default_factory=dict)
+    passed_on: "dict[str, pl.Series]" = field(default_factory=dict)  # by name: the cells [B] of `RowStream.passed_on`
 
     @property
     def inputs(self) -> Floats:
@@ -58,6 +64,8 @@ class RowStream:
     keeps_gaps: bool = False  # whether NaN stays in the place of a missing value
     known: Conditions | None = None  # the conditions that the model knows
     columns: CategoryColumns | None = None  # the columns of the table, if some are categories
+    passed_on: tuple[str, ...] = ()  # the columns whose cells are passed on as they are, besides times and groups
+    batch_rows: int = BATCH_ROWS
 
     @property
     def notes(self) -> list[str]:
@@ -92,9 +100,9 @@ class RowStream:
         row = 0
         with full_disk_as_data_error(self.source):
             for block, labels in self.raw.blocks:
-                for start in range(0, len(block), BATCH_ROWS):
-                    of_batch = None if labels is None else labels[start : start + BATCH_ROWS]
-                    yield self._batch(block[start : start + BATCH_ROWS], of_batch, row, start)
+                for start in range(0, len(block), self.batch_rows):
+                    of_batch = None if labels is None else labels[start : start + self.batch_rows]
+                    yield self._batch(block[start : start + self.batch_rows], of_batch, row, start)
                 row += len(block)
         if row == 0:
             raise DataError(
@@ -121,7 +129,7 @@ class RowStream:
             x = np.where(infinite | imputed, self.medians, x)
 
         def cells(name: str | None) -> list[Any] | None:
-            return None if name is None else details.cells[name][start : start + len(values)]
+            return None if name is None else details.cells[name][start : start + len(values)].to_list()
 
         condition = None
         if self.known is not None:
@@ -143,6 +151,7 @@ class RowStream:
             group=None if groups is None else [None if cell in (None, "") else str(cell) for cell in groups],
             condition=condition,
             unknown_levels=_of_batch(details.unknown_levels, first, len(values)),
+            passed_on={name: details.cells[name][start : start + len(values)] for name in self.passed_on},
         )
 
     def _levels(
@@ -198,6 +207,8 @@ def stream_for_model(
     group: str | None = None,
     escape: str | None = None,
     keeps_gaps: bool = False,
+    ids: Sequence[str] = (),
+    part: "SourcePart | None" = None,
 ) -> RowStream:
     """Open the rows in `source` in the form that the model of `manifest` takes.
 
@@ -208,9 +219,11 @@ def stream_for_model(
         group: name of the column of groups; by default that of the training rows, or GROUP, if the source has it.
         escape: as for `read_for_model`.
         keeps_gaps: leave NaN in the place of missing values, because the model can score rows with missing values.
+        ids: columns whose cells are passed on as they are, besides times and groups.
+        part: the part of a .npy, CSV or Parquet file to read; None for the whole.
 
     Raises:
-        DataError: the source cannot be used, or lacks the column `time` or `group`.
+        DataError: the source cannot be used, or lacks the column `time` or `group` or one of `ids`.
     """
     trained = manifest.timeline
     times = [time] if time else [TIME] if trained is None else [trained.time_column, TIME]
@@ -219,8 +232,11 @@ def stream_for_model(
     )
     known = manifest.conditions
     conditions = [] if known is None else [column.name for column in known.columns]
-    raw = open_for_model(source, manifest, escape=escape, tolerant=True, extra=(*times, *groups, *conditions))
+    extra = (*times, *groups, *conditions, *ids)
+    raw = open_for_model(source, manifest, escape=escape, tolerant=True, extra=extra, part=part)
     present = raw.extra
+    if unknown := [name for name in ids if name not in present]:
+        raise DataError(f"{source} has no column {unknown[0]!r} besides the features: correct --id, or leave it out")
     for option, name in (("--time", time), ("--group", group)):
         if name is not None and name not in present:
             raise DataError(f"{source} has no column {name!r} besides the features: correct {option}, or leave it out")
@@ -236,6 +252,7 @@ def stream_for_model(
         keeps_gaps=keeps_gaps,
         known=known,
         columns=manifest.category_columns,
+        passed_on=tuple(ids),
     )
 
 

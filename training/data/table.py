@@ -31,7 +31,7 @@ from training.data.copies import Copies, find_copies
 from training.data.ingest import ColumnStatistics, full_disk_as_data_error, ingest
 from training.data.labels import Labels, interpret
 from training.data.layout import PIXEL_RANGES, Layout, recognise
-from training.data.readers import InMemory, RawTable, ReadOptions, format_option, load
+from training.data.readers import InMemory, RawTable, ReadOptions, SourcePart, format_option, load
 from training.data.readers.columns import refusal
 from training.data.readers.row_order import RISES, OrderDetector
 from training.data.row_store import RowStore, reorder
@@ -549,6 +549,7 @@ def open_for_model(
     tolerant: bool = False,
     extra: Sequence[str] = (),
     label: str | None = None,
+    part: SourcePart | None = None,
 ) -> RawTable:
     """Open `source` for the model of `manifest`: check its shape, columns and units, and read no rows yet.
 
@@ -557,6 +558,7 @@ def open_for_model(
         tolerant: whether faulty rows are recorded instead of raising DataError.
         extra: names of further columns whose cells are recorded; ignored unless `tolerant` is true.
         label: as for `read_for_model`.
+        part: the part of a .npy, CSV or Parquet file to read; None for the whole.
 
     Raises:
         DataError: the source does not exist, or the model cannot take its rows.
@@ -578,6 +580,7 @@ def open_for_model(
             group=None if tolerant or manifest.timeline is None else manifest.timeline.group_column,
             timeline_optional=True,
             condition=() if manifest.conditions is None else [column.name for column in manifest.conditions.columns],
+            part=part,
         )
         raw = load(source, options)
     width = math.prod(raw.shape)

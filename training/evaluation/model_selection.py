@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,10 +61,10 @@ def compare(
     report.stage("comparing the models")
     rows, seed = data.fill_missing(data.held_out), candidates[0].config.seed
     scale = candidates[0].pipeline.scaling.scale  # all errors are in the model units of the first candidate
-    measures: dict[str, Measures] = {c.config.model: _measure(c.pipeline, rows, scale, seed) for c in candidates}
+    measures: dict[str, Measures] = {c.config.model: measure(c.pipeline, rows, scale, seed) for c in candidates}
     wins = significant_wins(measures)
     # A model that is worse than the mean is published only if all are.
-    best = max(candidates, key=lambda c: (not c.is_worse_than_mean, _wins_minus_losses(wins, c.config.model)))
+    best = max(candidates, key=lambda c: (not c.is_worse_than_mean, wins_minus_losses(wins, c.config.model)))
     means: dict[str, dict[str, float]] = {
         kind: {name: SIGN[name] * mean_of(name, values)[0] for name, values in m.items()}
         for kind, m in measures.items()
@@ -96,15 +97,23 @@ def mean_of(name: str, values: Tensor) -> tuple[float, float]:
     return float(values.double().mean()), error
 
 
-def _wins_minus_losses(wins: Sequence[tuple[str, str, str]], kind: str) -> int:
+def wins_minus_losses(wins: Sequence[tuple[str, str, str]], kind: str) -> int:
+    """Return on how many measures the model `kind` beats others, minus on how many others beat it."""
     return sum((winner == kind) - (loser == kind) for winner, loser, _ in wins)
 
 
-def _measure(pipeline: Pipeline, x: Tensor, scale: Tensor, seed: int) -> Measures:
-    """Return the measures for rows x [M, D] in raw units, without missing values. Errors are divided by `scale` [D]."""
+def measure(pipeline: Any, x: Tensor, scale: Tensor, seed: int) -> Measures:
+    """Return the measures for rows x [M, D] in raw units, without missing values. Errors are divided by `scale` [D].
+
+    Args:
+        pipeline: a pipeline, or the module of an artifact, which has no log-likelihood.
+        x: the rows.
+        scale: the unit of errors.
+        seed: seed of the values that are swapped, and of the importance samples.
+    """
     errors, intact_scores, swapped_scores = [], [], []
-    core = pipeline.core
-    columns = columns_of_features(x.shape[1], sizes_of(pipeline))
+    core, sizes = (pipeline.core, sizes_of(pipeline)) if isinstance(pipeline, Pipeline) else (None, [])
+    columns = columns_of_features(x.shape[1], sizes)
     with torch.inference_mode():
         for rows, swapped in zip(x.split(BATCH), swap_values(x, seed, columns).split(BATCH), strict=True):
             errors.append(((rows - pipeline(rows)) / scale).double().square().mean(dim=1))
@@ -114,7 +123,7 @@ def _measure(pipeline: Pipeline, x: Tensor, scale: Tensor, seed: int) -> Measure
         # `detection` is the share of intact rows that score lower than the swapped row. The mean is the AUROC.
         measures = {"reconstruction_error": -torch.cat(errors), "detection": ranks / len(x)}
         # A density of rows and a probability of levels do not compare.
-        if (not sizes_of(pipeline) and isinstance(core, PCA)) or (
+        if (not sizes and isinstance(core, PCA)) or (
             isinstance(core, VAE) and isinstance(core.likelihood, GaussianLikelihood)
         ):
             bound = importance_weighted(core.log_weight, pipeline.scaling(x), count_latents(core, x), SAMPLES, seed)

@@ -19,7 +19,7 @@ from models.silences import Silences
 from training.data.row_store import Floats
 from training.data.row_stream import BATCH_ROWS, RowStream, StreamedRows
 from training.data.table import DataError, Table
-from training.data.windowed_stream import judged_batches
+from training.data.windowed_stream import JudgedBatch, judged_batches
 from training.data.windows import TableWindows
 
 Counts = npt.NDArray[np.int64]
@@ -100,6 +100,17 @@ class Tally:
     first_fault: str | None = None  # describes the first faulty row
     pixel_warning: str | None = None  # models of images: the rows are in another pixel range
 
+    def add_fault(self, row: int, fault: str) -> None:
+        """Count a faulty row."""
+        self.faulty += 1
+        self.first_fault = self.first_fault or f"row {row}: {fault}"
+
+    def note_pixels(self, artifact: Artifact, x: Floats) -> None:
+        """Note if the rows x [B, D] are in another pixel range than that of the model."""
+        if artifact.manifest.pixel_range is not None and self.pixel_warning is None:
+            low, high = np.fmin.reduce(x, axis=None), np.fmax.reduce(x, axis=None)
+            self.pixel_warning = artifact.manifest.pixel_warning(float(low), float(high))
+
     def refuse_faulty(self, source: str) -> None:
         """Raise DataError if there are faulty rows."""
         if self.faulty:
@@ -177,41 +188,30 @@ def _batches_of_results(
     As in responses of /anomaly, a number that is too large for float32 is given as the largest float32.
     """
     window = artifact.manifest.window
-    for rows, inputs, counts in judged_batches(stream, artifact.manifest):
-        low, high = np.fmin.reduce(rows.x, axis=None), np.fmax.reduce(rows.x, axis=None)
-        tally.pixel_warning = tally.pixel_warning or artifact.manifest.pixel_warning(float(low), float(high))
-        scores = _without_short_windows(score_rows(artifact, inputs, alpha, extrapolated), counts, window)
-        usable = scores.usable
-        overflows = ~np.isfinite(scores.score)
-        with np.errstate(invalid="ignore"):
-            scores = scores.clipped()
-        columns = stream.columns
-        contribution = scores.contribution if columns is None else columns.contributions(scores.contribution)
+    for batch in judged_batches(stream, artifact.manifest):
+        rows, counts = batch.rows, batch.counts
+        tally.note_pixels(artifact, rows.x)
+        verdicts = judge(artifact, stream, batch, alpha, extrapolated)
+        scores, contribution = verdicts.scores, verdicts.contribution
         top = np.argsort(-contribution, axis=1, kind="stable")[:, :explain]  # [B, explain], largest first
         shown = np.where(rows.missing, np.float32(np.nan), rows.x)  # a missing value is null in NDJSON
         lacks_values = np.asarray(rows.missing.any(axis=1))
-        silenced = silenced_rows(artifact.manifest, rows.time, rows.group, len(rows.x))
         results = []
         for i in range(len(rows.x)):
             fault = rows.faults.get(i)
             result: dict[str, Any] = {"row": rows.first + i}
-            if fault is None and usable[i]:
+            if fault is None and verdicts.usable[i]:
                 result |= _verdict(artifact, stream, scores, shown, i, top[i])
-                result |= _explain_columns(columns, scores, shown, i, top[i], contribution[i], rows)
+                result |= explain_columns(stream.columns, scores, shown, i, top[i], contribution[i], rows)
                 if lacks_values[i]:
                     result["imputed"] = _missing_columns(stream, rows.missing[i])
-                result |= _window_fields(counts, window, i) | (SILENCED if silenced[i] else {})
+                result |= _window_fields(counts, window, i) | (SILENCED if verdicts.silenced[i] else {})
             for name, values in (("time", rows.time), ("group", rows.group)):
                 if values is not None and values[i] is not None:
                     result[name] = values[i]
-            if fault is None and not usable[i]:
-                fault = OVERFLOW
-            elif fault is None and overflows[i]:
-                fault = SCORE_OVERFLOW
-            if fault is not None:
+            if (fault := verdicts.fault(i, fault)) is not None:
                 result["detail"] = fault
-                tally.faulty += 1
-                tally.first_fault = tally.first_fault or f"row {rows.first + i}: {fault}"
+                tally.add_fault(rows.first + i, fault)
             results.append(result)
         tally.rows += len(results)
         yield results
@@ -272,7 +272,7 @@ def _missing_columns(stream: RowStream, missing: npt.NDArray[np.bool_]) -> list[
     return [stream.columns.names[j] for j in np.flatnonzero(stream.columns.missing(missing[None])[0])]
 
 
-def _explain_columns(
+def explain_columns(
     columns: CategoryColumns | None,
     scores: Scores,
     x: Floats,
@@ -305,6 +305,38 @@ def _unseen_levels(columns: CategoryColumns, unknown: list[tuple[str, str]]) -> 
     levels = [columns.code(name, text)[1] for name, text in unknown]
     found = [level._asdict() for level in levels if level is not None]
     return {"unseen_levels": found} if found else {}
+
+
+class Verdicts(NamedTuple):
+    """What a model says of B rows of a stream."""
+
+    scores: Scores  # the largest float32 replaces infinity
+    usable: npt.NDArray[np.bool_]  # [B], whether a row without a fault has a verdict
+    overflows: npt.NDArray[np.bool_]  # [B], whether the score of a row was too large for float32
+    silenced: npt.NDArray[np.bool_]  # [B], whether a silence of the policy holds
+    contribution: Floats  # [B, D], or [B, n + J] for a model with categories: one per column
+
+    def fault(self, i: int, fault: str | None) -> str | None:
+        """Return why row i has no score, or no exact one; None if nothing is wrong. `fault`: what its reader found."""
+        if fault is None and not self.usable[i]:
+            return OVERFLOW
+        return SCORE_OVERFLOW if fault is None and self.overflows[i] else fault
+
+
+def judge(
+    artifact: Artifact, stream: RowStream, batch: JudgedBatch, alpha: float, extrapolated: bool = False
+) -> Verdicts:
+    """Return the verdicts of the model on the rows of `batch`."""
+    window = artifact.manifest.window
+    scores = _without_short_windows(score_rows(artifact, batch.inputs, alpha, extrapolated), batch.counts, window)
+    usable, overflows = scores.usable, ~np.isfinite(scores.score)
+    with np.errstate(invalid="ignore"):
+        scores = scores.clipped()
+    contribution = scores.contribution
+    if stream.columns is not None:
+        contribution = stream.columns.contributions(contribution)
+    silenced = silenced_rows(artifact.manifest, batch.rows.time, batch.rows.group, len(batch.rows.x))
+    return Verdicts(scores, usable, overflows, silenced, contribution)
 
 
 class JudgedRows(NamedTuple):

@@ -12,7 +12,7 @@ from training.data.readers.csv_text import read_csv
 from training.data.readers.images import read_images
 from training.data.readers.in_memory import InMemory, read_in_memory
 from training.data.readers.parquet import read_parquet
-from training.data.readers.raw_table import RawTable, ReadOptions, format_option
+from training.data.readers.raw_table import RawTable, ReadOptions, SourcePart, format_option
 from training.data.readers.simulated_hosts import SOURCES as SIMULATED
 from training.data.readers.simulated_hosts import read_simulated_hosts
 from training.errors import DataError
@@ -22,6 +22,7 @@ __all__ = [
     "InMemory",
     "RawTable",
     "ReadOptions",
+    "SourcePart",
     "format_option",
     "load",
 ]

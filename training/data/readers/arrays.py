@@ -19,7 +19,7 @@ from models.errors import join_names
 from training.data.labels import find_label_column, is_status_name
 from training.data.layout import arrange
 from training.data.readers.columns import refusal
-from training.data.readers.raw_table import Array, Block, RawTable, ReadOptions
+from training.data.readers.raw_table import Array, Block, RawTable, ReadOptions, SourcePart
 from training.data.readers.row_order import OrderDetector, describe_direction
 from training.data.row_store import FileArray, rows_per_block
 from training.errors import DataError
@@ -176,10 +176,10 @@ def _open_file(
             flat = (header.shape[0], math.prod(header.shape[1:]))
             file_array = FileArray(file, header.dtype, start, flat)
     return RawTable(
-        blocks=_blocks(values, labels, columns),
+        blocks=_blocks(values, labels, columns, options.part),
         shape=header.shape[1:] if columns is None else (len(columns),),
         dtype=_stored_dtype(header.dtype),
-        rows=header.shape[0],
+        rows=header.shape[0] if options.part is None else options.part.stop - options.part.start,
         names=_column_names(columns),
         notes=notes,
         file_array=file_array,
@@ -209,14 +209,18 @@ def _kept_columns(shape: tuple[int, ...], options: ReadOptions, source: str) -> 
     return kept
 
 
-def _blocks(values: Array | FileArray, labels: Array | None, columns: list[int] | None) -> Iterator[Block]:
+def _blocks(
+    values: Array | FileArray, labels: Array | None, columns: list[int] | None, part: SourcePart | None = None
+) -> Iterator[Block]:
     step = rows_per_block(math.prod(values.shape[1:]))
-    for start in range(0, len(values), step):
-        rows = values[start : start + step]
+    first, last = (0, len(values)) if part is None else (part.start, part.stop)
+    for start in range(first, last, step):
+        stop = min(start + step, last)
+        rows = values[start:stop]
         rows = rows.reshape(len(rows), -1)
         yield (
             rows if columns is None else rows[:, columns],
-            None if labels is None else labels[start : start + step],
+            None if labels is None else labels[start:stop],
         )
         if isinstance(values, np.memmap):
             mapping = values._mmap  # type: ignore[attr-defined]  # np.memmap has no public name for it

@@ -214,7 +214,8 @@ class Column:
         present = values[~np.isnan(values)]
         self.numbers += len(present)
         self.binary = self.binary and bool(((present == 0) | (present == 1)).all())
-        self.identifier.add(values)
+        if self.other_cells is None:  # a known column of a model is a measurement
+            self.identifier.add(values)
         return values
 
     def _read_text(self, cells: "pl.Series", row: int) -> Floats:
@@ -556,7 +557,7 @@ def _read_blocks_tolerantly(
                     fault += f": {advice}"
                 details.faults.setdefault(cell.row, fault)
         for position in range(width, len(columns)):
-            details.cells[columns[position].name] = frame.to_series(columns[position].index).to_list()
+            details.cells[columns[position].name] = frame.to_series(columns[position].index)
         yield np.concatenate(features, axis=1), None
         details.faults.clear()
         details.unknown_levels.clear()

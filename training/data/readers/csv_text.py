@@ -6,12 +6,13 @@ reads the other pieces, because polars swallows lines without an error if a quot
 
 import csv
 import io
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ from training.data.readers.columns import (
     choose_label_column,
     choose_timeline_columns,
 )
-from training.data.readers.raw_table import BlockDetails, RawTable, ReadOptions
+from training.data.readers.raw_table import BlockDetails, RawTable, ReadOptions, SourcePart
 from training.errors import DataError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def read_csv(path: Path, options: ReadOptions) -> RawTable:
         DataError: the file is not CSV in UTF-8 with a header, or its columns are not as the options require.
     """
     details = BlockDetails()
-    reader = _CsvReader(path, options.escape, details.faults if options.tolerant else None)
+    reader = _CsvReader(path, options.escape, details.faults if options.tolerant else None, options.part)
     columns = choose_columns(reader.header, path, options, typed=False)
     labels = choose_label_column(reader.header, path, options)
     return build_raw_table(
@@ -69,38 +70,66 @@ def read_csv(path: Path, options: ReadOptions) -> RawTable:
     )
 
 
-class _LineSource:
-    """The lines of an open file, as bytes with their line ends, one by one or many at once."""
+class CsvHead(NamedTuple):
+    """What must be known of a CSV file before its rows are read."""
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
+    columns: int
+    lines: int  # number of lines up to the end of the header
+    newline: bytes
+
+
+def read_csv_head(path: Path, escape: str | None) -> CsvHead:
+    """Read the header of a CSV file.
+
+    Raises:
+        DataError: the file has no header, or is not UTF-8.
+    """
+    reader = _CsvReader(path, escape)
+    return CsvHead(len(reader.header), reader.header_lines, reader.newline)
+
+
+class _LineSource:
+    """The lines of an open file, as bytes with their line ends, one by one or many at once.
+
+    Args:
+        stop: the position in the file where the lines end; None for the end of the file.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path, stop: int | None = None) -> None:
         self._file, self._path = file, path
-        self._content = file.read(PIECE_BYTES)
+        self._left = sys.maxsize if stop is None else stop - file.tell()  # number of bytes that may still be read
+        self._content = self._read()
         while self._content.startswith(BYTE_ORDER_MARK):
             self._content = self._content.removeprefix(BYTE_ORDER_MARK)
-        self._newline = b"\r" if b"\n" not in self._content and b"\r" in self._content else b"\n"
+        self.newline = b"\r" if b"\n" not in self._content and b"\r" in self._content else b"\n"
 
     def line(self) -> bytes:
         """Return the next line, or b"" at the end of the file."""
-        end = self._content.find(self._newline) + 1
+        end = self._content.find(self.newline) + 1
         while not end and self._read_more():
-            end = self._content.find(self._newline) + 1
+            end = self._content.find(self.newline) + 1
         return self._take(end or len(self._content))
 
     def piece(self) -> bytes:
         """Return all lines that end in the next PIECE_BYTES of the file, at least one; b"" at the end of the file."""
         if len(self._content) < PIECE_BYTES:
             self._read_more()
-        end = self._content.rfind(self._newline) + 1
+        end = self._content.rfind(self.newline) + 1
         while not end and self._read_more():
-            end = self._content.rfind(self._newline) + 1
+            end = self._content.rfind(self.newline) + 1
         return self._take(end or len(self._content))
 
     def _read_more(self) -> bool:
         if len(self._content) > MAX_LINE_BYTES:
             raise DataError(f"{self._path} has a line of more than {MAX_LINE_BYTES >> 20} MiB: expected CSV")
-        more = self._file.read(PIECE_BYTES)
+        more = self._read()
         self._content += more
         return bool(more)
+
+    def _read(self) -> bytes:
+        content = self._file.read(min(PIECE_BYTES, self._left))
+        self._left -= len(content)
+        return content
 
     def _take(self, end: int) -> bytes:
         taken, self._content = self._content[:end], self._content[end:]
@@ -116,23 +145,33 @@ class _CsvReader:
             too many or too few values, or one whose quotation does not end where a cell ends. Such a row is one line.
     """
 
-    def __init__(self, path: Path, escape: str | None, faults: dict[int, str] | None = None) -> None:
-        self._path, self._escape, self._faults = path, escape, faults
+    def __init__(
+        self, path: Path, escape: str | None, faults: dict[int, str] | None = None, part: SourcePart | None = None
+    ) -> None:
+        self._path, self._escape, self._faults, self._part = path, escape, faults, part
         self._reread_lines = 0  # number of lines that were read again after a faulty record
         self.lines = LineNumbers()  # complete when all frames have been read
         self.notes: list[str] = []  # likewise
         self._blank_lines = 0
         with path.open("rb") as file:
             source = _LineSource(file, path)
-            self.header, self._header_lines = self._read_header(source)
+            self.header, self.header_lines = self._read_header(source)
+            self.newline = source.newline
             sample = source.piece()
         newlines = sample.count(b"\n") or sample.count(b"\r")
-        self.estimated_rows = round(newlines / max(1, len(sample)) * path.stat().st_size)
+        size = path.stat().st_size if part is None else part.stop - part.start
+        self.estimated_rows = round(newlines / max(1, len(sample)) * size)
 
     def frames(self) -> Iterator["pl.DataFrame"]:
-        """Yield the rows as text. Empty rows at the end of the file, such as `,,`, are not rows."""
+        """Yield the rows as text. Empty rows at the end of the file, such as `,,`, are not rows.
+
+        A part of the file ends before such rows, so all its rows are yielded.
+        """
         import polars as pl
 
+        if self._part is not None:
+            yield from self._all_frames()
+            return
         blank = pl.DataFrame(schema=dict.fromkeys(map(str, range(len(self.header))), pl.String))
         for new in self._all_frames():
             frame = pl.concat([blank, new])
@@ -147,10 +186,13 @@ class _CsvReader:
     def _all_frames(self) -> Iterator["pl.DataFrame"]:
         row = blank_lines = 0
         with self._path.open("rb") as file:
-            source = _LineSource(file, self._path)
-            for _ in range(self._header_lines):
-                source.line()
-            line = self._header_lines + 1
+            if self._part is None:
+                source, line = _LineSource(file, self._path), self.header_lines + 1
+                for _ in range(self.header_lines):
+                    source.line()
+            else:
+                file.seek(self._part.start)
+                source, line = _LineSource(file, self._path, self._part.stop), self._part.first_line
             while piece := source.piece():
                 if b'"' in piece or (self._escape == "backslash" and b"\\" in piece):
                     records = self._read_quoted(piece, source, line, row)
@@ -353,6 +395,8 @@ class _CsvReader:
     def _replace_ragged(self, piece: bytes, first_row: int) -> bytes:
         """Return `piece` with missing values in place of the lines with too many or too few values."""
         assert self._faults is not None
+        if _have_separators(piece, len(self.header) - 1):
+            return piece
         lines = piece.split(b"\n")
         for index, line in enumerate(lines):
             width = line.count(b",") + 1
@@ -412,6 +456,16 @@ class _Records:
         columns = list(zip(*cells, strict=True)) or [()] * width
         frame = pl.DataFrame([pl.Series(str(i), column, dtype=pl.String) for i, column in enumerate(columns)])
         return cls(frame, lines, lines_read, blank_before, blank_after)
+
+
+def _have_separators(piece: bytes, count: int) -> bool:
+    """Return whether every line of `piece` has `count` commas."""
+    content = np.frombuffer(piece, np.uint8)
+    commas, ends = np.flatnonzero(content == ord(",")), np.flatnonzero(content == ord("\n"))
+    if not piece.endswith(b"\n"):
+        ends = np.append(ends, len(content))
+    counts = np.diff(np.searchsorted(commas, ends), prepend=0)  # [lines]
+    return bool((counts == count).all())
 
 
 def _appended_to(texts: list[str], lines: Iterator[str]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from training.data.readers.columns import (
     choose_label_column,
     choose_timeline_columns,
 )
-from training.data.readers.raw_table import RawTable, ReadOptions
+from training.data.readers.raw_table import RawTable, ReadOptions, SourcePart
 from training.data.row_store import rows_per_block
 from training.errors import DataError
 
@@ -55,8 +55,11 @@ def read_frame(scan: "pl.LazyFrame", header: Sequence[str], rows: int, path: Pat
     for column in read:
         column.index = used.index(column.index)  # the position in the frames, which contain only the used columns
     wanted = scan.select(pl.nth(used))
-    frames = _slices(wanted, rows, rows_per_block(len(columns)), path)
-    return build_raw_table(frames, columns, labels, options, path, rows, timeline=timeline, conditions=conditions)
+    part = options.part or SourcePart(0, rows)
+    frames = _slices(wanted, part, rows_per_block(len(columns)), path)
+    return build_raw_table(
+        frames, columns, labels, options, path, part.stop - part.start, timeline=timeline, conditions=conditions
+    )
 
 
 @contextmanager
@@ -69,9 +72,9 @@ def _damage_as_data_error(path: Path) -> Iterator[None]:
         raise DataError(f"{path} is damaged or not a Parquet file: write it again") from error
 
 
-def _slices(scan: "pl.LazyFrame", rows: int, step: int, path: Path) -> Iterator["pl.DataFrame"]:
-    """Yield the rows in slices. polars decodes only the pages that a slice needs, even within a row group."""
-    for start in range(0, rows, step):
+def _slices(scan: "pl.LazyFrame", part: SourcePart, step: int, path: Path) -> Iterator["pl.DataFrame"]:
+    """Yield the rows of `part` in slices. polars decodes only the pages that a slice needs, even within a row group."""
+    for start in range(part.start, part.stop, step):
         with _damage_as_data_error(path):
-            frame = scan.slice(start, step).collect()
+            frame = scan.slice(start, min(step, part.stop - start)).collect()
         yield frame

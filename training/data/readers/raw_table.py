@@ -5,7 +5,7 @@ import io
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,8 +16,20 @@ from training.data.readers.condition_columns import ConditionReader
 from training.data.readers.time_columns import TimelineReader
 from training.data.row_store import FileArray
 
+if TYPE_CHECKING:
+    import polars as pl
+
 Array = np.ndarray[Any, Any]
 Block = tuple[Array, Array | None]  # rows [n, D] of any real dtype, and their labels [n] if the source has labels
+
+
+@dataclass(frozen=True)
+class SourcePart:
+    """A part of a file that is read on its own: rows `start` to `stop`, or in a CSV file, bytes `start` to `stop`."""
+
+    start: int
+    stop: int
+    first_line: int = 1  # CSV: the number of the line at `start`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +53,7 @@ class ReadOptions:
     category: Sequence[str] = ()  # columns whose values are levels although they are numbers
     categories: Sequence[Category] = ()  # with `names`: the categories of the model, after its columns of numbers
     condition: Sequence[str] = ()  # columns of conditions; if `names` is given, the source may lack them
+    part: SourcePart | None = None  # the part of a .npy, CSV or Parquet file to read; None for the whole
 
 
 @dataclass
@@ -48,7 +61,7 @@ class BlockDetails:
     """What a tolerant reader records about the rows of the latest block, besides their numbers."""
 
     faults: dict[int, str] = field(default_factory=dict)  # by row, counted from 0: why the row is faulty
-    cells: dict[str, list[Any]] = field(default_factory=dict)  # by name: the cells of an extra column
+    cells: "dict[str, pl.Series]" = field(default_factory=dict)  # by name: the cells of an extra column
     # By row, counted from 0: the column and the text of each level that the model does not know.
     unknown_levels: dict[int, list[tuple[str, str]]] = field(default_factory=dict)
 

@@ -1,0 +1,28 @@
+"""A local cluster of Ray, for the programs of the tests and of the benchmark."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def two_nodes(nodes: int = 2) -> Iterator[tuple[Any, list[Any]]]:
+    """Yield a cluster and its nodes with one core each. The head has no cores, so all work is done on these nodes.
+
+    This process is connected to the cluster. Ray sends no usage statistics.
+    """
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+    from ray.cluster_utils import Cluster
+
+    store = 100 << 20
+    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": store}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        workers = [cluster.add_node(num_cpus=1, object_store_memory=store) for _ in range(nodes)]
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+        yield cluster, workers
+    finally:
+        ray.shutdown()
+        cluster.shutdown()

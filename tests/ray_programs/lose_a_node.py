@@ -1,0 +1,61 @@
+"""Score a file on a cluster of two nodes, of which one is killed, and train a sweep on the other. Prints JSON.
+
+Arguments: ARTIFACT DATA OUTPUT, and a table and a folder for the sweep.
+
+This program runs in the environment .venv-ray.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from models.artifact import load
+from tests.ray_programs.cluster import two_nodes
+from tests.ray_programs.trials import TRIALS
+from training.ray_tasks import score_on_ray, train_on_ray
+from training.scoring.run import make_job, run_job
+from training.sweep import Sweep
+
+
+def main(artifact_path: Path, data: str, output: Path, table: str, folder: Path) -> None:
+    """Score `data`. Kill one of the two nodes when it has finished some parts, and others are running on both nodes."""
+    artifact = load(artifact_path)
+    job = make_job(artifact, "parquet", 0.05, 3, part_rows=2_000)
+    reports = output.with_name(f".{output.name}.partial") / "reports"
+    finished_at_kill = []
+    with two_nodes() as (cluster, nodes):
+
+        def kill() -> None:
+            while len(list(reports.glob("*.json"))) < 4:
+                time.sleep(0.005)
+            cluster.remove_node(nodes[1], allow_graceful=False)
+            finished_at_kill.append(len(list(reports.glob("*.json"))))
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        outcome = run_job(job, artifact, data, output, single=False, engine=score_on_ray)
+        killer.join()
+        trained = train_on_ray(Sweep(table, 0, folder), TRIALS, lambda result: None)  # noqa: ARG005
+        import ray
+
+        alive = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    print(
+        json.dumps(
+            {
+                "parts": outcome.parts,
+                "rows": outcome.report.rows,
+                "faulty": outcome.report.faulty,
+                "finished_at_kill": finished_at_kill[0],
+                "nodes": len(alive),
+                "sweep": [{name: each.tolist() for name, each in result.measures.items()} for result in trained],
+                "usage_statistics": os.environ["RAY_USAGE_STATS_ENABLED"],
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4], Path(sys.argv[5]))

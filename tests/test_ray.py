@@ -1,0 +1,74 @@
+"""Elbo on Ray: a cluster of two nodes on this machine, in a process of the environment .venv-ray."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from tests.commands import in_process, succeed, two_factor_rows, write
+from tests.conftest import require
+from tests.data import ROOT
+from tests.ray_programs.trials import TRIALS
+from training.sweep import Sweep, train_locally
+
+pytestmark = pytest.mark.slow
+
+PYTHON = ROOT / ".venv-ray" / "bin" / "python"
+PROGRAMS = ROOT / "tests" / "ray_programs"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an artifact folder with hosts@1, a PCA with two latents."""
+    folder = tmp_path_factory.mktemp("artifacts")
+    data = write(folder / "train.csv", two_factor_rows(1000, seed=0))
+    arguments = ["--model", "pca", "--name", "hosts", "--latents", "2", "--artifacts", str(folder)]
+    succeed("train", data, *arguments, "--runs", str(folder / "runs"))
+    return folder
+
+
+def run(program: str, *arguments: object) -> dict[str, Any]:
+    """Return what a program prints, a JSON object."""
+    require(PYTHON.exists(), "no .venv-ray: make test installs it")
+    command = [str(PYTHON), "-m", f"tests.ray_programs.{program}", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stderr
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def test_scores_and_sweeps_on_ray_are_those_of_this_machine_although_a_node_is_killed(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = two_factor_rows(200_000, seed=1)
+    rows[123_456, 1] = np.inf
+    data = tmp_path / "rows.npy"
+    np.save(data, rows)
+    table = write(tmp_path / "table.csv", two_factor_rows(300, seed=2))
+    for engine in ("on_ray", "locally"):
+        (tmp_path / engine).mkdir()
+    artifact = root / "hosts" / "1" / "model.pt"
+    found = run("lose_a_node", artifact, data, tmp_path / "ray", table, tmp_path / "on_ray")
+    assert (found["parts"], found["rows"], found["faulty"], found["nodes"]) == (100, 200_000, 1, 1)
+    assert 4 <= found["finished_at_kill"] < 100
+    assert found["usage_statistics"] == "0"
+    options = ["--part-rows", "2000", "--artifacts", str(root)]
+    assert in_process(capsys, "score", "hosts", str(data), str(tmp_path / "local"), *options)[0] == 2
+    files = sorted(path.name for path in (tmp_path / "local").iterdir())
+    assert sorted(path.name for path in (tmp_path / "ray").iterdir()) == files
+    for name in files:
+        assert pl.read_parquet(tmp_path / "ray" / name).equals(pl.read_parquet(tmp_path / "local" / name)), name
+    faults = [(tmp_path / f"{engine}.faults.ndjson").read_text() for engine in ("ray", "local")]
+    assert faults[0] == faults[1]
+    trained = train_locally(Sweep(table, 0, tmp_path / "locally"), TRIALS, lambda result: None)  # noqa: ARG005
+    expected = [{name: values.tolist() for name, values in each.measures.items()} for each in trained]
+    assert found["sweep"] == expected
+    assert [sorted(each) for each in expected] == [["detection", "log_likelihood", "reconstruction_error"]] * 2 + [[]]
+    names = ["0000.pt", "0001.pt"]
+    assert [sorted(path.name for path in (tmp_path / each).iterdir()) for each in ("on_ray", "locally")] == [names] * 2

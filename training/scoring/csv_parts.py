@@ -1,0 +1,95 @@
+"""Where a CSV file can be divided into parts that are read on their own."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from training.data.readers.csv_text import read_csv_head
+
+PIECE_BYTES = 4 << 20
+# Lines whose quotations all begin and end at the borders of a cell, within their line. Every line is then one record.
+REGULAR = re.compile(rb'(?:(?: *+"(?:[^"\n]|"")*+"|[^",\n]*+)[,\n])*+(?: *+"(?:[^"\n]|"")*+"|[^",\n]*+)')
+MAY_BE_BLANK = re.compile(rb"\n[\n \t]")  # the start of a line that may be blank
+
+
+class CsvPart(NamedTuple):
+    """Whole lines of a CSV file."""
+
+    start: int  # position of the first byte
+    stop: int  # position after the last byte
+    first_line: int
+    first_row: int
+    rows: int
+
+
+def divide_csv(path: Path, escape: str | None, part_rows: int) -> list[CsvPart] | None:
+    """Return parts of about `part_rows` rows; together they have all rows of the file.
+
+    Return None if the lines of the file are not its records: some quotation contains a line end or is not valid, or
+    lines end in CR alone. The rows of such a file can only be told by reading it from its beginning.
+    """
+    head = read_csv_head(path, escape)
+    if head.newline != b"\n":
+        return None
+    parts: list[CsvPart] = []
+    with path.open("rb") as file:
+        for _ in range(head.lines):
+            file.readline()
+        start = last = file.tell()  # of the part, and after the last row that is not empty
+        line = first_line = head.lines + 1
+        row = first_row = last_row = 0
+        for piece in _pieces(file, part_rows):
+            text = _as_lines(piece, escape, head.columns)
+            if text is None:
+                return None
+            rows = _count_rows(text)
+            if (filled := len(piece.rstrip(b',"\r\n'))) > 0:
+                end = piece.find(b"\n", filled) + 1 or len(piece)
+                last = file.tell() - len(piece) + end
+                last_row = row + (rows if end == len(piece) else _count_rows(piece[:end].replace(b"\r\n", b"\n")))
+            line, row = line + text.count(b"\n"), row + rows
+            if row - first_row >= part_rows:
+                parts.append(CsvPart(start, file.tell(), first_line, first_row, row - first_row))
+                start, first_line, first_row = file.tell(), line, row
+    parts.append(CsvPart(start, last, first_line, first_row, row - first_row))
+    return _without_empty_end(parts, last, last_row)
+
+
+def _pieces(file: BinaryIO, part_rows: int) -> Iterator[bytes]:
+    """Yield the rest of the file in pieces that end with a line. A piece has at most about `part_rows` rows."""
+    size = min(PIECE_BYTES, 64 * part_rows)
+    while piece := file.read(size):
+        yield piece if piece.endswith(b"\n") else piece + file.readline()
+
+
+def _as_lines(piece: bytes, escape: str | None, columns: int) -> bytes | None:
+    """Return `piece` with LF at the ends of lines; None if its lines may not be its records."""
+    text = piece.replace(b"\r\n", b"\n")
+    if b"\r" in text or (escape == "backslash" and b"\\" in text):
+        return None
+    if b'"' in text and (columns == 1 or not REGULAR.fullmatch(text)):
+        return None
+    return text
+
+
+def _count_rows(text: bytes) -> int:
+    """Return the number of lines in `text` that are not blank."""
+    lines = text.count(b"\n") + bool(text and not text.endswith(b"\n"))
+    if text.startswith((b"\n", b" ", b"\t")) or MAY_BE_BLANK.search(text):
+        return sum(bool(line.strip()) for line in text.split(b"\n"))
+    return lines
+
+
+def _without_empty_end(parts: list[CsvPart], last: int, last_row: int) -> list[CsvPart]:
+    """Return `parts` without the empty rows at the end of the file, such as `,,`, which are not rows.
+
+    Args:
+        last: the position after the last row that is not empty.
+        last_row: the number of rows up to this position.
+    """
+    return [
+        part._replace(stop=min(part.stop, last), rows=min(part.rows, last_row - part.first_row))
+        for part in parts
+        if part.start < last and part.first_row < last_row
+    ]

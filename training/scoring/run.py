@@ -1,0 +1,253 @@
+"""Run a job of `elbo score`: make or continue it, score its parts, and put the output into its place.
+
+The job lives in a hidden folder beside the output, `.OUTPUT.partial`, until all parts are finished. Then the output
+appears by one rename. If the process is killed, the folder stays, and the same command continues with the parts that
+are not finished.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from models.artifact import Artifact
+from models.manifest import read_digest
+from training.data.readers import SourcePart
+from training.errors import DataError
+from training.scoring.frames import output_columns
+from training.scoring.job import FAULTS, PARTS, REPORTS, Job, Part, Report, Show, finished, score_part, written
+from training.scoring.plan import default_part_rows, plan, sources_of
+
+FORMATS = ("parquet", "csv", "ndjson")
+PLAN = "plan.json"
+COPY_BYTES = 1 << 20
+
+Engine = Callable[[Job, Sequence[Part], int | None, Show], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a job."""
+
+    report: Report
+    parts: int
+    resumed: int  # how many parts an earlier process had finished
+    faults: Path | None  # the file of faulty rows; None if there are none
+
+
+def choose_format(output: str, requested: str | None) -> tuple[str, bool]:
+    """Return the format of the output, and whether it is one file: parquet, csv or ndjson by the suffix.
+
+    Without such a suffix, or with a slash at its end, the output is a folder of parts, of the `requested` format or
+    Parquet.
+
+    Raises:
+        DataError: the suffix and `requested` differ.
+    """
+    suffix = Path(output).suffix.lower().removeprefix(".")
+    if suffix not in FORMATS or output.endswith("/") or Path(output).is_dir():
+        return requested or FORMATS[0], False
+    if requested not in (None, suffix):
+        raise DataError(f"{output} would be a {suffix} file, but --format asks for {requested}: correct one of them")
+    return suffix, True
+
+
+def run_job(
+    job: Job,
+    artifact: Artifact,
+    data: str,
+    output: Path,
+    *,
+    single: bool,
+    engine: Engine,
+    workers: int | None = None,
+    overwrite: bool = False,
+    show: Show | None = None,
+) -> Outcome:
+    """Score all rows of `data`, and write `output` and, beside it, the file of faulty rows.
+
+    Args:
+        job: the options; `run_job` sets `folder`, and `part_rows` if it is 0.
+        artifact: the model.
+        data: a file or a folder of files.
+        output: the file or folder to write.
+        single: whether `output` is one file.
+        engine: scores the parts that are not finished.
+        workers: how many parts are scored at the same time; None for as many as there are cores.
+        overwrite: whether an output that exists is replaced.
+        show: called with the number of rows that are done.
+
+    Raises:
+        DataError: the data cannot be used, or the output exists.
+        OSError: the output cannot be written.
+    """
+    if output.exists() and not overwrite:
+        raise DataError(f"{output} exists: give another name, or add --overwrite to replace it")
+    if not output.absolute().parent.is_dir():
+        raise DataError(f"there is no folder {output.absolute().parent}: create it, or give another output")
+    folder = output.absolute().with_name(f".{output.name}.partial")
+    sources = sources_of(data)
+    rows = job.part_rows or default_part_rows(len(artifact.manifest.features))
+    job = replace(job, folder=folder, part_rows=rows, names_files=len(sources) > 1)
+    with _locked(folder, output):
+        parts = _open_plan(job, artifact, sources)
+        open_parts = [part for part in parts if finished(job, part) is None]
+        counter = _Counter(show)
+        counter.add(sum(report.rows for part in parts if (report := finished(job, part)) is not None))
+        engine(job, open_parts, workers, counter.add)
+        total = Report()
+        for part in parts:
+            report = finished(job, part)
+            assert report is not None, "an engine returns when all parts are finished"
+            total.add(report)
+        faults = _publish(job, total, parts, output, single)
+        shutil.rmtree(folder)
+    return Outcome(total, len(parts), len(parts) - len(open_parts), faults)
+
+
+def score_locally(artifact: Artifact, job: Job, parts: Sequence[Part], workers: int | None, show: Show) -> None:
+    """Score the parts in threads of this process: reading, scoring and writing release Python's lock."""
+    count = workers or len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(min(count, max(1, len(parts)))) as pool:
+        futures = [pool.submit(score_part, job, part, artifact, show) for part in parts]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def count_rows(job: Job, artifact: Artifact, data: str) -> int | None:
+    """Return the number of rows of `data`, possibly estimated; None if it is unknown.
+
+    Raises:
+        DataError: the data cannot be used.
+    """
+    totals = [job.open(artifact, Part(0, source)).total for source in sources_of(data)]
+    return None if None in totals else sum(total or 0 for total in totals)
+
+
+class _Counter:
+    """Counts the rows that are done, in several threads."""
+
+    def __init__(self, show: Show | None) -> None:
+        self._done, self._show, self._lock = 0, show, threading.Lock()
+
+    def add(self, rows: int) -> None:
+        with self._lock:
+            self._done += rows
+            if self._show is not None:
+                self._show(self._done)
+
+
+@contextmanager
+def _locked(folder: Path, output: Path) -> Iterator[None]:
+    """Create `folder` and lock it, so that two commands cannot write the same output.
+
+    Raises:
+        DataError: another process has locked it.
+    """
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(f"another elbo score writes {output}: wait for its end, or give another output") from None
+    except OSError:
+        pass  # the file system has no locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _open_plan(job: Job, artifact: Artifact, sources: Sequence[str]) -> list[Part]:
+    """Return the parts of the job: those of an earlier process, if it had the same job, or else new ones."""
+    identity = json.loads(json.dumps({"job": asdict(job), "sources": _fingerprints(sources)}, default=str))
+    path = job.folder / PLAN
+    if path.exists():
+        known = json.loads(path.read_bytes())
+        if known["identity"] == identity:
+            return [_part(each) for each in known["parts"]]
+    for entry in job.folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    try:
+        parts = plan(job, artifact, sources)
+        output_columns(artifact.manifest, job.explain, job.open(artifact, parts[0]).passed_on, job.names_files)
+    except BaseException:
+        job.folder.rmdir()
+        raise
+    for name in (PARTS, REPORTS, FAULTS):
+        (job.folder / name).mkdir()
+    with written(path) as temporary:
+        temporary.write_text(json.dumps({"identity": identity, "parts": [asdict(part) for part in parts]}))
+    return parts
+
+
+def _part(fields: dict[str, Any]) -> Part:
+    place = fields.pop("source_part")
+    return Part(**fields, source_part=None if place is None else SourcePart(**place))
+
+
+def _fingerprints(sources: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Return path, size and time of change of each source that is a file."""
+    stats = [(source, Path(source).stat() if Path(source).is_file() else None) for source in sources]
+    return [(source, stat.st_size if stat else 0, stat.st_mtime_ns if stat else 0) for source, stat in stats]
+
+
+def _publish(job: Job, total: Report, parts: Sequence[Part], output: Path, single: bool) -> Path | None:
+    """Put the finished parts in the place of the output. Return the path of the file of faulty rows, if it exists."""
+    faults = output.with_name(f"{output.name}.faults.ndjson")
+    if total.faulty:
+        collected = job.folder / faults.name
+        _join([job.folder / FAULTS / f"{part.index:06}.ndjson" for part in parts], collected)
+        collected.replace(faults)
+    else:
+        faults.unlink(missing_ok=True)
+    made = job.folder / PARTS
+    for unfinished in {path.name for path in made.iterdir()} - set(total.files):  # a killed process left it
+        (made / unfinished).unlink()
+    if single:
+        files = [made / name for name in total.files]
+        made = job.folder / output.name
+        with written(made) as path:
+            _join_parts(files, path, job.format)
+    if output.is_dir():
+        output.rename(job.folder / "replaced")
+    made.replace(output)
+    return faults if total.faulty else None
+
+
+def _join_parts(files: Sequence[Path], path: Path, format_: str) -> None:
+    """Write the rows of `files` into one file. The memory does not depend on the number of rows."""
+    if format_ == "parquet":
+        pl.scan_parquet(list(files), glob=False).sink_parquet(path, row_group_size=100_000)
+        return
+    _join(files, path, has_header=format_ == "csv")
+
+
+def _join(files: Sequence[Path], path: Path, has_header: bool = False) -> None:
+    """Append `files` that exist; of files with a header, keep the first header."""
+    with path.open("wb") as joined:
+        for number, each in enumerate(files):
+            if each.exists():
+                with each.open("rb") as file:
+                    if has_header and number:
+                        file.readline()
+                    shutil.copyfileobj(file, joined, COPY_BYTES)
+
+
+def make_job(artifact: Artifact, format_: str, alpha: float, explain: int, **options: Any) -> Job:
+    """Return a job for `artifact`, whose folder is set by `run_job`. For `options`, see `Job`."""
+    path = artifact.path.absolute()
+    return Job(path, read_digest(path), Path(), format_, alpha, explain, **options)

@@ -1,0 +1,301 @@
+"""`elbo train --sweep`: train a model for each combination of options, and publish the best if it is better.
+
+All models of a sweep are fitted to the same rows and compared on the same held-out rows, also if the seed is varied.
+"""
+
+import csv
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.artifact import load, publish_content
+from models.errors import ArtifactError, ElboError, join_names
+from models.keys import PrivateKey
+from models.manifest import FILE_NAME, version_folder, versions
+from training.config import TrainConfig
+from training.errors import FitError
+from training.evaluation.model_selection import (
+    MEANING,
+    SIGN,
+    Measures,
+    mean_of,
+    measure,
+    significant_wins,
+    wins_minus_losses,
+)
+from training.progress import SilentReporter
+from training.publishing.compatibility import refuse_other_features
+from training.train import fit_model, read, split_data
+
+# The options that change neither the rows nor their split, so that all models of a sweep have the same held-out rows.
+SWEPT = (
+    "activation", "batch_size", "beta", "dense", "epochs", "free_bits", "hidden", "kept", "l2", "latents",
+    "learning_rate", "likelihood", "masking", "model", "network", "noise", "output", "patience", "samples", "seed",
+    "variance", "warm_up",
+)  # fmt: skip
+REFUSED = ("window", "condition", "scale_by_group")  # models with these options do not take the held-out rows as such
+MAX_TRIALS = 1000
+SERVED = "served"  # the name of the served version in comparisons
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; }
+th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #8886; }
+tr.best { font-weight: bold; }
+"""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One combination of options, as text, and the configuration that they give."""
+
+    index: int
+    options: dict[str, str]
+    config: TrainConfig
+
+    @property
+    def label(self) -> str:
+        """The options on one line."""
+        return " ".join(f"{name}={value}" for name, value in self.options.items())
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What all trials of a sweep have in common. It is small: every task of Ray gets a copy."""
+
+    source: str
+    split_seed: int  # seed of the split of the rows, which is the same for all trials
+    folder: Path  # where the trials leave their artifacts
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """A trained model, or why there is none."""
+
+    trial: Trial
+    seconds: float = 0.0
+    measures: Measures = field(default_factory=dict)
+    is_worse_than_mean: bool = False
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """All models of a sweep, and the path of the new version if one was published."""
+
+    results: list[TrialResult]
+    best: TrialResult
+    path: Path | None
+    reason: str  # why the best model was published, or why not
+    means: dict[str, dict[str, float]]  # by label: the mean of each measure; also of the served version
+
+
+Show = Callable[[TrialResult], None]
+Engine = Callable[[Sweep, Sequence[Trial], Show], list[TrialResult]]
+
+
+def parse_sweep(texts: Sequence[str]) -> list[dict[str, str]]:
+    """Return the combinations of the values in texts such as "latents=2,4,8", in order. A value is in quotation marks
+    if it has commas: 'hidden="128,64",32'.
+
+    Raises:
+        FitError: a text is not valid, an option cannot be varied, or there are too many combinations.
+    """
+    values: dict[str, list[str]] = {}
+    for text in texts:
+        name, equals, listed = text.partition("=")
+        option = name.strip().removeprefix("--").replace("-", "_")
+        if option not in SWEPT:
+            names = join_names([each.replace("_", "-") for each in SWEPT], len(SWEPT))
+            raise FitError(f"--sweep {text}: {name!r} cannot be varied: expected one of {names}")
+        found = [value.strip() for value in next(csv.reader([listed], skipinitialspace=True), [])]
+        if not equals or not found or not all(found) or option in values:
+            raise FitError(f"--sweep {text}: expected an option and its values, such as latents=2,4,8, once")
+        values[option] = list(dict.fromkeys(found))
+    combinations = [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
+    if len(combinations) > MAX_TRIALS:
+        raise FitError(f"--sweep: {len(combinations):,} combinations are too many: expected at most {MAX_TRIALS}")
+    return combinations
+
+
+def run_sweep(
+    trials: Sequence[Trial],
+    source: str,
+    artifacts: Path,
+    folder: Path,
+    engine: Engine,
+    *,
+    split_seed: int = 0,
+    force: bool = False,
+    replace_features: bool = False,
+    key: PrivateKey | None = None,
+    show: Show = lambda result: None,  # noqa: ARG005
+) -> SweepResult:
+    """Train the models of all trials. Publish the best if it is better than the served version, or if there is none.
+
+    A model beats another if it is significantly better on more measures than it is worse; see `significant_wins`. On a
+    tie, the first of the trials wins, and the served version stays. If the served version was trained on the held-out
+    rows, they favour it.
+
+    Args:
+        trials: the combinations of options, in order of preference.
+        source: the training data.
+        artifacts: artifact folder.
+        folder: an empty folder for the artifacts of the trials, which all machines share.
+        engine: trains the models.
+        split_seed: seed of the split of the rows.
+        force: publish the best even if it is no better than the served version, or worse than predicting the mean.
+        replace_features: allow features that differ from those of the newest version.
+        key: signs the version.
+        show: called with each result.
+
+    Raises:
+        DataError: the table cannot be used, or its features differ from those of the newest version.
+        FitError: no model could be trained.
+    """
+    config = trials[0].config
+    if refused := [name for name in REFUSED if getattr(config, name)]:
+        raise FitError(f"--sweep is not for models with --{refused[0].replace('_', '-')}: leave one of them out")
+    if not replace_features:
+        refuse_other_features(read(source, config), artifacts, config.name)
+    results = engine(Sweep(source, split_seed, folder), trials, show)
+    trained = [result for result in results if result.error is None]
+    if not trained:
+        raise FitError(f"no model of the sweep could be trained; the first failed with: {results[0].error}")
+    measures = {result.trial.label: result.measures for result in trained}
+    wins = significant_wins(measures)
+    best = max(trained, key=lambda each: (not each.is_worse_than_mean, wins_minus_losses(wins, each.trial.label)))
+    served = _measure_served(artifacts, config, source, split_seed)
+    means = {name: _means(of_model) for name, of_model in measures.items()}
+    if served is not None:
+        means[SERVED] = _means(served)
+    refusal = _refusal(best, served)
+    path = None
+    if refusal is None or force:
+        content = _artifact_file(folder, best.trial).read_bytes()
+        path = publish_content(content, config.name, artifacts, key)
+    reason = refusal or ("there is no served version" if served is None else "it beats the served version")
+    return SweepResult(results, best, path, reason, means)
+
+
+def train_trial(sweep: Sweep, trial: Trial) -> TrialResult:
+    """Train one model, and write its artifact into the folder of the sweep. An error is part of the result."""
+    began = time.monotonic()
+    try:
+        table = read(sweep.source, trial.config)
+        fitted = fit_model(trial.config, table, SilentReporter(), split_seed=sweep.split_seed)
+        content = fitted.assemble(SilentReporter()).content()
+    except ElboError as error:
+        return TrialResult(trial, time.monotonic() - began, error=str(error))
+    _artifact_file(sweep.folder, trial).write_bytes(content)
+    rows, scale = _held_out(fitted.data)
+    measures = measure(fitted.chosen.pipeline, rows, scale, sweep.split_seed)
+    return TrialResult(trial, time.monotonic() - began, measures, fitted.chosen.is_worse_than_mean)
+
+
+def train_locally(sweep: Sweep, trials: Sequence[Trial], show: Show) -> list[TrialResult]:
+    """Train the models one after another in this process."""
+    results = []
+    for trial in trials:
+        results.append(train_trial(sweep, trial))
+        show(results[-1])
+    return results
+
+
+def _artifact_file(folder: Path, trial: Trial) -> Path:
+    return folder / f"{trial.index:04}.pt"
+
+
+def _held_out(data: Any) -> tuple[Tensor, Tensor]:
+    """Return the held-out rows [M, D] without missing values, and the scale of errors [D]: their deviations."""
+    rows: Tensor = data.fill_missing(data.held_out)
+    scale = rows.std(dim=0, correction=0)
+    return rows, torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def _measure_served(artifacts: Path, config: TrainConfig, source: str, split_seed: int) -> Measures | None:
+    """Return the measures of the newest version; None if there is none that takes the held-out rows."""
+    present = versions(artifacts, config.name)
+    if not present:
+        return None
+    try:
+        artifact = load(version_folder(artifacts, config.name, present[-1]) / FILE_NAME)
+    except ArtifactError:
+        return None
+    manifest = artifact.manifest
+    data = split_data(config, read(source, config), split_seed)
+    rows, scale = _held_out(data)
+    if manifest.window is not None or manifest.conditions is not None or len(manifest.features) != rows.shape[1]:
+        return None
+    return measure(artifact.module, rows, scale, split_seed)
+
+
+def _refusal(best: TrialResult, served: Measures | None) -> str | None:
+    """Return why the best model is not published, or None."""
+    if best.is_worse_than_mean:
+        return "it reconstructs held-out rows worse than predicting the mean of every column"
+    if served is None:
+        return None
+    wins = significant_wins({best.trial.label: best.measures, SERVED: served})
+    if wins_minus_losses(wins, best.trial.label) > 0:
+        return None
+    return "it is not significantly better than the served version on the held-out rows"
+
+
+def _means(measures: Measures) -> dict[str, float]:
+    return {name: SIGN[name] * mean_of(name, values)[0] for name, values in measures.items()}
+
+
+def sweep_table(result: SweepResult) -> list[list[str]]:
+    """Return the cells of a table of all models: a header, a line per trial, and a line for the served version."""
+    names = list(result.results[0].trial.options)
+    lines = [[*names, *MEANING, "seconds", ""]]
+    for each in result.results:
+        options = [each.trial.options[name] for name in names]
+        note = each.error or ("best" if each is result.best else "")
+        lines.append([*options, *_cells(result.means.get(each.trial.label, {})), f"{each.seconds:.1f}", note])
+    if SERVED in result.means:
+        lines.append([SERVED, *[""] * (len(names) - 1), *_cells(result.means[SERVED]), "", ""])
+    return lines
+
+
+def _cells(means: Mapping[str, float]) -> list[str]:
+    return [f"{means[name]:.4g}" if name in means else "-" for name in MEANING]
+
+
+def format_table(result: SweepResult) -> str:
+    """Return the table as text, its columns aligned."""
+    lines = sweep_table(result)
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def sweep_page(result: SweepResult, name: str) -> str:
+    """Return the table as one HTML page without scripts."""
+    head, *lines = sweep_table(result)
+    rows = [
+        f"<tr{' class=best' if line[-1] == 'best' else ''}>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>"
+        for line in lines
+    ]
+    meanings = "".join(f"<li>{escape(measure)}: {escape(meaning)}</li>" for measure, meaning in MEANING.items())
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Sweep of {escape(name)}</title>'
+        f"<style>{STYLE}</style><h1>Sweep of {escape(name)}</h1><p>{escape(describe(result, name))}</p>"
+        f"<table><tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>{''.join(rows)}</table>"
+        f"<p>Measures on the same held-out rows, errors in standard deviations of these rows:</p><ul>{meanings}</ul>"
+    )
+
+
+def describe(result: SweepResult, name: str) -> str:
+    """Return one sentence on the best model, and whether it was published."""
+    best = f"the best is {result.best.trial.label}"
+    if result.path is None:
+        return f"{best}, which was not published: {result.reason}"
+    return f"{best}, published as {name}@{result.path.parent.name}: {result.reason}"
