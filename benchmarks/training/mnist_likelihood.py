@@ -85,7 +85,7 @@ class Result:
 def load_digits(smoke: bool) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Return the training images and the test images, each [N, H, W] with values from 0 to 255."""
     train, test = (load_images(part)[1].astype(np.float32) for part in ("train", "test"))
-    return (train[:2_000], test[:50]) if smoke else (train, test)
+    return (train[:1_200], test[:10]) if smoke else (train, test)
 
 
 def create_table(images: npt.NDArray[np.float32]) -> tuple[Table, Split]:

@@ -125,7 +125,7 @@ class Protocol(HttpToolsProtocol):
         """Begin to wait for the first head."""
         # `resume_writing` is called when the client has read everything: until then, a response stays in memory.
         transport.set_write_buffer_limits(high=SMALL_RESPONSE, low=0)
-        lingering: Any = LingeringTransport(transport, self._linger_if_receiving, self._on_large_write)
+        lingering: Any = LingeringTransport(transport, self, self.loop.call_soon)
         super().connection_made(lingering)
         self.flow = _ReadingControl(lingering)
         self.waiting_since = perf_counter()
@@ -515,10 +515,12 @@ class Protocol(HttpToolsProtocol):
         """Begin to count what the client does not read."""
         super().pause_writing()
         if self._unread_since is None:
-            self._begin_unread()
+            self.begin_unread()
 
     def resume_writing(self) -> None:
-        """Go on with the next request, because the client has read everything."""
+        """Send the rest of a large response. When the client has read everything, go on with the next request."""
+        if self.transport.write_rest():
+            return
         super().resume_writing()
         self._forget_unread()
         if self._is_deferred:
@@ -533,13 +535,14 @@ class Protocol(HttpToolsProtocol):
         bytes_read: int = self._unread_at_first - self.transport.get_write_buffer_size()
         return bytes_read / (now - self._unread_since)
 
-    def _on_large_write(self, size: int) -> None:
-        """Count a response of `size` bytes as unread unless the kernel has taken all of it."""
+    def count_large_write(self, size: int) -> None:
+        """Count `size` bytes of a response as unread unless the kernel has taken all of them."""
         if self.transport.get_write_buffer_size():
             self._large_unread += size
-            self._begin_unread()
+            self.begin_unread()
 
-    def _begin_unread(self) -> None:
+    def begin_unread(self) -> None:
+        """Begin to measure how fast the client reads."""
         self._unread_since = perf_counter()
         self._unread_at_first = self.transport.get_write_buffer_size()
         self._count_memory()
@@ -674,7 +677,7 @@ class Protocol(HttpToolsProtocol):
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
 
-    def _linger_if_receiving(self) -> bool:
+    def linger_if_receiving(self) -> bool:
         """Begin to discard what arrives if the client may still be sending a request. Return whether it may."""
         if not self._is_receiving:
             return False
