@@ -57,8 +57,10 @@ from service.schemas import AnomalyBody
 
 Array = npt.NDArray[np.float32]
 MAX_IN_PROGRESS = 64  # like the work slots of other requests: so a pass of the event loop takes a few ms
+TURN_SECONDS = 0.002  # between two turns of accepted requests in a pass of the event loop that refuses many others
 MAX_NUMBERS = 8192  # of a response in JSON, which takes 0.3 ms to write; larger responses are written in pieces
 MAX_ROWS = 64  # of a response in JSON
+FEW_FEATURES = 32  # with at most so many features, /anomaly writes all numbers of a row and picks those it needs
 NUMBER_BYTES = 12  # of a number in the JSON of most clients
 # Headers that change what a request means, and that a direct request therefore must not have.
 UNUSUAL = frozenset((b"content-encoding", b"expect", b"origin", b"transfer-encoding", b"upgrade"))
@@ -211,7 +213,9 @@ class AnomalyPlan(Plan):
     """Responses of /anomaly.
 
     The numbers of all rows of a batch are written at once, and then set between the names of the fields. This takes a
-    third of the time that orjson takes for a dictionary per row and per feature.
+    third of the time that orjson takes for a dictionary per row and per feature. With few features, all numbers of a
+    row are written, so that one check finds those that are not finite: for one row of 20 features, the response takes
+    12 µs less than with an array of the numbers that it needs.
     """
 
     def __init__(self, service: ServiceContext, served: ServedModel, *arguments: Any, body: AnomalyBody) -> None:
@@ -244,11 +248,18 @@ class AnomalyPlan(Plan):
 
     def contents(self, jobs: Sequence["DirectJob"], outputs: tuple[Array, ...]) -> list[Content] | None:
         """Return the verdicts, and count them in the metrics."""
-        scores = Scores(*outputs)
         served = self._model()
-        if served is None or not scores.all_finite:
+        if served is None:
             return None
         x = jobs[0].inputs[0] if len(jobs) == 1 else np.concatenate([job.inputs[0] for job in jobs])
+        numbers = None
+        if x.shape[1] <= FEW_FEATURES:
+            numbers = _all_numbers(x, *outputs)
+            scores = Scores.of_finite(*outputs) if is_finite(numbers) else Scores(*outputs)
+        else:
+            scores = Scores(*outputs)
+        if not scores.all_finite:
+            return None
         input_rows = InputRows(ParsedRows(x, list(range(len(x))), [], None), len(x))
         verdicts = decide(input_rows, scores, self._body)
         anomalies = self._service.metrics.anomalies
@@ -256,7 +267,7 @@ class AnomalyPlan(Plan):
             anomalies.count(served, input_rows, verdicts)
         else:
             anomalies.count_unobserved(served, input_rows)
-        lines = self._lines(x, scores)
+        lines = self._lines(x, scores) if numbers is None else self._lines_of_few(numbers, scores)
         found: list[Content] = []
         start = 0
         for job in jobs:
@@ -268,6 +279,21 @@ class AnomalyPlan(Plan):
             start += job.rows
             found.append((self._answer % (job.rows, sum(flags), b",".join(results)),))
         return found
+
+    def _lines_of_few(self, numbers: Array, scores: Scores) -> list[list[bytes]]:
+        """Return what `_lines` returns. `numbers`: the result of `_all_numbers`."""
+        names, first = self._names, 3 + self._parts
+        width = len(names)
+        lines = []
+        texts = orjson.dumps(numbers, option=orjson.OPT_SERIALIZE_NUMPY)[2:-2].split(b"],[")
+        for text, columns in zip(texts, largest(scores.contribution, self._explained).tolist(), strict=True):
+            all_ = text.split(b",")
+            line = all_[:first]
+            for column in columns:
+                place = first + column
+                line += (names[column], all_[place], all_[place + width], all_[place + 2 * width])
+            lines.append(line)
+        return lines
 
     def _lines(self, x: Array, scores: Scores) -> list[list[bytes]]:
         """Return, for each row, score, p-value, severity, parts, and four texts per feature that is explained."""
@@ -368,6 +394,7 @@ class DirectInference:
         self._in_progress = 0  # jobs in the batcher
         self._waiting: deque[DirectRequest] = deque()  # requests whose bodies have not been read yet
         self._is_start_scheduled = False
+        self._next_turn = 0.0  # when `go_on` does its work next, on the `perf_counter` clock
         self._finished: list[DirectJob] = []  # jobs with a result, whose responses are not written yet
 
     def route(self, path: str, query: bytes, headers: tuple[Header, ...]) -> Route | None:
@@ -422,6 +449,18 @@ class DirectInference:
             return False
         self._submit(job)
         return True
+
+    def go_on(self) -> None:
+        """Go on with the accepted requests, although this pass of the event loop has not ended.
+
+        While thousands of requests are refused, a pass takes long, and 64 requests per pass would be too few.
+        """
+        now = perf_counter()
+        if now >= self._next_turn:
+            self._next_turn = now + TURN_SECONDS
+            if self._is_start_scheduled:
+                self._start_waiting()
+            self._batcher.step_now()
 
     def abandon(self, request: DirectRequest) -> None:
         """Forget a request whose client has disconnected."""
@@ -642,6 +681,14 @@ class DirectInference:
         record = RequestRecord(request_id, "POST", route.path, client, request.started, route.endpoint)
         record.total = now - request.started
         return record
+
+
+def _all_numbers(
+    x: Array, score: Array, p_value: Array, severity: Array, parts: Array, contribution: Array, expected: Array
+) -> Array:
+    """Return score, p-value, severity, parts, x, expected values and contributions side by side, [B, 3 + P + 3 D]."""
+    columns = (score[:, None], p_value[:, None], severity[:, None], parts, x, expected, contribution)
+    return np.concatenate(columns, axis=1, dtype=np.float32)
 
 
 def client_host(connection: Any, forwarded: str | None) -> str | None:

@@ -63,6 +63,9 @@ class DirectHandler(Protocol):
     def start(self, request: "DirectRequest") -> bool:
         """Begin to answer `request`. Return false if it needs a task; nothing has then been counted or kept."""
 
+    def go_on(self) -> None:
+        """Go on with the accepted requests in a pass of the event loop that refuses many others."""
+
     def abandon(self, request: "DirectRequest") -> None:
         """Forget a request whose client has disconnected."""
 

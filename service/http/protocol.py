@@ -47,6 +47,8 @@ LINGER_SECONDS = 2.0
 HALF_CLOSED_SECONDS = 0.25
 FIRST_REQUEST_SECONDS = 3.0  # when the server stops, a new connection stays open for this time for its first request
 GRACE_SECONDS = 0.05  # time that every client has for its next request before its connection counts as waiting
+# The keep-alive timer of a connection whose requests are refused unparsed is renewed if less than this share is left.
+KEEP_ALIVE_SHARE = 0.9
 UPGRADE_HEADERS = (b"upgrade", b"http2-settings")
 
 
@@ -90,6 +92,10 @@ class Protocol(HttpToolsProtocol):
     _memory = 0  # bytes that this connection holds for its client, as of the last count
     _is_receiving = False  # whether a request has begun to arrive and is incomplete
     _is_refused = False  # whether the request whose body arrives now is refused
+    _refusals = 0  # requests of this connection that were refused since the last one that was accepted
+    _candidate: bytes | None = None  # the newest read, if it may be a whole request that is refused
+    _delayed: asyncio.TimerHandle | None = None  # sends `_delayed_answer`
+    _delayed_answer = b""  # the response to a refused request
     _offers_upgrade = False  # whether the parser is about to stop at a head that offers an upgrade
     _ticket: Ticket | None = None  # ticket of the request whose body arrives now
     _discards_input = False  # whether all further bytes are discarded
@@ -117,6 +123,7 @@ class Protocol(HttpToolsProtocol):
         self._admission = admission
         self._unread = admission.unread
         self._head_refusal = head_refusal
+        self._refused_heads = head_refusal.heads
         self._paths = paths
         self._count_closed = count_closed
         self._direct = direct
@@ -133,6 +140,10 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         super().connection_lost(exc)
+        if self._delayed:
+            self._delayed.cancel()
+            self._delayed = None
+            self._head_refusal.delayed.release()
         self.transport.detach()
         self.pipeline.clear()
         self._unread.set(self, 0)
@@ -148,6 +159,8 @@ class Protocol(HttpToolsProtocol):
             if self._lingering_since is not None:
                 self._lingering_since = perf_counter()
             self._discard(len(data))
+            return
+        if (self._refusals or self._refused_heads) and self._refuse_repeated(data):
             return
         self._unset_keepalive_if_required()
         is_between_requests = not self._is_receiving
@@ -174,6 +187,7 @@ class Protocol(HttpToolsProtocol):
 
         Return whether the connection stays open.
         """
+        self._send_delayed()
         if self._is_idle() or self.cycle.more_body:
             return False
         self.cycle.keep_alive = False  # closes the connection after the last response
@@ -186,6 +200,7 @@ class Protocol(HttpToolsProtocol):
         If other responses are due or in progress, only end the connection after them: between their bytes, a client
         would take this response for one of them.
         """
+        self._send_delayed()
         self._is_receiving = True
         self._free_held_bytes()
         self._held_head = None
@@ -202,6 +217,8 @@ class Protocol(HttpToolsProtocol):
         """Begin to wait for the end of a head."""
         if len(self.pipeline) > MAX_PIPELINED:
             raise httptools.HttpParserError("too many pipelined requests in one read")
+        if self._delayed:
+            self._send_delayed()
         self.waiting_since = self._request_since = perf_counter()
         self._is_in_head = True
         self._bytes_without_data = -1
@@ -236,6 +253,8 @@ class Protocol(HttpToolsProtocol):
         refusal = self._admission.refusal(rows=1)
         if refusal and self._may_refuse() and self._refuse(refusal):
             return
+        if self._refusals:
+            self._refusals, self._candidate = 0, None
         self._held_head = self._direct_head()
         if self._held_head:
             self._held_body = []
@@ -296,6 +315,7 @@ class Protocol(HttpToolsProtocol):
         if self._is_refused:
             self._is_refused = False
             if not self.parser.should_keep_alive() or self._is_draining():
+                self._send_delayed()
                 self.transport.close()
             self.on_response_complete()
             return
@@ -355,6 +375,7 @@ class Protocol(HttpToolsProtocol):
         if not self._direct.handler.start(request):
             self._direct_request, self.cycle = None, previous
             return False
+        self._refusals, self._candidate = 0, None
         self._request_since = arrived
         return True
 
@@ -433,12 +454,18 @@ class Protocol(HttpToolsProtocol):
         ticket.acquire()
         super()._start_asgi_task(cycle, self.app)
 
+    def timeout_keep_alive_handler(self) -> None:
+        """Close the connection, because the client has not sent another request in time."""
+        self._send_delayed()
+        super().timeout_keep_alive_handler()
+
     def shutdown(self) -> None:
         """Close the connection after its last response: the server is shutting down.
 
         A request that has begun to arrive is still served, and so is the first request of a new connection. Its
         response has the header `Connection: close`. Call this method again later for the connections that stay open.
         """
+        self._send_delayed()
         is_new = (
             self.cycle is None and self.waiting_since and perf_counter() - self.waiting_since < FIRST_REQUEST_SECONDS
         )
@@ -447,6 +474,7 @@ class Protocol(HttpToolsProtocol):
 
     def announce_close(self) -> None:
         """Add the header `Connection: close` to the response in progress, unless its head has been sent."""
+        self._send_delayed()
         if self.cycle and not self.cycle.response_started:
             self.cycle.keep_alive = False
 
@@ -464,6 +492,8 @@ class Protocol(HttpToolsProtocol):
         """
         if self._lingering_since is not None:
             return [(0, now - self._lingering_since)]
+        if self._delayed:
+            return []
         if self.cycle is None:
             rank, seconds, grace = 1, now - (self.waiting_since or now), GRACE_SECONDS
         elif self._is_idle():
@@ -767,10 +797,60 @@ class Protocol(HttpToolsProtocol):
         self.scope["method"] = "POST"
         self.scope["path"] = self._path()
         response = self._head_refusal.response(self.scope, refusal, self.server_state.default_headers)
-        if response:
-            self._is_refused = True
+        if response is None:
+            return False
+        if self._candidate is not None:
+            self._head_refusal.remember(self._candidate, self.scope["path"], self.headers)
+            self._candidate = None
+        self._is_refused = True
+        self._answer_refused(response)
+        return True
+
+    def _refuse_repeated(self, data: bytes) -> bool:
+        """Refuse the request in `data` without parsing it if its head is that of a request that was refused before.
+
+        Return false if the request is accepted, or has to be parsed.
+        """
+        if self._delayed:
+            self._send_delayed()
+        refusal = self._admission.refusal(rows=1)
+        if refusal is None or self._is_receiving or self.pipeline or not self._is_idle() or self._unparsed:
+            return False
+        if self.flow.write_paused or self.transport.is_closing() or self._is_draining():
+            return False
+        head = self._refused_heads.find(data)
+        if head is None:
+            self._candidate = data if self._refusals and len(data) <= MAX_HEAD else None
+            return False
+        response = self._head_refusal.repeat(head, self.client, refusal, self.server_state.default_headers)
+        self._answer_refused(response)
+        self.server_state.total_requests += 1
+        timer: Any = self.timeout_keep_alive_task
+        if timer is None or timer.when() - self.loop.time() < KEEP_ALIVE_SHARE * self.timeout_keep_alive:
+            self._wait_for_next_request()
+        return True
+
+    def _answer_refused(self, response: bytes) -> None:
+        """Write the response to a refused request, or delay it if earlier requests of this connection were refused."""
+        self._delayed = self._head_refusal.delayed.delay(self._refusals, self._send_delayed)
+        self._refusals += 1
+        if self._direct:
+            self._direct.handler.go_on()
+        if self._delayed:
+            self._delayed_answer = response
+        else:
             self.transport.write(response)
-        return response is not None
+
+    def _send_delayed(self) -> None:
+        """Write the response that is delayed, if there is one."""
+        if self._delayed is None:
+            return
+        self._delayed.cancel()
+        self._delayed = None
+        self._head_refusal.delayed.release()
+        response, self._delayed_answer = self._delayed_answer, b""
+        if not self.transport.is_closing():
+            self.transport.write(response)
 
     def _path(self) -> str:
         return self.url.partition(b"?")[0].decode("latin-1")

@@ -14,9 +14,11 @@ from service.errors import PROBLEM_JSON, BadRequest, Forbidden, Overloaded, Unau
 from service.http import open_inference
 from service.http.admission import Refusal
 from service.http.platform_routes import NO_PLATFORM, PlatformRoutes
-from service.http.request import Header, new_record
+from service.http.repeated_refusals import DelayedAnswers, RefusedHead, RefusedHeads
+from service.http.request import Header, new_record, new_request_id
 from service.monitoring.logs import AccessLog
 from service.monitoring.metrics import Metrics
+from service.monitoring.request_record import RequestRecord
 
 _HEAD = b"HTTP/1.1 429 Too Many Requests\r\ncontent-type: %b\r\nretry-after: %d\r\n"
 _REQUEST_HEADERS = b"x-request-id: %b\r\ncontent-length: %d\r\n\r\n"
@@ -31,6 +33,10 @@ class HeadRefusal:
         root_path: path under which a proxy publishes the server; empty for none.
         keys: the API keys of the server; None if requests need no key.
         platform: the paths of the cloud platform that runs the server.
+
+    Attributes:
+        heads: the heads of requests that were refused.
+        delayed: counts the answers that are delayed.
     """
 
     def __init__(
@@ -46,6 +52,8 @@ class HeadRefusal:
         self._access = access
         self._root_path = root_path
         self._keys = keys
+        self.heads = RefusedHeads()
+        self.delayed = DelayedAnswers()
 
     def response(self, scope: Scope, refusal: Refusal, default_headers: list[Header]) -> bytes | None:
         """Return the whole response, or None if the request lacks an API key with the scope that it needs.
@@ -69,6 +77,30 @@ class HeadRefusal:
             except (BadRequest, Unauthorized, Forbidden):
                 return None
             record.key = key.name
+        return self._answer(record, path, refusal, default_headers)
+
+    def repeat(
+        self, head: RefusedHead, client: tuple[str, int] | None, refusal: Refusal, default_headers: list[Header]
+    ) -> bytes:
+        """Return the whole response to another request with a head that was refused before.
+
+        Args:
+            head: the head of the request.
+            client: address and port of the client.
+            refusal: why the request is refused.
+            default_headers: headers that the server adds to every response.
+        """
+        record = RequestRecord(new_request_id(), "POST", head.path, client[0] if client else None)
+        record.endpoint = open_inference.infer_route(head.endpoint)
+        return self._answer(record, head.endpoint, refusal, default_headers)
+
+    def remember(self, data: bytes, path: str, headers: list[Header]) -> None:
+        """Remember the head of a request that was refused, unless requests need keys. See `RefusedHeads.remember`."""
+        if self._keys is None:
+            self.heads.remember(data, path, path.removeprefix(self._root_path), headers)
+
+    def _answer(self, record: RequestRecord, path: str, refusal: Refusal, default_headers: list[Header]) -> bytes:
+        """Count and log a refused request, and return the whole response. `path` is without the root path."""
         record.status = Overloaded.status
         record.problem = Overloaded.code
         if open_inference.is_protocol_path(path) or self._platform.has_text_error(path):

@@ -12,7 +12,8 @@ cancelled or times out before the job starts. A job that fails does not fail the
 import asyncio
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -79,6 +80,7 @@ class Batcher:
         self._on_batch = on_batch
         self._exported_rows: SharedNumber = [0.0] if exported_rows is None else exported_rows
         self._running: list[Job] = []  # the jobs that run in the inference thread
+        self._in_thread: tuple[Batch, Future[list[Outcome]]] | None = None  # the batch that runs in that thread
         self._is_step_scheduled = False
         self._is_check_scheduled = False
         self._is_closing = False
@@ -201,6 +203,8 @@ class Batcher:
     def _step(self) -> None:
         """Run the next batch in this thread if it is expected to be short, else in the inference thread."""
         self._is_step_scheduled = False
+        if self._running:  # `step_now` was faster, and `_finish` schedules the next step
+            return
         batch = self._queue.take()
         if batch is None:
             self._idle.set()
@@ -212,11 +216,29 @@ class Batcher:
             self._schedule_step()
         else:
             self._running = batch.jobs
-            running = self._loop.run_in_executor(self._executor, _run, batch)
-            running.add_done_callback(lambda outcomes: self._finish(batch, outcomes))
+            running = self._executor.submit(_run, batch)
+            self._in_thread = batch, running
+            running.add_done_callback(partial(self._hand_back, batch))
 
-    def _finish(self, batch: Batch, outcomes: "asyncio.Future[list[Outcome]]") -> None:
-        self._running = []
+    def step_now(self) -> None:
+        """Finish the batch that has run in the inference thread, and start the next, if there are such batches.
+
+        The event loop does both by itself, but only when everything that has arrived was read.
+        """
+        if self._in_thread and self._in_thread[1].done():
+            self._finish(*self._in_thread)
+        if self._is_step_scheduled:
+            self._step()
+
+    def _hand_back(self, batch: Batch, outcomes: "Future[list[Outcome]]") -> None:
+        """Let the event loop finish a batch. Runs in the inference thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._finish, batch, outcomes)
+
+    def _finish(self, batch: Batch, outcomes: "Future[list[Outcome]]") -> None:
+        if self._in_thread is None or self._in_thread[1] is not outcomes:  # `step_now` has finished it
+            return
+        self._in_thread, self._running = None, []
         try:
             self._settle(batch, outcomes.result())
         finally:

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,27 @@ def test_short_batch_runs_in_the_event_loop_but_a_piece_of_a_large_request_only_
             vae.backend.latency.record("noted", 8, milliseconds / 1000)  # three batches hardly change this estimate
             await batcher.run(vae, Operation("noted", note_thread), random_rows(rows))
             assert (threads == {threading.get_ident()}) is is_in_event_loop
+
+    run(scenario)
+
+
+def test_batches_in_the_inference_thread_go_on_if_the_event_loop_calls_step_now_in_a_long_pass(vae: BareModel) -> None:
+    batches: Batches = []
+
+    async def scenario() -> None:
+        async with running_batcher(batches) as batcher:
+            jobs = [
+                asyncio.create_task(batcher.run(vae, operation, random_rows(3))) for operation in (ENCODE, RECONSTRUCT)
+            ]
+            await asyncio.sleep(0)
+            end = monotonic() + 60
+            while len(batches) < 2 and monotonic() < end:  # the event loop itself has no turn
+                batcher.step_now()
+                sleep(0.001)
+            assert batches == [("encode", 3), ("reconstruct", 3)]
+            _, reconstructed = await asyncio.gather(*jobs)
+        np.testing.assert_array_equal(reconstructed.outputs[0], reconstruction(vae, random_rows(3)))
+        assert len(batches) == 2
 
     run(scenario)
 

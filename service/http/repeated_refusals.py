@@ -1,0 +1,97 @@
+"""Refuse the next requests of connections at the lowest cost, and delay the answers to clients that do not slow down.
+
+While the server is overloaded, most requests are refused, and their cost decides how many others are served. Clients
+repeat the head of their requests. If a read has exactly one request with the head of a request that was refused before,
+the server refuses it without parsing it.
+
+A client that sends its next request as soon as it is refused would be answered at full speed. The server therefore
+delays the answers to a connection that is refused again and again, each twice as long as the one before it.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+MAX_HEADS = 1024  # of which the newest are remembered
+MAX_HEAD_BYTES = 2048
+MAX_DELAYED = 10_000  # answers that are delayed at once; each has less than 1 KiB
+DELAY_SECONDS = (0.001, 0.064)  # how long the second answer is delayed, and the longest time
+END_OF_HEAD = b"\r\n\r\n"
+# With one of these headers, the answer or the connection depends on more than the fact that the request is refused.
+SPECIAL_HEADERS = frozenset({b"connection", b"transfer-encoding", b"upgrade", b"expect", b"x-request-id"})
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedHead:
+    """The head of a request that was refused.
+
+    Args:
+        path: the path of the request.
+        endpoint: the path without the root path.
+        body_bytes: the value of its Content-Length.
+    """
+
+    path: str
+    endpoint: str
+    body_bytes: int
+
+
+class RefusedHeads(dict[bytes, RefusedHead]):
+    """The heads of requests that were refused, by their bytes. All connections of a server share them."""
+
+    def find(self, data: bytes) -> RefusedHead | None:
+        """Return the head in `data` if `data` is one whole request and its head is known; otherwise None."""
+        end = data.find(END_OF_HEAD, 0, MAX_HEAD_BYTES) + len(END_OF_HEAD)
+        head = self.get(data[:end])
+        return head if head is not None and len(data) == end + head.body_bytes else None
+
+    def remember(self, data: bytes, path: str, endpoint: str, headers: list[tuple[bytes, bytes]]) -> None:
+        """Remember the head in `data` if `data` is one whole request and nothing but its head matters for a refusal.
+
+        Args:
+            data: the read with which the request began.
+            path: the path of the request.
+            endpoint: the path without the root path.
+            headers: the headers of the request, with names in lower case.
+        """
+        end = data.find(END_OF_HEAD, 0, MAX_HEAD_BYTES) + len(END_OF_HEAD)
+        head = data[:end]
+        lengths = [value for name, value in headers if name == b"content-length"]
+        if len(lengths) != 1 or not lengths[0].isdigit() or any(name in SPECIAL_HEADERS for name, _ in headers):
+            return
+        # A line that ends with \n alone might end the head for the parser.
+        is_plain = head.startswith(b"POST ") and head.count(b"\n") == head.count(b"\r\n")
+        body_bytes = int(lengths[0])
+        if is_plain and len(data) == end + body_bytes:
+            if len(self) >= MAX_HEADS:
+                del self[next(iter(self))]
+            self[head] = RefusedHead(path, endpoint, body_bytes)
+
+
+class DelayedAnswers:
+    """Limits the answers of all connections that are delayed at once to MAX_DELAYED."""
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def delay(self, number: int, send: Callable[[], None]) -> asyncio.TimerHandle | None:
+        """Call `send` after `delay_of(number)`, and return the timer. Call `release` when it has ended.
+
+        Return None, without calling `send`, if the answer has to be sent at once.
+        """
+        if number == 0 or self._number >= MAX_DELAYED:
+            return None
+        self._number += 1
+        return asyncio.get_running_loop().call_later(delay_of(number), send)
+
+    def release(self) -> None:
+        """Count an answer as sent or abandoned."""
+        self._number -= 1
+
+
+@lru_cache(maxsize=128)
+def delay_of(number: int) -> float:
+    """Return how long the answer to the refusal `number` of a connection is delayed. The first, number 0, is not."""
+    first, longest = DELAY_SECONDS
+    return 0.0 if number == 0 else min(longest, first * 2.0 ** min(number - 1, 16))
