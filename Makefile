@@ -98,8 +98,8 @@ format: $(READY) ## Format the sources
 
 lock: $(READY) ## Rewrite requirements/*.lock from pyproject.toml, keeping the versions that it still allows
 	@$(call compile,dev,--extra train --extra tensorboard --extra dev)
-	@cp requirements/dev.lock requirements/train.lock && $(call compile,train,--extra train)
-	@cp requirements/dev.lock requirements/serve.lock && $(call compile,serve,--extra serve)
+	@cp requirements/dev.lock requirements/train.lock && $(call compile,train,--extra train --extra tracing)
+	@cp requirements/dev.lock requirements/serve.lock && $(call compile,serve,--extra serve --extra tracing)
 	@cp requirements/dev.lock requirements/browser.lock && $(call compile,browser,--extra browser)
 	@cp requirements/dev.lock requirements/docs.lock && $(call compile,docs,--extra docs)
 	@$(call compile,audit,,requirements/audit.in)

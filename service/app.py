@@ -1,6 +1,7 @@
 """Build the ASGI application from the components of the service."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -91,8 +92,8 @@ def create_app(
             one when it first needs it.
 
     Raises:
-        ElboError: if the device is not available, if the file of API keys, ELBO_TRUSTED_KEYS or ELBO_REMOTE_WRITE is
-            not valid, or if the folder ELBO_STATE cannot be used.
+        ElboError: if the device is not available, if the file of API keys, ELBO_TRUSTED_KEYS, ELBO_REMOTE_WRITE or a
+            variable of OpenTelemetry is not valid, or if the folder ELBO_STATE cannot be used.
     """
     counters = counters or SharedCounters()
     metrics = Metrics(
@@ -101,6 +102,7 @@ def create_app(
         settings.alert_max_age_seconds,
         has_keys=settings.api_keys_file is not None,
     )
+    metrics.trace_requests(os.environ)
     access = AccessLog(choose_format(settings.log_format), enabled=settings.log_level in ("debug", "info"))
     access.lines.count_lost_in(metrics.lost_log_lines)
     loader = ModelLoader(
@@ -267,6 +269,8 @@ def _lifespan(
             service.readers.shutdown(wait=False, cancel_futures=True)
             await monitor.close()
             await access.close()
+            if service.metrics.tracer:
+                await asyncio.to_thread(service.metrics.tracer.close)
 
     return lifespan
 

@@ -125,12 +125,15 @@ def loads(workload: Workload) -> list[Load]:
     ]
 
 
-def start(checkout: Path, workload: Workload, stack: ExitStack, name: str) -> Server:
-    """Start the server of `checkout`, and wait until it is ready."""
+def start(
+    checkout: Path, workload: Workload, stack: ExitStack, name: str, variables: dict[str, str] | None = None
+) -> Server:
+    """Start the server of `checkout` with further environment variables, and wait until it is ready."""
     port = free_port()
     environment = {
         "ELBO_PORT": str(port), "ELBO_ARTIFACTS": str(workload.folder / "artifacts"), "ELBO_LOG_LEVEL": "info",
         "ELBO_BACKEND": "onnx", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(checkout),
+        **(variables or {}),
     }  # fmt: skip
     command = [sys.executable, "-m", "service"]
     process = ServerProcess(command, environment, workload.folder / f"{name}.log", folder=checkout)

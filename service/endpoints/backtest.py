@@ -88,6 +88,7 @@ class BacktestEndpoint:
                     result = await service.batcher.run(
                         served, operation, inputs_of_part[places], deadline=parsed.deadline
                     )
+                    parsed.record.computed_at = perf_counter()
                     parsed.record.queue += result.queued
                     parsed.record.compute += result.computed
                     of_part.append(result.outputs)

@@ -85,10 +85,12 @@ class Route:
         forwarded: the X-Forwarded-For header; None if there is none.
         request_id: the X-Request-Id header; None for a new one per request.
         timeout: the seconds in the header X-Request-Timeout, or ELBO_REQUEST_TIMEOUT.
+        traceparent: the header of this name; empty if there is none.
     """
 
     __slots__ = (
         "accept", "endpoint", "forwarded", "is_npy", "model", "path", "plan", "query", "request_id", "timeout",
+        "traceparent",
     )  # fmt: skip
 
     def __init__(
@@ -101,7 +103,9 @@ class Route:
         forwarded: str | None,
         request_id: str | None,
         timeout: float,
+        traceparent: bytes = b"",
     ) -> None:
+        self.traceparent = traceparent
         self.endpoint = endpoint
         self.query = query
         self.accept = accept
@@ -428,6 +432,7 @@ class DirectInference:
             forwarded=None if forwarded is None else forwarded.decode("latin-1"),
             request_id=valid_request_id(by_name.get(b"x-request-id", b"")),
             timeout=timeout,
+            traceparent=by_name.get(b"traceparent", b""),
         )
 
     def max_body(self, route: Route) -> int:
@@ -617,6 +622,7 @@ class DirectInference:
             record.rows = job.rows
             record.parse, record.queue = job.parse, run.started - job.queued_at
             record.compute, record.write = run.seconds, seconds
+            record.read_at, record.computed_at = job.queued_at, run.started + run.seconds
             head = _HEAD % (
                 self._heads.start(request.connection.server_state.default_headers),
                 job.plan.media_type,
@@ -680,6 +686,7 @@ class DirectInference:
         request_id = route.request_id or new_request_id()
         record = RequestRecord(request_id, "POST", route.path, client, request.started, route.endpoint)
         record.total = now - request.started
+        record.traceparent = route.traceparent
         return record
 
 

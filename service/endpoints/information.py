@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 from fastapi.openapi.docs import get_swagger_ui_html
 from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST as OPEN_METRICS_LATEST
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
@@ -24,6 +25,7 @@ from service.inference.latent_space import BadExhibitError
 from service.inference.served_model import ServedModel, describe
 
 STATIC = Path(__file__).parents[1] / "static"
+OPEN_METRICS = "application/openmetrics-text"
 DOCS_STATIC = "/static/docs"  # where fastapi-offline serves the files of Swagger UI
 DETAIL_FIELDS = {
     "features", "policy", "training", "data", "recalibration", "versions", "weights_sha256",
@@ -78,12 +80,18 @@ class InformationEndpoints:
         self._service.require_ready()
         return _json({"status": "ready"})
 
-    async def metrics(self, _: Request) -> Response:
-        """Return the metrics of all workers for Prometheus."""
-        write = partial(self._service.metrics.exposition, self._service.registry.catalogue)
+    async def metrics(self, request: Request) -> Response:
+        """Return the metrics of all workers for Prometheus.
+
+        If requests are traced, a scraper that accepts OpenMetrics gets this format, with trace ids as exemplars.
+        """
+        metrics = self._service.metrics
+        is_open = metrics.tracer is not None and OPEN_METRICS in request.headers.get("accept", "")
+        write = partial(metrics.exposition, self._service.registry.catalogue, is_open_metrics=is_open)
         # In the event loop, which owns the metrics, and at most once per pass of the loop: it takes several ms.
         text = await run_in_thread_if_long(write, MAX_LOOP_NS)
-        return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
+        media_type = OPEN_METRICS_LATEST if is_open else CONTENT_TYPE_LATEST
+        return Response(text, headers={"content-type": media_type})
 
     async def page(self, _: Request) -> Response:
         """Return the explorer page."""

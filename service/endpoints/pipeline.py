@@ -142,7 +142,8 @@ async def parse_request(
         longest = max(width, served.input_width) if served.window_schema else width
         budget = request.budget(max_rows=max_rows, width=longest, deadline=deadline)
         body, inputs = await _read_costly(service, request, spec, served, raw_body, fields, width, budget)
-    record.parse += perf_counter() - started
+    record.read_at = perf_counter()
+    record.parse += record.read_at - started
     return ParsedRequest(request, record, served, media_type, deadline, body, inputs)
 
 
@@ -306,6 +307,7 @@ async def run_operation(
     finally:
         watch.stop()
     parsed.record.rows = rows
+    parsed.record.computed_at = perf_counter()
     parsed.record.queue += result.queued
     parsed.record.compute += result.computed
     return result.outputs

@@ -400,7 +400,10 @@ def new_record(scope: Scope, headers: Mapping[bytes, bytes]) -> RequestRecord:
     """Return the record of a request whose head has arrived."""
     client = scope.get("client")
     request_id = valid_request_id(headers.get(b"x-request-id", b"")) or new_request_id()
-    return RequestRecord(request_id, scope["method"], scope["path"], client[0] if client else None)
+    record = RequestRecord(request_id, scope["method"], scope["path"], client[0] if client else None)
+    if b"traceparent" in headers:
+        record.traceparent = headers[b"traceparent"]
+    return record
 
 
 def valid_request_id(header: bytes) -> str | None:

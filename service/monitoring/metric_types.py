@@ -1,15 +1,17 @@
 """Metric types. Each process counts in its own segment of `SharedCounters`; Prometheus reads the sums."""
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
+from types import MappingProxyType
 from typing import TypeAlias
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, Exemplar, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from service.shared_memory import SharedCounters
 
 Labels = tuple[str, ...]
+Exemplars = Mapping[tuple[Labels, int], Exemplar]
 # The numbers of one label set. The type is quoted, because memoryview is not generic before Python 3.14.
 Values: TypeAlias = "memoryview[float]"
 
@@ -112,11 +114,15 @@ class Histogram(Family):
         """Count one value."""
         observe(self.local(labels), self.bounds, value)
 
-    def metric(self) -> Metric:
-        """Return the histogram for Prometheus."""
+    def metric(self, exemplars: Exemplars = MappingProxyType({})) -> Metric:
+        """Return the histogram for Prometheus. `exemplars`: examples of values, by labels and number of the bucket."""
         family = HistogramMetricFamily(self.name, self.help_text, labels=self.labels)
         for labels, (*counts, total) in self.sums().items():
-            family.add_metric(labels, list(self._buckets(counts)), total)
+            buckets: list[tuple[str, float] | tuple[str, float, Exemplar]] = []
+            for index, bucket in enumerate(self._buckets(counts)):
+                exemplar = exemplars.get((labels, index))
+                buckets.append((*bucket, exemplar) if exemplar else bucket)
+            family.add_metric(labels, buckets, total)
         return family
 
     def _buckets(self, counts: list[float]) -> Iterator[tuple[str, float]]:

@@ -13,12 +13,15 @@ models, are built in `collect`.
 """
 
 import math
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from time import time
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import Exemplar, GaugeMetricFamily, Metric
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from service.inference.registry import Catalogue
@@ -26,6 +29,7 @@ from service.monitoring import alert_causes, alert_states
 from service.monitoring.anomaly_metrics import AnomalyMetrics
 from service.monitoring.metric_types import Counter, Gauge, Histogram, Labels, Values, observe
 from service.monitoring.request_record import RequestRecord
+from service.monitoring.tracing import OUTCOMES, Tracer, tracer_of
 from service.monitoring.unserved_series import UnservedSeries
 from service.shared_memory import LOST_LOG_LINES, RESTARTS, SharedCounters
 
@@ -42,6 +46,7 @@ class _RequestMetrics:
     """The numbers that a request changes. They are cached per label set, which saves a look-up in every metric."""
 
     endpoint_labels: Labels
+    latency_labels: Labels
     key_labels: Labels
     requests: Values
     total: Values
@@ -112,6 +117,14 @@ class Metrics(Collector):
             LOST_LOG_LINES,
             "Log lines that were lost because standard output or standard error was blocked or failed",
         )
+        self._spans = Counter(
+            counters,
+            "elbo_spans",
+            "Spans of traced requests: exported, or lost because the queue was full or the export failed",
+            ("outcome",),
+        )
+        self.tracer: Tracer | None = None
+        self._exemplars: dict[tuple[Labels, int], Exemplar] = {}  # of this process
         self.lost_log_lines = self._lost_log_lines.local(())
         self.pending_rows = self._pending_rows.local(())
         self.pending_bytes = self._pending_bytes.local(())
@@ -121,7 +134,7 @@ class Metrics(Collector):
         self._exported: tuple[Counter | Gauge | Histogram, ...] = (
             self._requests, self._problems, self._rows, self._total, self._queue, self._compute, self._batches,
             self._pending_rows, self._pending_bytes, self._unread_bytes, self._open_connections, self._closed,
-            self._restarts, self._lost_log_lines, *self.anomalies.exported,
+            self._restarts, self._lost_log_lines, self._spans, *self.anomalies.exported,
         )  # fmt: skip
         self._unserved = UnservedSeries(
             counters,
@@ -137,6 +150,8 @@ class Metrics(Collector):
         metrics = self._request_metrics(
             record.endpoint, record.model, record.version, record.status, record.rows > 0, record.key
         )
+        if self.tracer and self.tracer.finish(record):
+            self._keep_exemplar(record, metrics.latency_labels)
         metrics.requests[0] += 1.0
         observe(metrics.total, LATENCY_BOUNDS, record.total)
         if metrics.computed:
@@ -160,11 +175,26 @@ class Metrics(Collector):
             computed = rows, self._queue.local(latency_labels), self._compute.local(latency_labels)
         return _RequestMetrics(
             endpoint_labels,
+            latency_labels,
             key_labels,
             requests=self._requests.local((*endpoint_labels, str(status), *key_labels)),
             total=self._total.local(latency_labels),
             computed=computed,
         )
+
+    def trace_requests(self, environment: Mapping[str, str]) -> None:
+        """Trace requests from now on if the environment asks for it. Raises TracingError."""
+        outcomes = {outcome: self._spans.local((outcome,)) for outcome in OUTCOMES}
+
+        def count(outcome: str, spans: int) -> None:
+            outcomes[outcome][0] += spans
+
+        self.tracer = tracer_of(environment, count)
+
+    def _keep_exemplar(self, record: RequestRecord, labels: Labels) -> None:
+        """Keep a traced request as the example of its bucket of the latency."""
+        bucket = bisect_left(LATENCY_BOUNDS, record.total)
+        self._exemplars[labels, bucket] = Exemplar({"trace_id": record.trace_id}, record.total, time())
 
     def count_closed(self, reason: str) -> None:
         """Count a connection that the server has closed because of its client."""
@@ -178,7 +208,7 @@ class Metrics(Collector):
         """Yield every metric, without the series of versions that are no longer served."""
         hidden = self._unserved.hidden()
         for family in self._exported:
-            metric = family.metric()
+            metric = self._total.metric(self._exemplars) if family is self._total else family.metric()
             if hidden and "version" in family.labels:
                 metric.samples = [
                     sample
@@ -197,13 +227,22 @@ class Metrics(Collector):
         freed = self._unserved.free()
         if freed:
             self._request_metrics.cache_clear()
+            self._exemplars.clear()
             self.anomalies.forget(freed)
 
-    def exposition(self, catalogue: Catalogue) -> bytes:
-        """Return the text that Prometheus scrapes. `catalogue` holds the models that this process has loaded."""
+    def exposition(self, catalogue: Catalogue, *, is_open_metrics: bool = False) -> bytes:
+        """Return the text that Prometheus scrapes.
+
+        Args:
+            catalogue: the models that this process has loaded.
+            is_open_metrics: whether the format is OpenMetrics, which has the trace ids of some requests.
+        """
         self._catalogue = catalogue
         self._unserved.renew(catalogue)
-        return generate_latest(self.registry)
+        if not is_open_metrics:
+            return generate_latest(self.registry)
+        text: bytes = openmetrics.generate_latest(self.registry)  # type: ignore[no-untyped-call] # it has no types
+        return text
 
 
 def _model_metrics(catalogue: Catalogue) -> Iterator[Metric]:

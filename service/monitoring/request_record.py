@@ -25,6 +25,10 @@ class RequestRecord:
     compute: float = 0.0
     write: float = 0.0
     total: float = 0.0  # set when the request has ended
+    read_at: float = 0.0  # when the request had been parsed, on the `perf_counter` clock; 0 if it was not
+    computed_at: float = 0.0  # when the model had run for the last time, on the same clock
+    traceparent: bytes = b""  # the header
+    trace_id: str = ""  # set if the request has ended and tracing is on; empty if it belongs to no trace
 
     @property
     def elapsed(self) -> float:

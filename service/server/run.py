@@ -4,6 +4,7 @@ import gc
 import importlib
 import ipaddress
 import logging
+import os
 import resource
 import socket
 import stat
@@ -15,6 +16,7 @@ from tempfile import gettempdir
 from models.errors import ElboError
 from models.staging import staging_folder
 from service.monitoring import logs
+from service.monitoring.tracing import tracer_of
 from service.server import standard_streams, torch_start
 from service.server.hangup import Hangup
 from service.server.tls import Certificate
@@ -55,6 +57,7 @@ def serve(settings: Settings) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, hard_limit))  # a core dump would contain keys of requests
     if settings.tls_certificate:
         Certificate(settings.tls_certificate, settings.tls_key)  # reports an error before the models are loaded
+    tracer_of(os.environ, lambda _outcome, _spans: None)  # reports an error before the models are loaded
     require_folder(settings.artifacts)
     with bind(settings.host, settings.port) as listener:
         require_keys_if_public(listener, settings)

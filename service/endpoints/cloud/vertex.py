@@ -80,7 +80,8 @@ class VertexEndpoint:
         raw_body = await admit(service, request, deadline)
         started = perf_counter()
         found = await self._read(request, raw_body, deadline)
-        record.parse += perf_counter() - started
+        record.read_at = perf_counter()
+        record.parse += record.read_at - started
         record.model, record.version = found.served.name, found.served.version
         parsed: ParsedRequest[Any, Any] = ParsedRequest(
             request, record, found.served, JSON, deadline, found.body, found.inputs

@@ -134,7 +134,8 @@ class OpenInferenceEndpoints:
 
         started = perf_counter()
         found = await self._read(request, model, raw_body, compressed, deadline)
-        record.parse += perf_counter() - started
+        record.read_at = perf_counter()
+        record.parse += record.read_at - started
         if found.seconds is not None:
             deadline = min(deadline, record.started + found.seconds)
         # By the media type, `take_turn` estimates the size of a response: binary numbers are as long as those of npy.
