@@ -114,10 +114,17 @@ def _bars(manifest: Manifest, verdict: Verdict) -> Figure:
     axis.set_xlabel("contribution [squared standard deviations of normal rows]")
     axis.set_xlim(0, 1.45 * max(each.contribution for each in found) + 1e-9)
     for index, each in enumerate(found):
-        unit = f" {units[each.name]}" if units[each.name] else ""
-        text = f"  {each.value:.4g}{unit}, expected {each.expected:.4g}{unit}"
+        unit = units.get(each.name)  # a column of text is no feature: each of its levels is one
+        text = f"  {_shown(each.value, unit)}, expected {_shown(each.expected, unit)}"
         axis.text(each.contribution, index, text, va="center", fontsize=9)
     return figure
+
+
+def _shown(value: float | str | None, unit: str | None) -> str:
+    """Return the value of a feature with its unit, or the level of a column of text; "?" for an unknown level."""
+    if isinstance(value, str | None):
+        return value or "?"
+    return f"{value:.4g} {unit}" if unit else f"{value:.4g}"
 
 
 def _image_explanation(manifest: Manifest, verdict: Verdict) -> Figure:

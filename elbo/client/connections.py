@@ -1,9 +1,9 @@
 """The clients' own transports, which keep connections open: sync over sockets, async over asyncio.
 
 A call with a body of 100 KB takes 0.8 ms of processor time over httpx's own transport, and 0.3 ms over these
-(benchmarks/serving/results/client.md). They save the time of httpx's parser (h11), pool and streams, because they
-support only HTTP/1.1 over TCP or TLS, with whole request bodies and whole response bodies. For proxies, HTTP/2 or trio,
-the clients use httpx's transports. The exceptions are those of httpx.
+(benchmarks/serving/results/client.md). They save the time of httpx's parser (h11), pool and streams, because `exchange`
+supports only HTTP/1.1 over TCP or TLS, with whole request bodies and whole response bodies. For proxies, and if the
+program passes `transport`, the clients use httpx's transports. The exceptions are those of httpx.
 
 `seconds` limits the time from the request to the end of the response, not each read.
 """
@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable
 from contextlib import suppress
-from typing import NamedTuple, TypeVar, cast
+from typing import Generic, NamedTuple, TypeVar, cast
 
 import httpx
 
@@ -55,11 +55,14 @@ class Connection:
     """A connection over a socket."""
 
     def __init__(self, origin: Origin, ssl_context: ssl.SSLContext | None, seconds: float | None) -> None:
+        end = None if seconds is None else time.monotonic() + seconds
         self.socket = socket.create_connection((origin.host, origin.port), timeout=seconds)
         self.idle_since = 0.0
         try:
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if origin.is_tls:
+                if end is not None:
+                    self.socket.settimeout(_left(end))  # for each read and write of the handshake
                 context = ssl_context or ssl.create_default_context()
                 self.socket = context.wrap_socket(self.socket, server_hostname=origin.host)
         except BaseException:
@@ -136,12 +139,12 @@ class SocketTransport:
 
     def __init__(self, ssl_context: ssl.SSLContext | None = None) -> None:
         self._ssl_context = ssl_context
-        self._idle: dict[Origin, deque[Connection]] = {}
+        self._idle: IdleConnections[Connection] = IdleConnections()
 
     def exchange(self, origin: Origin, head: bytes, body: bytes, seconds: float | None) -> ResponseReader:
         """Send a request, and return its response. Raises the errors of `connect` and `Connection.exchange`."""
         started = time.monotonic()
-        connection = self._idle_connection(origin)
+        connection = self._idle.take(origin)
         if connection is None:
             connection = self.connect(origin, seconds)
             seconds = None if seconds is None else max(0.001, seconds - (time.monotonic() - started))
@@ -151,24 +154,10 @@ class SocketTransport:
             connection.close()
             raise
         if reader.keeps_alive:
-            connection.idle_since = time.monotonic()
-            self._idle.setdefault(origin, deque()).append(connection)
+            self._idle.keep(origin, connection)
         else:
             connection.close()
         return reader
-
-    def _idle_connection(self, origin: Origin) -> Connection | None:
-        """Return an idle connection that the server has not closed; None if there is none."""
-        idle = self._idle.get(origin)
-        while idle:
-            try:
-                connection = idle.pop()
-            except IndexError:  # another thread has taken it
-                return None
-            if connection.is_usable():
-                return connection
-            connection.close()
-        return None
 
     def connect(self, origin: Origin, seconds: float | None) -> Connection:
         """Return a new connection, which the caller closes.
@@ -185,9 +174,7 @@ class SocketTransport:
 
     def close(self) -> None:
         """Close all idle connections."""
-        for connections in self._idle.values():
-            while connections:
-                connections.pop().close()
+        self._idle.close()
 
 
 class AsyncConnection(asyncio.Protocol):
@@ -199,6 +186,7 @@ class AsyncConnection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.idle_since = 0.0
+        self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._reader: ResponseReader | None = None  # of the response that is awaited
         self._complete: asyncio.Future[None] | None = None  # the end of this response
@@ -231,19 +219,25 @@ class AsyncConnection(asyncio.Protocol):
         self._fail(httpx.ReadError(f"the connection broke: {error or 'it was closed'}"))
 
     def is_usable(self) -> bool:
-        """Return whether the server keeps the connection open."""
-        is_open = self._transport is not None and not self._transport.is_closing()
-        return is_open and time.monotonic() - self.idle_since <= IDLE_SECONDS
+        """Return whether the server keeps the connection open, and the running event loop receives its bytes."""
+        if self._transport is None or self._transport.is_closing() or self._loop is not asyncio.get_running_loop():
+            return False
+        return time.monotonic() - self.idle_since <= IDLE_SECONDS
 
     async def exchange(self, head: bytes, body: bytes, seconds: float | None) -> ResponseReader:
-        """Send a request, and return its response, which arrives within `seconds`. Raises as `Connection.exchange`."""
+        """Send a request, and return its response, which arrives within `seconds`.
+
+        Raises:
+            httpx.ConnectError: the connection was closed before the request was sent.
+            httpx.ReadTimeout, httpx.ReadError, httpx.RemoteProtocolError: there is no response.
+        """
         if self._transport is None:
-            raise httpx.ReadError("the connection broke before the request was sent")
-        loop = asyncio.get_running_loop()
-        self._reader, self._complete = reader, complete = ResponseReader(), loop.create_future()
+            raise httpx.ConnectError("the connection was closed before the request was sent")
+        self._reader = reader = ResponseReader()
+        self._complete = complete = self._loop.create_future()
         timer = None
         if seconds is not None:
-            timer = loop.call_later(seconds, self._fail, httpx.ReadTimeout("the response did not arrive in time"))
+            timer = self._loop.call_later(seconds, self._fail, httpx.ReadTimeout("the response did not arrive in time"))
         try:
             self._transport.write(head + body)
             await complete
@@ -263,8 +257,46 @@ class AsyncConnection(asyncio.Protocol):
 
     def close(self) -> None:
         """Close the connection without waiting."""
-        if self._transport is not None:
-            self._transport.abort()
+        transport, self._transport = self._transport, None
+        if transport is not None and not self._loop.is_closed():  # otherwise, garbage collection closes the socket
+            transport.abort()
+
+
+C = TypeVar("C", Connection, AsyncConnection)
+
+
+class IdleConnections(Generic[C]):
+    """Connections that wait for their next request. Threads may share it, because each call of a deque is atomic."""
+
+    def __init__(self) -> None:
+        self._by_origin: dict[Origin, deque[C]] = {}  # the newest last
+
+    def keep(self, origin: Origin, connection: C) -> None:
+        """Keep `connection` for the next request to `origin`. Close the connections that have been idle too long."""
+        connection.idle_since = time.monotonic()
+        idle = self._by_origin.setdefault(origin, deque())
+        idle.append(connection)
+        with suppress(IndexError):  # another thread has taken the last one
+            while connection.idle_since - idle[0].idle_since > IDLE_SECONDS:
+                idle.popleft().close()
+
+    def take(self, origin: Origin) -> C | None:
+        """Return the newest usable connection to `origin`; None if there is none. Close those that are unusable."""
+        idle = self._by_origin.get(origin)
+        with suppress(IndexError):  # another thread has taken the last one
+            while idle:
+                connection = idle.pop()
+                if connection.is_usable():
+                    return connection
+                connection.close()
+        return None
+
+    def close(self) -> None:
+        """Close all connections."""
+        for idle in list(self._by_origin.values()):
+            with suppress(IndexError):
+                while True:
+                    idle.pop().close()
 
 
 class StreamConnection(NamedTuple):
@@ -290,16 +322,16 @@ class AsyncSocketTransport:
     def __init__(self, ssl_context: ssl.SSLContext | None = None, max_connections: int = MAX_CONNECTIONS) -> None:
         self._ssl_context = ssl_context
         self._slots = asyncio.Semaphore(max_connections)
-        self._idle: dict[Origin, deque[AsyncConnection]] = {}
+        self._idle: IdleConnections[AsyncConnection] = IdleConnections()
 
     async def exchange(self, origin: Origin, head: bytes, body: bytes, seconds: float | None) -> ResponseReader:
         """Send a request, and return its response. Raises the errors of `SocketTransport.exchange` and PoolTimeout."""
         end = None if seconds is None else time.monotonic() + seconds
         await self._take_slot(seconds)
         try:
-            connection = self._idle_connection(origin)
+            connection = self._idle.take(origin)
             if connection is None:
-                connection = await self._connect(origin, seconds)
+                connection = await self._connect(origin, None if end is None else end - time.monotonic())
             try:
                 reader = await connection.exchange(head, body, None if end is None else end - time.monotonic())
             except BaseException:
@@ -308,8 +340,7 @@ class AsyncSocketTransport:
         finally:
             self._slots.release()
         if reader.keeps_alive:
-            connection.idle_since = time.monotonic()
-            self._idle.setdefault(origin, deque()).append(connection)
+            self._idle.keep(origin, connection)
         else:
             connection.close()
         return reader
@@ -323,16 +354,6 @@ class AsyncSocketTransport:
                 await self._slots.acquire()
         except TimeoutError as error:
             raise httpx.PoolTimeout("all connections of the client are in use") from error
-
-    def _idle_connection(self, origin: Origin) -> AsyncConnection | None:
-        """Return an idle connection that the server has not closed; None if there is none."""
-        idle = self._idle.get(origin)
-        while idle:
-            connection = idle.pop()
-            if connection.is_usable():
-                return connection
-            connection.close()
-        return None
 
     async def _connect(self, origin: Origin, seconds: float | None) -> AsyncConnection:
         async def connect() -> AsyncConnection:
@@ -359,9 +380,7 @@ class AsyncSocketTransport:
 
     async def aclose(self) -> None:
         """Close all idle connections."""
-        for connections in self._idle.values():
-            while connections:
-                connections.pop().close()
+        self._idle.close()
 
 
 async def _connected(connect: Awaitable[T], origin: Origin, seconds: float | None) -> T:

@@ -12,8 +12,8 @@ Condition = Mapping[str, str | int | float | bool | None]
 class CallOptions(TypedDict, total=False):
     """Options of every method.
 
-    `model` is a name or name@version, in place of the client's. `timeout` is the limit in seconds for each request, all
-    attempts together.
+    `model` is a name or name@version, in place of the client's. `timeout` is the limit in seconds for the call, with
+    all its requests and attempts; None for no limit.
     """
 
     model: str

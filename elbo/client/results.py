@@ -137,15 +137,15 @@ class Contribution:
     """How much one feature contributes to the score of a row.
 
     Args:
-        name: name of the feature.
-        value: its value in raw units; None if it is missing.
-        expected: the value that the model expects, in raw units.
+        name: name of the feature, or of a column of text.
+        value: its value in raw units, or the level of a column of text; None if it is missing.
+        expected: the value that the model expects, in raw units, or the expected level of a column of text.
         contribution: squared distance between the two, in standard deviations of normal rows.
     """
 
     name: str
-    value: float | None
-    expected: float
+    value: float | str | None
+    expected: float | str
     contribution: float
 
 

@@ -49,7 +49,7 @@ def parse_retry_after(value: str | None) -> float | None:
     """Return the seconds that a Retry-After header asks for, as seconds or as a date; None if it is not readable."""
     if not value:
         return None
-    if value.strip().isdigit():
+    if value.strip().isdecimal():
         return float(value)
     try:
         moment = parsedate_to_datetime(value)

@@ -190,7 +190,8 @@ def proxy_of(base_url: str, trust_env: bool) -> str | None:
     if not trust_env or proxy_bypass(url.host):
         return None
     proxies = getproxies()
-    return proxies.get(url.scheme) or proxies.get("all")
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    return f"http://{proxy}" if proxy and "://" not in proxy else proxy
 
 
 def ssl_context_of(base_url: str, verify: Verify, cert: Any, trust_env: bool) -> ssl.SSLContext | None:

@@ -9,7 +9,6 @@ import ssl
 import time
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import suppress
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -323,12 +322,11 @@ class AsyncAnomalyStream(AsyncIterator[Verdict | RowError]):
     async def aclose(self) -> None:
         """Close the connection, and stop reading the rows. The server then stops judging rows."""
         self._is_closed = True
-        if self._producer:
-            self._producer.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await self._producer
         if self._connection:
             self._connection.close()
+        if self._producer:
+            self._producer.cancel()
+            await asyncio.gather(self._producer, return_exceptions=True)
 
     async def __anext__(self) -> Verdict | RowError:
         try:
@@ -373,7 +371,8 @@ class AsyncAnomalyStream(AsyncIterator[Verdict | RowError]):
 
     def _raise_failure_of_source(self) -> None:
         """Raise the exception of the source of the rows, if it raised one, which ended the connection."""
-        if self._producer and self._producer.done() and (error := self._producer.exception()):
+        producer = self._producer
+        if producer and producer.done() and not producer.cancelled() and (error := producer.exception()):
             raise error
 
     async def _produce(self, connection: StreamConnection) -> None:
@@ -388,12 +387,12 @@ class AsyncAnomalyStream(AsyncIterator[Verdict | RowError]):
                     asyncio.get_running_loop().call_soon(self._flush, connection)
                 if self._size >= BATCH_BYTES:
                     self._flush(connection)
-                    await connection.writer.drain()
+                    try:
+                        await connection.writer.drain()
+                    except OSError:
+                        return  # the response may say why the server closed the connection: `_receive` reads it
             self._flush(connection)
             connection.writer.write(LAST_CHUNK)
-            await connection.writer.drain()
-        except OSError:
-            pass  # the response may say why the server closed the connection: `_receive` reads it
         except Exception:
             connection.close()
             raise

@@ -7,6 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+import elbo
 from elbo.errors import NotSupportedError
 from elbo.model import Model
 from tests.data import ROOT
@@ -73,6 +74,21 @@ def test_figure_of_an_explanation_shows_the_largest_contributions_first(web: Mod
     assert widths == pytest.approx([each.contribution for each in verdict.features])
     assert "expected" in axis.texts[0].get_text()
     assert " ms" in axis.texts[0].get_text()
+
+
+def test_figure_of_an_explanation_shows_the_levels_of_a_column_of_text() -> None:
+    load = np.random.RandomState(0).standard_normal(60)
+    frame = {
+        "cpu [%]": (50 + 5 * load).tolist(),
+        "latency [ms]": (200 + 20 * load**2).tolist(),
+        "mode": np.where(load > 0, "busy", "idle").tolist(),
+    }
+    model = elbo.fit(frame, "pca", category="mode", calibration="split")
+    row = {name: values[:1] for name, values in frame.items()}
+    (axis,) = model.plot_explanation(row).axes
+    of_mode = next(each for each in model.explain(row)[0].features if each.name == "mode")
+    texts = [text.get_text().strip() for text in axis.texts]
+    assert f"{of_mode.value}, expected {of_mode.expected}" in texts
 
 
 def test_figure_of_the_history_has_a_point_per_epoch(site: Site) -> None:

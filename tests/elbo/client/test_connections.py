@@ -1,11 +1,13 @@
 """Ways to the server: HTTPS, a proxy from the environment, a path before the endpoints, many threads."""
 
 import asyncio
+import gc
 import shutil
 import socket
 import ssl
 import subprocess
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +18,9 @@ import numpy as np
 import pytest
 
 from elbo.client import AsyncClient, Client, ConnectionFailed, Retries
-from elbo.client.settings import ssl_context_of
+from elbo.client import connections as connections_module
+from elbo.client.connections import AsyncSocketTransport, Origin, SocketTransport
+from elbo.client.settings import proxy_of, ssl_context_of
 from tests.conftest import require
 from tests.elbo.client.scripted import respond, scripted
 from tests.service.hosts import host_rows
@@ -96,6 +100,12 @@ def test_proxy_of_the_environment_gets_the_requests(monkeypatch: pytest.MonkeyPa
         assert len(proxy.received) == 1
 
 
+def test_proxy_without_a_scheme_is_an_http_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "proxy.invalid:3128")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert proxy_of("https://elbo.invalid", True) == "http://proxy.invalid:3128"
+
+
 def test_path_of_the_address_comes_before_the_endpoints() -> None:
     with scripted(MODELS) as server, Client(f"{server.address}/tools/elbo/", headers={"X-Team": "a"}) as elbo:
         elbo.models()
@@ -169,3 +179,50 @@ def test_connection_of_a_cancelled_call_is_closed_and_the_next_call_gets_its_own
     with scripted(answer_late, respond("200 OK", b'{"default": "next", "models": []}')) as server:
         assert asyncio.run(scenario(server.address)) == "next"
         assert len(server._connections) == 2
+
+
+def test_async_client_works_in_a_second_event_loop() -> None:
+    async def scenario() -> None:
+        await elbo.models()
+
+    with scripted(MODELS) as server:
+        elbo = AsyncClient(server.address, timeout=5, retries=Retries(attempts=1))
+        asyncio.run(scenario())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # a loop that has ended cannot close its connections
+            asyncio.run(scenario())
+            asyncio.run(elbo.aclose())
+            gc.collect()
+        assert len(server._connections) == 2
+
+
+def test_connections_of_a_burst_are_closed_when_they_have_been_idle_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    with scripted(MODELS) as server:
+        host, port = server.address.removeprefix("http://").split(":")
+        transport, origin = SocketTransport(), Origin(host, int(port), False)
+        head = b"GET /models HTTP/1.1\r\nhost: test\r\n\r\n"
+        first, second = transport.connect(origin, 5), transport.connect(origin, 5)
+        transport._idle.keep(origin, first)
+        transport._idle.keep(origin, second)
+        monkeypatch.setattr(connections_module, "IDLE_SECONDS", 0.1)
+        time.sleep(0.2)
+        transport._idle.keep(origin, transport.connect(origin, 5))
+        assert first.socket.fileno() == second.socket.fileno() == -1
+        assert transport.exchange(origin, head, b"", 5).status == 200
+        transport.close()
+        assert len(server._connections) == 3
+
+
+def test_time_of_a_request_includes_its_wait_for_a_connection() -> None:
+    async def scenario(port: int) -> float:
+        context = ssl.create_default_context()
+        transport = AsyncSocketTransport(context, max_connections=1)
+        await transport._take_slot(None)
+        asyncio.get_running_loop().call_later(0.8, transport._slots.release)
+        started = time.monotonic()
+        with pytest.raises(httpx.ConnectTimeout):  # the server accepts no TLS handshake
+            await transport.exchange(Origin("127.0.0.1", port, True), b"", b"", 1.0)
+        return time.monotonic() - started
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert asyncio.run(scenario(listener.getsockname()[1])) < 1.6

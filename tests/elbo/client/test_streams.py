@@ -180,23 +180,50 @@ def streams(plain: httpx.Client) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in found)
 
 
+@pytest.mark.parametrize("error", [KeyError, ConnectionResetError])
 @pytest.mark.parametrize("kind", ["sync", "async"])
-def test_error_of_the_source_is_raised_and_ends_the_stream(address: str, kind: str) -> None:
+def test_error_of_the_source_is_raised_and_ends_the_stream(address: str, kind: str, error: type[Exception]) -> None:
     def failing() -> Iterator[Any]:
         yield from host_rows(5)
-        raise KeyError("no more data")
+        raise error("no more data")
 
     async def scenario() -> None:
         async with AsyncClient(address, "hosts") as elbo:
-            async for _ in elbo.anomaly_stream(failing(), observe=False):
+            async for _ in elbo.anomaly_stream(failing(), observe=False, timeout=5):
                 pass
 
     def stream() -> None:
         with Client(address, "hosts") as elbo:
             list(elbo.anomaly_stream(failing(), observe=False))
 
-    with pytest.raises(KeyError, match="no more data"):
+    with pytest.raises(error, match="no more data"):
         asyncio.run(scenario()) if kind == "async" else stream()
+
+
+def test_task_that_is_cancelled_while_it_closes_a_stream_stays_cancelled(address: str) -> None:
+    async def slow_to_end() -> AsyncIterator[Any]:
+        try:
+            yield host_rows(1)[0]
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.3)
+
+    async def leave(elbo: AsyncClient) -> str:
+        async with elbo.anomaly_stream(slow_to_end(), observe=False) as stream:
+            await anext(stream)
+        return "not cancelled"
+
+    async def scenario() -> bool:
+        async with AsyncClient(address, "hosts") as elbo:
+            task = asyncio.create_task(leave(elbo))
+            while not (producers := [each for each in asyncio.all_tasks() if each.cancelling()]):
+                await asyncio.sleep(0.01)
+            assert task not in producers
+            task.cancel()
+            await asyncio.wait([task])
+            return task.cancelled()
+
+    assert asyncio.run(scenario())
 
 
 def test_stream_that_the_server_refuses_raises_its_error(address: str) -> None:
