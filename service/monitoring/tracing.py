@@ -142,6 +142,11 @@ class Tracer:
             self._wake.set()
         return True
 
+    @property
+    def queued_requests(self) -> int:
+        """How many requests wait for their spans to be sent."""
+        return len(self._queue)
+
     def close(self) -> None:
         """Send what is queued. Wait at most CLOSE_SECONDS for the collector."""
         self._is_closing = True
