@@ -165,7 +165,12 @@ class DirectHeads:
         return None if head is None else KnownHead(head, size)
 
     def remember(self, data: bytes, head: DirectHead) -> None:
-        """Remember the head at the start of `data`, which the parser has accepted."""
+        """Remember the head at the start of `data`, which the parser has accepted.
+
+        A head with a traceparent comes only once, and would take the place of another one.
+        """
+        if any(name == b"traceparent" for name, _ in head.headers):
+            return
         size = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES) + 4
         length = _LENGTH.search(data, 0, size)
         if length is None or size + int(length[1]) != len(data):
