@@ -18,8 +18,11 @@ MAX_HEAD_BYTES = 2048
 MAX_DELAYED = 10_000  # answers that are delayed at once; each has less than 1 KiB
 DELAY_SECONDS = (0.001, 0.064)  # how long the second answer is delayed, and the longest time
 END_OF_HEAD = b"\r\n\r\n"
-# With one of these headers, the answer or the connection depends on more than the fact that the request is refused.
-SPECIAL_HEADERS = frozenset({b"connection", b"transfer-encoding", b"upgrade", b"expect", b"x-request-id"})
+# With one of these headers, the answer, the trace or the connection depends on more than the fact that the request is
+# refused.
+SPECIAL_HEADERS = frozenset({
+    b"connection", b"transfer-encoding", b"upgrade", b"expect", b"traceparent", b"x-request-id",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,7 @@ def test_read_that_is_not_one_whole_request_with_a_refused_head_is_not_found(rea
         (HEAD + b"abcd", [*HEADERS, (b"content-length", b"4")]),
         (HEAD + b"abcd", [*HEADERS, (b"connection", b"close")]),
         (HEAD + b"abcd", [*HEADERS, (b"x-request-id", b"mine")]),
+        (HEAD + b"abcd", [*HEADERS, (b"traceparent", b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")]),
         (HEAD + b"abcd", [*HEADERS, (b"expect", b"100-continue")]),
         (HEAD + b"abcd", [(b"transfer-encoding", b"chunked")]),
     ],
