@@ -317,14 +317,14 @@ class AsyncClient:
         if not (is_frame(rows) or is_records(rows)):
             return await send(to_array(rows), reference)
         known = await self._described(reference, options)
-        array = to_ordered_array(rows, known.features, known.name)
+        array = to_ordered_array(rows, known)
         try:
             return await send(array, f"{known.name}@{known.version}")
         except NotFound:
             if not self._settings.forget(reference):
                 raise
         known = await self._described(reference, options)  # the version that was remembered is no longer served
-        return await send(to_ordered_array(rows, known.features, known.name), f"{known.name}@{known.version}")
+        return await send(to_ordered_array(rows, known), f"{known.name}@{known.version}")
 
     async def _described(self, reference: str | None, options: Options) -> results.Model:
         known = self._settings.remembered(reference)

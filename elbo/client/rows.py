@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elbo.client.formats import to_float32
-from elbo.client.results import Array
+from elbo.client.results import Array, Model
 
 
 @runtime_checkable
@@ -75,29 +75,38 @@ def to_records(rows: Frame | Sequence[Record]) -> list[Record]:
     return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
-def to_ordered_array(rows: Frame | Sequence[Record], names: Sequence[str], source: str) -> Array:
-    """Return the values of the features `names`, in this order, as float32 [N, D]. An absent value is NaN.
+def to_ordered_array(rows: Frame | Sequence[Record], model: Model) -> Array:
+    """Return the values of the features of `model`, in its order, as float32 [N, D]. An absent value is NaN.
 
-    Columns that are not features, such as a timestamp, are ignored.
-
-    Args:
-        rows: a data frame or records.
-        names: the names of the features, in the order of the model.
-        source: the name of the model, for messages.
+    A title may have the unit of the feature, such as "load [%]". Columns that are not features are ignored.
 
     Raises:
-        ValueError: a feature has no column.
+        ValueError: a feature has no column, or two columns.
     """
     if is_frame(rows):
-        present = {str(name): name for name in rows.columns}
-        missing = [name for name in names if name not in present]
-        _require_features(missing, present, source)
-        columns = [_column(rows[present[name]]) for name in names]
-        return np.ascontiguousarray(np.stack(columns, axis=1))
+        found = _titles(rows.columns, model)
+        return np.ascontiguousarray(np.stack([_column(rows[found[name]]) for name in model.features], axis=1))
     records = cast("Sequence[Record]", rows)
-    present = {str(name): name for record in records for name in record}
-    _require_features([name for name in names if name not in present], present, source)
-    return to_array([[record.get(name) for name in names] for record in records])
+    found = _titles({key: None for record in records for key in record}, model)
+    return to_array([[record.get(found[name]) for name in model.features] for record in records])
+
+
+def _titles(titles: Iterable[Any], model: Model) -> dict[str, Any]:
+    """Return the title of each feature of `model`. Raises ValueError if a feature has none, or two."""
+    features = {name: name for name in model.features}
+    for each in model.fields.get("features", ()):
+        if unit := each.get("unit"):
+            features.setdefault(f"{each['name']} [{unit}]", each["name"])
+    titles = list(titles)
+    found: dict[str, Any] = {}
+    for title in titles:
+        name = features.get(str(title)) or features.get(" ".join(str(title).split()))
+        if name in found:
+            raise ValueError(f"{found[name]!r} and {title!r} are both the feature {name!r}: remove one of them")
+        if name is not None:
+            found[name] = title
+    _require_features([name for name in model.features if name not in found], titles, model.name)
+    return found
 
 
 def only_features(rows: Frame, names: Sequence[str], source: str) -> Frame:
@@ -115,7 +124,7 @@ def only_features(rows: Frame, names: Sequence[str], source: str) -> Frame:
     titles = list(rows.columns)
     chosen = [title for title in titles if " ".join(str(title).split()).split(" [")[0] in known or str(title) in known]
     if not chosen:
-        _require_features(names, {str(title): title for title in titles}, source)
+        _require_features(names, titles, source)
     if len(chosen) == len(titles):
         return rows
     found: Frame = rows[chosen]
@@ -128,10 +137,10 @@ def _column(values: Any) -> Array:
     return to_array(array.tolist() if array.dtype == object else array)
 
 
-def _require_features(missing: Sequence[str], present: Mapping[str, Any], source: str) -> None:
+def _require_features(missing: Sequence[str], titles: Sequence[Any], source: str) -> None:
     if missing:
         shown = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
-        got = ", ".join(map(repr, list(present)[:10])) or "none"
+        got = ", ".join(repr(str(title)) for title in titles[:10]) or "none"
         raise ValueError(f"the rows have no column {shown}, which the model {source} needs; they have {got}")
 
 

@@ -312,14 +312,14 @@ class Client:
         if not (is_frame(rows) or is_records(rows)):
             return send(to_array(rows), reference)
         known = self._described(reference, options)
-        array = to_ordered_array(rows, known.features, known.name)
+        array = to_ordered_array(rows, known)
         try:
             return send(array, f"{known.name}@{known.version}")
         except NotFound:
             if not self._settings.forget(reference):
                 raise
         known = self._described(reference, options)  # the version that was remembered is no longer served
-        return send(to_ordered_array(rows, known.features, known.name), f"{known.name}@{known.version}")
+        return send(to_ordered_array(rows, known), f"{known.name}@{known.version}")
 
     def _described(self, reference: str | None, options: Options) -> results.Model:
         known = self._settings.remembered(reference)

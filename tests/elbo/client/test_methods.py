@@ -10,7 +10,8 @@ import polars as pl
 import pytest
 import torch
 
-from elbo.client import BadRequest, Client, NotFound, NotSupported, RowError, Verdict
+from elbo.client import BadRequest, Client, Model, NotFound, NotSupported, RowError, Verdict
+from elbo.client.rows import to_ordered_array
 from tests.elbo.client.conftest import Call
 from tests.service.groups import records
 from tests.service.hosts import HOST_FEATURES, host_rows
@@ -162,6 +163,24 @@ def test_frame_without_a_feature_is_refused_with_the_name_of_the_feature(call: C
     frame = pl.DataFrame(HOSTS, schema=HOST_FEATURES).drop("load")
     with pytest.raises(ValueError, match="no column 'load', which the model hosts needs"):
         call("encode", frame, model="hosts")
+
+
+@pytest.mark.parametrize("kind", ["polars", "pandas", "records"])
+def test_titles_with_the_unit_of_the_feature_are_found_and_other_units_are_refused(kind: str) -> None:
+    features = [{"name": "cpu", "unit": "%"}, {"name": "temp", "unit": "°C"}, {"name": "errors", "unit": None}]
+    model = Model("web", 1, "pca", (3,), 3, 2, ("cpu", "temp", "errors"), {"features": features})
+
+    def array(titles: list[str]) -> list[list[float]]:
+        frame = pl.DataFrame({title: [float(place)] for place, title in enumerate(titles)})
+        forms: dict[str, Any] = {"polars": frame, "pandas": pd.DataFrame(frame.to_dict(as_series=False))}
+        values: list[list[float]] = to_ordered_array(forms.get(kind, frame.to_dicts()), model).tolist()
+        return values
+
+    assert array(["errors", "temp  [°C]", "host", "cpu [%]"]) == [[3, 1, 0]]
+    with pytest.raises(ValueError, match="no column 'temp', which the model web needs; they have 'errors', 'temp"):
+        array(["errors", "temp [°F]", "cpu"])
+    with pytest.raises(ValueError, match=r"'cpu' and 'cpu \[%\]' are both the feature 'cpu': remove one"):
+        array(["cpu", "cpu [%]", "temp", "errors"])
 
 
 @pytest.mark.parametrize("infinity", [math.inf, -math.inf, np.float32(np.inf)])

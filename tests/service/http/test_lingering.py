@@ -23,7 +23,6 @@ class Writer(asyncio.Protocol):
         self.lost = self.loop.create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
         transport.set_write_buffer_limits(high=SMALL_RESPONSE, low=0)  # type: ignore[attr-defined] # uvloop's class
         self.transport = LingeringTransport(transport, self, self.loop.call_soon)  # type: ignore[arg-type]
 
