@@ -1053,7 +1053,7 @@ def score(
     ] = None,
     part_rows: Annotated[
         int | None,
-        typer.Option(min=1, help="rows per part of DATA, and per file of a folder; default: about 16 MB of numbers"),
+        typer.Option(min=1, help="rows per part of DATA, and per file of a folder; default: about 8 MB of numbers"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUTPUT if it exists")] = False,
     escape: EscapeOption = None,

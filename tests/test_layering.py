@@ -78,6 +78,7 @@ MAY_IMPORT = {
         "models.artifact models.signatures access endpoints http monitoring anomaly inference errors settings "
         "freed_memory shared_memory"
     ),
+    "service.scaleout": "app settings",
     "service.server": (
         "models.errors models.staging models.trial app inference endpoints http monitoring settings freed_memory "
         "shared_memory"

@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
+from models.artifact import load
 from tests.commands import in_process, succeed, two_factor_rows, write
 from tests.conftest import require
 from tests.data import ROOT
 from tests.ray_programs.trials import TRIALS
 from training.sweep import Sweep, train_locally
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]  # Ray gives up if a busy machine starts a node too slowly
 
 PYTHON = ROOT / ".venv-ray" / "bin" / "python"
 PROGRAMS = ROOT / "tests" / "ray_programs"
@@ -72,3 +74,19 @@ def test_scores_and_sweeps_on_ray_are_those_of_this_machine_although_a_node_is_k
     assert [sorted(each) for each in expected] == [["detection", "log_likelihood", "reconstruction_error"]] * 2 + [[]]
     names = ["0000.pt", "0001.pt"]
     assert [sorted(path.name for path in (tmp_path / each).iterdir()) for each in ("on_ray", "locally")] == [names] * 2
+
+
+def test_replicas_of_ray_serve_answer_as_the_service_does(root: Path, tmp_path: Path) -> None:
+    rows = two_factor_rows(8, seed=3).astype(np.float32)
+    np.save(tmp_path / "rows.npy", rows)
+    found = run("serve_models", root, tmp_path / "rows.npy")
+    with torch.inference_mode():
+        module = load(root / "hosts" / "1" / "model.pt").module
+        mean, score = module.encode(torch.from_numpy(rows))[0], module.score(torch.from_numpy(rows))[0]
+    assert (found["ready"], found["models"], found["error"]) == (200, ["hosts"], "invalid_rows")
+    for form in ("json", "npy"):
+        np.testing.assert_allclose(found[form], mean.numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["anomaly"], score.numpy(), rtol=1e-4)
+    assert found["replicas"] == {"RUNNING": 2}
+    # a mean wait of 0.4 s of two replicas is 0.1 s of eight; 70 requests are more than 16 for each of four
+    assert (found["idle"], found["waiting"], found["busy"]) == (1, 8, 5)

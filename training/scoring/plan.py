@@ -9,7 +9,7 @@ from training.errors import DataError
 from training.scoring.csv_parts import divide_csv
 from training.scoring.job import Job, Part
 
-PART_BYTES = 16 << 20  # the size of a part, in bytes of float32 values
+PART_BYTES = 8 << 20  # the size of a part, in bytes of float32 values
 MIN_PART_ROWS, MAX_PART_ROWS = 1024, 250_000
 DIVISIBLE = (".csv", ".npy", ".parquet")
 

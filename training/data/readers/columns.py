@@ -210,7 +210,8 @@ class Column:
         return levels.read(cells, self.first_non_number is not None) if is_text or levels.is_forced else None
 
     def _read_numbers(self, cells: "pl.Series", row: int) -> Floats:
-        values = self._read_typed(cells, row) if self.typed else self._read_text(cells, row)
+        is_typed = self.typed or cells.dtype.is_numeric()
+        values = self._read_typed(cells, row) if is_typed else self._read_text(cells, row)
         present = values[~np.isnan(values)]
         self.numbers += len(present)
         self.binary = self.binary and bool(((present == 0) | (present == 1)).all())

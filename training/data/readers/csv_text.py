@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +54,9 @@ def read_csv(path: Path, options: ReadOptions) -> RawTable:
     details = BlockDetails()
     reader = _CsvReader(path, options.escape, details.faults if options.tolerant else None, options.part)
     columns = choose_columns(reader.header, path, options, typed=False)
+    if options.part is not None:
+        texts = {*options.extra, *(category.name for category in options.categories)}
+        reader.numbers = {column.index for column in columns if column.name not in texts}
     labels = choose_label_column(reader.header, path, options)
     return build_raw_table(
         reader.frames(),
@@ -149,6 +152,7 @@ class _CsvReader:
         self, path: Path, escape: str | None, faults: dict[int, str] | None = None, part: SourcePart | None = None
     ) -> None:
         self._path, self._escape, self._faults, self._part = path, escape, faults, part
+        self.numbers: set[int] = set()  # the columns that are read as numbers if all their cells are numbers or empty
         self._reread_lines = 0  # number of lines that were read again after a faulty record
         self.lines = LineNumbers()  # complete when all frames have been read
         self.notes: list[str] = []  # likewise
@@ -272,7 +276,9 @@ class _CsvReader:
             piece = self._replace_ragged(piece, first_row).decode(errors="replace").encode()
         names = ",".join(map(str, range(len(self.header)))).encode()
         try:
-            frame = pl.read_csv(names + b"\n" + piece, infer_schema=False, quote_char=None)
+            frame = self._read_numbers(names + b"\n" + piece)
+            if frame is None:
+                frame = pl.read_csv(names + b"\n" + piece, infer_schema=False, quote_char=None)
         except pl.exceptions.PolarsError as error:
             self._refuse_other_encoding(piece, lines)
             shorter = b"\n".join(self._without_last_separator(text) for text in piece.split(b"\n"))
@@ -287,6 +293,23 @@ class _CsvReader:
             raise self._invalid(f"{len(lines)} lines contain {len(frame)} records")
         blank_after = first_line + count - 1 - int(lines[-1])
         return _Records(frame, lines, count, count - len(lines) - blank_after, blank_after)
+
+    def _read_numbers(self, content: bytes) -> "pl.DataFrame | None":
+        """Read the columns `numbers` of a piece as numbers. Return None if a cell in them is neither number nor empty.
+
+        This takes half of the time of reading them as text first.
+        """
+        import polars as pl
+
+        if not self.numbers:
+            return None
+        types: dict[str, Any] = {
+            str(index): pl.Float64 if index in self.numbers else pl.String for index in range(len(self.header))
+        }
+        try:
+            return pl.read_csv(content, schema=types, quote_char=None)
+        except pl.exceptions.PolarsError:
+            return None
 
     def _read_quoted(self, piece: bytes, source: _LineSource, first_line: int, first_row: int) -> "_Records":
         """Read a piece with quotation marks, and further lines of `source` if its last record continues in them."""
