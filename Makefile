@@ -44,6 +44,9 @@ OPERATOR_PACKAGE := cloudcoil-models-prometheus-operator==0.80.1.0
 # packages. This environment also has the packages of .venv.
 RAY := .venv-ray
 RAY_PACKAGE := ray[serve]==2.60.0
+# What reads remote repositories, and servers for the tests: S3 (moto) and MLflow. They require 100 packages.
+REMOTE := .venv-remote
+REMOTE_PACKAGES := s3fs==2026.9.0 'moto[s3,server]==5.2.5' mlflow==3.17.2
 INSTALL := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check install
 PEER_INSTALL := $(PEERS)/bin/python -m pip --quiet --disable-pip-version-check install
 # The model servers that bench-serve compares with Elbo. Each server has its own environment, because their requirements
@@ -79,7 +82,7 @@ check: lint types ## Lint, type-check and run the tests that need no training, b
 docs: $(READY) ## Build the documentation site into site/
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet && echo "open site/index.html"
 
-test: $(READY) $(GENERATOR)/.ready $(CLIENTS)/.ready $(KUBERNETES)/.ready $(RAY)/.ready ## Run every test: first those that may share the machine, then those that measure time or memory
+test: $(READY) $(GENERATOR)/.ready $(CLIENTS)/.ready $(KUBERNETES)/.ready $(RAY)/.ready $(REMOTE)/.ready ## Run every test: first those that may share the machine, then those that measure time or memory
 	@$(VENV)/bin/python -m pytest -n 3 -m "not alone"
 	@$(VENV)/bin/python -m pytest -m alone
 
@@ -165,7 +168,7 @@ fuzz: $(READY) $(FUZZER)/.ready ## Fuzz every reader for FUZZ_SECONDS (default 1
 		PYTHONPATH=$(FUZZER) $(VENV)/bin/python -m tests.fuzz $$target --seconds $(FUZZ_SECONDS) || failed="$$failed $$target"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed; the inputs are in build/fuzz/" >&2; exit 1; }
 
-coverage: $(READY) $(GENERATOR)/.ready $(CLIENTS)/.ready $(KUBERNETES)/.ready $(RAY)/.ready $(COVERAGE)/.ready ## List the branches that no test reaches; TESTS='tests/models' for some tests
+coverage: $(READY) $(GENERATOR)/.ready $(CLIENTS)/.ready $(KUBERNETES)/.ready $(RAY)/.ready $(REMOTE)/.ready $(COVERAGE)/.ready ## List the branches that no test reaches; TESTS='tests/models' for some tests
 	@$(COVERAGE)/bin/python -m coverage erase
 	@$(COVERAGE)/bin/python -m coverage run -m pytest -n 0 $(TESTS); status=$$?; \
 		$(COVERAGE)/bin/python -m coverage combine --quiet && $(COVERAGE)/bin/python -m coverage report --include='models/*,service/*' && exit $$status
@@ -248,8 +251,18 @@ $(RAY)/.ready: $(READY)
 	@$(RAY)/bin/python -m pip --quiet --disable-pip-version-check install '$(RAY_PACKAGE)'
 	@touch $@
 
+# The packages of .venv count as installed, and pip installs the others. torch is a constraint: it must not change.
+$(REMOTE)/.ready: $(READY)
+	@$(VENV)/bin/python -m venv $(REMOTE)
+	@packages='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		echo "import site; site.addsitedir('$$($(VENV)/bin/python -c "$$packages")')" \
+		> "$$($(REMOTE)/bin/python -c "$$packages")/packages_of_venv.pth"
+	@echo "installing the servers of the tests of remote repositories"
+	@$(REMOTE)/bin/python -m pip --quiet --disable-pip-version-check install $(TORCH) $(REMOTE_PACKAGES)
+	@touch $@
+
 clean: ## Remove what the other targets made, except artifacts/
-	@rm -rf $(VENV) $(GENERATOR) $(CLIENTS) $(KUBERNETES) $(RAY) $(AUDIT) $(FUZZER) $(COVERAGE) $(MUTATOR) $(PEERS) $(PEERS)-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* node_modules
+	@rm -rf $(VENV) $(GENERATOR) $(CLIENTS) $(KUBERNETES) $(RAY) $(REMOTE) $(AUDIT) $(FUZZER) $(COVERAGE) $(MUTATOR) $(PEERS) $(PEERS)-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* node_modules
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The locked packages are installed first. They include torch's dependencies, and pip checks the hashes of all of them.

@@ -40,6 +40,8 @@ USAGE_ERRORS = {
     "key_file_error",
     "key_invalid",
     "incidents_invalid",
+    "repository_invalid",
+    "copy_conflict",
 }  # errors with these codes exit with status 2
 
 OWN_PACKAGES = {"models", "training", "service", "elbo"}
@@ -225,8 +227,28 @@ def _described(field: "FieldInfo") -> str:
     return f"{field.description}  [default: {_default(field)}]"
 
 
+def _require_folder(path: Path) -> Path:
+    """Return `path`. Raise OptionError if it is the URL of a remote repository, of which a Path has dropped a slash."""
+    from service.repository.location import is_url
+
+    if is_url(str(path)):
+        url = str(path).replace(":/", "://", 1)
+        raise OptionError(
+            f"--artifacts: expected a folder, got {url}: this command works with a local artifact folder. Copy models "
+            f"from there with elbo pull {url} --artifacts artifacts, and to there with elbo push {url} --artifacts "
+            "artifacts"
+        )
+    return path
+
+
 ArtifactFolder = Annotated[
-    Path, typer.Option("--artifacts", envvar="ELBO_ARTIFACTS", help="artifact folder: <name>/<version>/model.pt")
+    Path,
+    typer.Option(
+        "--artifacts",
+        envvar="ELBO_ARTIFACTS",
+        callback=_require_folder,
+        help="artifact folder: <name>/<version>/model.pt",
+    ),
 ]
 Data = Annotated[
     str,
@@ -853,7 +875,7 @@ def verify(
 def serve(
     host: Annotated[str | None, typer.Option()] = None,
     port: Annotated[int | None, typer.Option()] = None,
-    artifacts: Annotated[Path | None, typer.Option()] = None,
+    artifacts: Annotated[str | None, typer.Option()] = None,
     device: Annotated[str | None, typer.Option()] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure")] = None,
 ) -> None:
@@ -1420,6 +1442,76 @@ def export(
     model = path.parents[1].name if path.parent.name.isdigit() else artifact.manifest.name
     for file in export(artifact, model, version, format_, out):
         typer.echo(f"exported {model}@{version}: {file}")
+
+
+ReferencesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[NAME...]", help="models: name (the newest version) or name@version; default: all models"),
+]
+CopiedArtifacts = Annotated[
+    str, typer.Option("--artifacts", envvar="ELBO_ARTIFACTS", help="artifact folder, or URL of a remote repository")
+]
+
+
+@app.command(epilog="Examples: elbo push s3://models/elbo | elbo push s3://models/elbo hosts@3 vae")
+def push(
+    destination: Annotated[str, typer.Argument(metavar="DESTINATION", help="URL of a remote repository, or a folder")],
+    names: ReferencesArgument = None,
+    artifacts: CopiedArtifacts = "artifacts",
+    trusted_keys: TrustedKeysOption = None,
+) -> None:
+    """Copy versions of models from the artifact folder to another repository, with their signatures.
+
+    DESTINATION is s3://BUCKET/PATH, gs://BUCKET/PATH, file:///PATH or a folder. Only what is missing is copied, and a
+    version is never replaced by another content. The index of the repository is written last, so servers see a version
+    when it is complete.
+    """
+    _copy_versions(artifacts, destination, names, trusted_keys)
+
+
+@app.command(epilog="Examples: elbo pull s3://models/elbo | elbo pull https://models.example.com/elbo hosts@3")
+def pull(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="URL of a remote repository, or a folder")],
+    names: ReferencesArgument = None,
+    artifacts: CopiedArtifacts = "artifacts",
+    trusted_keys: TrustedKeysOption = None,
+) -> None:
+    """Copy versions of models from another repository to the artifact folder, with their signatures.
+
+    SOURCE is s3://BUCKET/PATH, gs://BUCKET/PATH, https://HOST/PATH, file:///PATH or a folder. The hashes of the files
+    are compared with the index of the repository. Only what is missing is copied.
+    """
+    _copy_versions(source, artifacts, names, trusted_keys)
+
+
+@app.command("index", epilog="Examples: elbo index artifacts | elbo index s3://models/elbo")
+def index_(
+    repository: Annotated[
+        str, typer.Argument(metavar="REPOSITORY", help="URL of a remote repository, or an artifact folder")
+    ],
+) -> None:
+    """Write the index of a repository: elbo-index.json, with the size and the SHA-256 of each file.
+
+    elbo push writes the index by itself. Write it with this command if other programs have copied or removed versions,
+    or before an HTTP server publishes an artifact folder. Every file is read once.
+    """
+    from service.repository.copying import write_index_of
+
+    count = write_index_of(repository)
+    typer.echo(f"the index lists {count} version{'' if count == 1 else 's'}")
+
+
+def _copy_versions(source: str, destination: str, names: list[str] | None, trusted_keys: str | None) -> None:
+    from service.repository.copying import Copied, copy_versions, open_repository
+
+    actions = {"copied": "copied", "signature": "copied the signature of", "present": "already there:"}
+
+    def report(copied: Copied) -> None:
+        typer.echo(f"{actions[copied.action]} {copied.name}, {copied.bytes:,} bytes")
+
+    read, written = open_repository(source), open_repository(destination)
+    if not copy_versions(read, written, names or (), _trusted_keys(trusted_keys), report):
+        typer.echo("the source has no models", err=True)
 
 
 def _write(path: Path, text: str) -> None:

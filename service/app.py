@@ -46,6 +46,7 @@ from service.inference.batcher import Batcher
 from service.inference.model_loader import ModelLoader
 from service.inference.registry import ModelRegistry
 from service.inference.trial import TrialClient
+from service.mirroring import RepositoryPolling, registry_failures
 from service.monitoring.background import BackgroundMonitor
 from service.monitoring.logs import AccessLog, choose_format
 from service.monitoring.metrics import Metrics
@@ -116,11 +117,12 @@ def create_app(
         trials=trials,
     )
     registry = ModelRegistry(
-        settings.artifacts,
+        settings.artifact_folder,
         loader,
         default_model=settings.default_model,
         keep_versions=settings.keep_versions,
         keys=TrustedKeySource(settings.trusted_keys) if settings.trusted_keys else None,
+        read_failures=partial(registry_failures, settings) if settings.repository else tuple,
     )
     batcher = Batcher(
         max_batch_rows=settings.max_batch_rows,
@@ -217,6 +219,7 @@ def _lifespan(
     keys: AccessControl | None,
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     scanning = PeriodicTask(service.registry.poll, service.settings.poll_seconds, "failed to scan the artifact folder")
+    repository = RepositoryPolling(service.settings, service.metrics, scanning.run_now)
     service.on_reload.append(scanning.run_now)
 
     async def free_unserved_series() -> None:
@@ -239,6 +242,7 @@ def _lifespan(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         """Load and warm every model before the first request; finish every request before the process ends."""
+        await repository.start()
         await service.registry.poll()
         service.batcher.start()
         receiver.start()
@@ -256,6 +260,7 @@ def _lifespan(
             yield
         finally:
             service.draining = True
+            await repository.close()
             await scanning.close()
             await freeing.close()
             await returning.close()

@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from service.platforms import settings_of
+from service.repository.location import Location, RepositoryInvalid, is_url, parse_location
 
 # In a namespace with a Service named `elbo`, Kubernetes gives every container the variable ELBO_PORT with such a value,
 # and also ELBO_SERVICE_HOST, ELBO_SERVICE_PORT and ELBO_PORT_80_TCP, which are no settings.
@@ -65,7 +66,16 @@ class Settings(BaseSettings):
         description="PEM file with the private key of ELBO_TLS_CERTIFICATE, without a password; by default, the key is "
         "in the file of the certificate",
     )
-    artifacts: Path = Field(Path("artifacts"), description="artifact folder: `<name>/<version>/model.pt`")
+    artifacts: Path | str = Field(
+        Path("artifacts"),
+        description="artifact folder: `<name>/<version>/model.pt`, or the URL of a remote repository: "
+        "s3://bucket/path, gs://bucket/path, https://host/path or file:///path",
+    )
+    cache: Path | None = Field(
+        None,
+        description="folder in which the server keeps what it has downloaded from a remote repository; by default "
+        "$XDG_CACHE_HOME/elbo or ~/.cache/elbo",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="device that models run on; auto uses CUDA if it is available"
     )
@@ -256,7 +266,31 @@ class Settings(BaseSettings):
             if _is_service_link(variables.get(variable.upper(), ""), value)
         }
 
-    @field_validator("api_keys_file", "state", mode="before")
+    @property
+    def repository(self) -> Location | None:
+        """The remote repository that ELBO_ARTIFACTS names; None if it names a folder."""
+        return parse_location(self.artifacts) if isinstance(self.artifacts, str) else None
+
+    @property
+    def artifact_folder(self) -> Path:
+        """The folder from which the server loads artifacts: ELBO_ARTIFACTS, or the cache of the remote repository."""
+        if isinstance(self.artifacts, Path):
+            return self.artifacts
+        return parse_location(self.artifacts).cache_folder(self.cache)
+
+    @field_validator("artifacts", mode="before")
+    @classmethod
+    def _check_artifacts(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        if not is_url(value):
+            return Path(value)
+        try:
+            return parse_location(value).url
+        except RepositoryInvalid as error:
+            raise ValueError(str(error)) from error
+
+    @field_validator("api_keys_file", "cache", "state", mode="before")
     @classmethod
     def _check_path(cls, value: object) -> object:
         return None if value == "" else value  # a compose file passes a variable that is not set as an empty one

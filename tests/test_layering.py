@@ -52,7 +52,12 @@ MAY_IMPORT = {
     "elbo.__main__": "elbo.cli",
     "service.errors": "models.errors",
     "service.platforms": "",
-    "service.settings": "platforms",
+    "service.settings": "platforms repository",
+    "service.repository": (
+        "models.archive_check models.errors models.keys models.manifest models.signatures models.staging "
+        "models.versions"
+    ),
+    "service.mirroring": "inference monitoring repository settings",
     "service.healthcheck": "",
     "service.shared_memory": "",
     "service.freed_memory": "",
@@ -75,8 +80,8 @@ MAY_IMPORT = {
         "inference codec errors settings"
     ),
     "service.app": (
-        "models.artifact models.signatures access endpoints http monitoring anomaly inference errors settings "
-        "freed_memory shared_memory"
+        "models.artifact models.signatures access endpoints http mirroring monitoring anomaly inference errors "
+        "settings freed_memory shared_memory"
     ),
     "service.scaleout": "app settings",
     "service.server": (

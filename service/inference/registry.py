@@ -11,7 +11,7 @@ repair of a disk or of a network does not change the file. Meanwhile, what is al
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -153,6 +153,7 @@ class ModelRegistry:
         default_model: name of the default model; if it is not served, the first model by name is the default.
         keep_versions: how many of the newest versions of each model are served.
         keys: the keys of which one must have signed an artifact; None: no signature is needed.
+        read_failures: returns why versions are missing from the folder, if it mirrors a remote repository.
     """
 
     def __init__(
@@ -163,12 +164,14 @@ class ModelRegistry:
         default_model: str,
         keep_versions: int,
         keys: TrustedKeySource | None = None,
+        read_failures: Callable[[], tuple[Failure, ...]] = tuple,
     ) -> None:
         self._root = root
         self._loader = loader
         self._default_model = default_model
         self._keep_versions = keep_versions
         self._keys = keys
+        self._read_failures = read_failures
         self._entries: dict[tuple[str, int], _Entry] = {}
         self._next_path: Path | None = None  # the artifact that `refresh` will probably load next
         self._folder_id: FolderId | None = None  # of the artifact folder, when a model was last found in it
@@ -194,7 +197,7 @@ class ModelRegistry:
         If the artifact folder is missing or cannot be read, the loaded models stay served. The call blocks while models
         load: do not make it in the event loop.
         """
-        failures: tuple[Failure, ...] = self._read_keys()
+        failures: tuple[Failure, ...] = (*self._read_keys(), *self._read_failures())
         scanned = self._scan()
         if isinstance(scanned, Failure):
             of_models = [failure for failure in self.catalogue.failures if failure.name is not None]

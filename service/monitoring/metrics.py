@@ -125,6 +125,14 @@ class Metrics(Collector):
         )
         self.tracer: Tracer | None = None
         self._exemplars: dict[tuple[Labels, int], Exemplar] = {}  # of this process
+        self._repository_polls = Counter(
+            counters, "elbo_repository_polls", "Polls of the remote repository of artifacts, by outcome", ("outcome",)
+        )
+        self._last_repository_poll = Gauge(
+            counters,
+            "elbo_repository_last_poll_timestamp_seconds",
+            "Time of the last poll to which the remote repository responded, in seconds since 1970; 0 without one",
+        )
         self.lost_log_lines = self._lost_log_lines.local(())
         self.pending_rows = self._pending_rows.local(())
         self.pending_bytes = self._pending_bytes.local(())
@@ -134,7 +142,8 @@ class Metrics(Collector):
         self._exported: tuple[Counter | Gauge | Histogram, ...] = (
             self._requests, self._problems, self._rows, self._total, self._queue, self._compute, self._batches,
             self._pending_rows, self._pending_bytes, self._unread_bytes, self._open_connections, self._closed,
-            self._restarts, self._lost_log_lines, self._spans, *self.anomalies.exported,
+            self._restarts, self._lost_log_lines, self._spans, self._repository_polls,
+            self._last_repository_poll, *self.anomalies.exported,
         )  # fmt: skip
         self._unserved = UnservedSeries(
             counters,
@@ -203,6 +212,12 @@ class Metrics(Collector):
     def count_batch(self, operation: str, rows: int) -> None:
         """Count a batch that has run."""
         self._batches.observe((operation,), rows)
+
+    def count_repository_poll(self, outcome: str) -> None:
+        """Count a poll of the remote repository: ok, incomplete, failed or skipped."""
+        self._repository_polls.add((outcome,))
+        if outcome in ("ok", "incomplete"):
+            self._last_repository_poll.local(())[0] = time()
 
     def collect(self) -> Iterator[Metric]:
         """Yield every metric, without the series of versions that are no longer served."""

@@ -58,7 +58,7 @@ def serve(settings: Settings) -> None:
     if settings.tls_certificate:
         Certificate(settings.tls_certificate, settings.tls_key)  # reports an error before the models are loaded
     tracer_of(os.environ, lambda _outcome, _spans: None)  # reports an error before the models are loaded
-    require_folder(settings.artifacts)
+    require_folder(settings.artifact_folder)
     with bind(settings.host, settings.port) as listener:
         require_keys_if_public(listener, settings)
         with without_collection():

@@ -137,7 +137,8 @@ class Supervisor:
         """
         self._watch_signals()
         gc.freeze()  # without this, a garbage collection in a worker would write to the shared pages and so copy them
-        log.info("starting %d workers for the models in %s", self._settings.workers, self._settings.artifacts)
+        source = self._settings.repository or self._settings.artifacts
+        log.info("starting %d workers for the models in %s", self._settings.workers, source)
         # The other workers start when the first is ready: workers that load at the same time slow each other down.
         self._start_times = {0: monotonic()}
         while self._workers or self._start_times:

@@ -37,7 +37,7 @@ def start_trials(settings: Settings) -> TrialClient | None:
         return None
     values = settings.model_dump(include={*SETTINGS_OF_LOADER, *SETTINGS_OF_TRIALS})
     trials = start_trial_process(_loader(values).try_out, _limits(values), lambda: _start_keeper(values))
-    begin_first_trial(settings.artifacts, ModelLoader(trials=trials), settings.trusted_keys)
+    begin_first_trial(settings.artifact_folder, ModelLoader(trials=trials), settings.trusted_keys)
     return trials
 
 

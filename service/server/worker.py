@@ -153,8 +153,9 @@ class Server(uvicorn.Server):
         self._models[0] = float(models)
         if others and not models:
             failures = "; ".join(map(str, self._service.registry.catalogue.failures)) or "it has no models"
+            folder = self._service.settings.artifact_folder
             raise NoModels(
-                f"the other workers serve models, but this worker found none in {self._service.settings.artifacts}: "
+                f"the other workers serve models, but this worker found none in {folder}: "
                 f"{failures}; restore the artifact folder"
             )
 
@@ -392,6 +393,6 @@ def run_worker(
         http=app.state.protocol,
         timeout_keep_alive=settings.keep_alive_seconds,  # type: ignore[arg-type] # uvicorn passes it to `call_later`
     )
-    log.info("loading the models in %s", settings.artifacts)
+    log.info("loading the models in %s", settings.repository or settings.artifacts)
     closed_connections = counters.local.array(fd_passing.CLOSED_CONNECTIONS, length=1, transient=True)
     Server(config, service, control, counters, closed_connections, certificate).run([listener] if listener else [])

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import ssl
 import subprocess
@@ -13,28 +12,17 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.conftest import require
 from tests.data import ROOT
 from tests.ports import free_port
 from tests.preloaded import run_preloaded
 from tests.service.process import ServerProcess, server_starter
 from tests.service.raw_http import read_response
+from tests.service.tls import issue
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
 LIVEZ = b"GET /livez HTTP/1.1\r\nHost: elbo\r\n\r\n"
-
-
-def issue(folder: Path, name: str = "server", *, password: bool = False) -> tuple[Path, Path]:
-    """Write a self-signed certificate for 127.0.0.1 and its key. Return the two paths."""
-    require(shutil.which("openssl"), "the test needs the program openssl")
-    certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
-    secrecy = ["-passout", "pass:secret"] if password else ["-nodes"]
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", *secrecy]
-    command += ["-keyout", str(key), "-out", str(certificate), "-days", "2", "-subj", f"/CN={name}"]
-    subprocess.run([*command, "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
-    return certificate, key
 
 
 def https_client(server: ServerProcess, certificate: Path) -> httpx.Client:

@@ -1,0 +1,405 @@
+"""Copy versions between repositories: folders, and remote repositories.
+
+The files of a version are written first, and the index last. If a copy ends half-way, readers see the repository as it
+was before, and the next copy goes on from there.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from models.errors import ArtifactMissing, ElboError, printable
+from models.manifest import FILE_NAME, folders, model_folder, names, parse, read_sealed, version_folder, versions
+from models.signatures import SIGNATURE_NAME, TrustedKeys
+from models.staging import staging_folder
+from models.versions import unwritable_as_artifact_error
+from service.repository.index import (
+    INDEX_NAME,
+    Entries,
+    FileEntry,
+    VersionEntry,
+    VersionName,
+    entries_of,
+    parse_index,
+    render_index,
+)
+from service.repository.location import Location, RepositoryInvalid, is_url, parse_location
+from service.repository.storage import (
+    RepositoryConflict,
+    RepositoryCorrupt,
+    RepositoryFileMissing,
+    Storage,
+    open_storage,
+    sha256_of,
+)
+
+MAX_TRIES = 8  # of writing the index while other processes write it, too
+REQUEST_ATTEMPTS = 4
+STAGING_PREFIX = "elbo-copy-"
+
+
+class CopyConflict(ElboError):
+    """The destination already has another content under the same name and version."""
+
+    code = "copy_conflict"
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What was done with one version.
+
+    Args:
+        name: the version.
+        bytes: the size of the artifact.
+        action: "copied", "signature" (only the signature was copied), or "present" (nothing was missing).
+    """
+
+    name: VersionName
+    bytes: int
+    action: str
+
+
+class Repository(Protocol):
+    """A place from which versions are copied, or to which they are copied."""
+
+    def entries(self) -> Entries:
+        """Return the versions. The hashes of files may be missing."""
+
+    def complete(self, name: VersionName, entry: VersionEntry) -> VersionEntry:
+        """Return the entry of a version with the hashes of its files."""
+
+    def fetch(self, name: VersionName, entry: VersionEntry, staging: Path) -> None:
+        """Copy the files of a version into the folder `staging`."""
+
+    def store(self, name: VersionName, staging: Path, replaces: bool) -> None:
+        """Copy the files in the folder `staging` into the repository.
+
+        Args:
+            name: the version.
+            staging: a folder with the artifact, unless `replaces`, and the signature, if the version has one.
+            replaces: whether the version is there already, and only its signature is new.
+        """
+
+    def write_index(self, added: Entries) -> None:
+        """Write the index, after all files."""
+
+
+def open_repository(place: str) -> Repository:
+    """Return the repository at `place`, a URL or the path of an artifact folder. Raises RepositoryInvalid."""
+    if not is_url(place):
+        return FolderRepository(Path(place))
+    location = parse_location(place)
+    if location.scheme == "file":
+        return FolderRepository(Path(location.url.removeprefix("file://")), has_index=True)
+    return RemoteRepository(location)
+
+
+class FolderRepository:
+    """An artifact folder.
+
+    Args:
+        root: the folder.
+        has_index: whether `write_index` writes an index even if there is none yet.
+    """
+
+    def __init__(self, root: Path, has_index: bool = False) -> None:
+        self._root = root
+        self._has_index = has_index
+
+    def entries(self) -> Entries:
+        """See `Repository`. The folder itself is read, not its index."""
+        files = {}
+        for name in names(self._root):
+            for version in versions(self._root, name):
+                for path in VersionName(name, version).files:
+                    file = self._root / path
+                    if file.exists():
+                        files[path] = FileEntry(bytes=max(1, file.stat().st_size))
+        return entries_of(files)
+
+    def complete(self, name: VersionName, entry: VersionEntry) -> VersionEntry:  # noqa: ARG002 - as in `Repository`
+        """See `Repository`."""
+        return entry_of_folder(version_folder(self._root, name.name, name.version))
+
+    def fetch(self, name: VersionName, entry: VersionEntry, staging: Path) -> None:
+        """See `Repository`."""
+        folder = version_folder(self._root, name.name, name.version)
+        (staging / FILE_NAME).write_bytes(read_sealed(folder / FILE_NAME))
+        if entry.signature:
+            (staging / SIGNATURE_NAME).write_bytes((folder / SIGNATURE_NAME).read_bytes())
+
+    def store(self, name: VersionName, staging: Path, replaces: bool) -> None:
+        """See `Repository`."""
+        parent = model_folder(self._root, name.name)
+        with unwritable_as_artifact_error(parent):
+            parent.mkdir(parents=True, exist_ok=True)
+            with staging_folder(parent) as own:
+                own.chmod(0o755)
+                for file in (FILE_NAME, SIGNATURE_NAME):
+                    if (staging / file).exists():
+                        _copy_synced(staging / file, own / file)
+                folder = version_folder(self._root, name.name, name.version)
+                if replaces:
+                    (own / SIGNATURE_NAME).replace(folder / SIGNATURE_NAME)
+                else:
+                    own.rename(folder)
+
+    def write_index(self, added: Entries) -> None:
+        """See `Repository`. The index lists what the folder has now."""
+        index = self._root / INDEX_NAME
+        if not self._has_index and not index.exists():
+            return
+        known = parse_index(index.read_bytes(), str(self._root)) if index.exists() else {}
+        with unwritable_as_artifact_error(self._root), staging_folder(self._root) as staging:
+            complete = {
+                name: {
+                    version: _known(added, name, version, entry)
+                    or _known(known, name, version, entry)
+                    or self.complete(VersionName(name, version), entry)
+                    for version, entry in found.items()
+                }
+                for name, found in self.entries().items()
+            }
+            (staging / INDEX_NAME).write_bytes(render_index(complete))
+            (staging / INDEX_NAME).chmod(0o644)
+            (staging / INDEX_NAME).replace(index)
+
+
+def _known(entries: Entries, name: str, version: int, entry: VersionEntry) -> VersionEntry | None:
+    """Return the entry of a version in `entries` if the sizes of its files are those in `entry`."""
+    known = entries.get(name, {}).get(version)
+    if known is None or known.model.bytes != entry.model.bytes:
+        return None
+    return known if known.signature is None and entry.signature is None else None  # signatures may differ in content
+
+
+class RemoteRepository:
+    """A remote repository, which always has an index after it was written to.
+
+    Args:
+        location: the place of the repository.
+        storage: its files; by default, those at `location`.
+    """
+
+    def __init__(self, location: Location, storage: Storage | None = None) -> None:
+        self._location = location
+        self._storage = storage or open_storage(location, REQUEST_ATTEMPTS)
+
+    def entries(self) -> Entries:
+        """See `Repository`."""
+        try:
+            return parse_index(self._storage.read(INDEX_NAME), str(self._location))
+        except RepositoryFileMissing:
+            return entries_of(self._storage.list_files())
+
+    def complete(self, name: VersionName, entry: VersionEntry) -> VersionEntry:
+        """See `Repository`. Files without a hash in the index are downloaded, to compute their hashes."""
+        if entry.model.sha256 and (entry.signature is None or entry.signature.sha256):
+            return entry
+        with _staging() as staging:
+            self.fetch(name, entry, staging)
+            return entry_of_folder(staging)
+
+    def fetch(self, name: VersionName, entry: VersionEntry, staging: Path) -> None:
+        """See `Repository`."""
+        files = zip(name.files, (FILE_NAME, SIGNATURE_NAME), (entry.model, entry.signature), strict=True)
+        for path, file, expected in files:
+            if expected is None:
+                continue
+            target = staging / file
+            self._storage.download(path, target, expected.bytes, lambda: False)
+            found = sha256_of(target)
+            if expected.sha256 not in (None, found):
+                raise RepositoryCorrupt(
+                    f"{self._location}/{path} has the SHA-256 {found}, and {INDEX_NAME} names {expected.sha256}: the "
+                    "file was altered or damaged after it was pushed"
+                )
+
+    def store(self, name: VersionName, staging: Path, replaces: bool) -> None:
+        """See `Repository`. The artifact comes last, because a reader without the index looks for the artifact."""
+        for path, file in reversed(list(zip(name.files, (FILE_NAME, SIGNATURE_NAME), strict=True))):
+            if (staging / file).exists() and not (replaces and file == FILE_NAME):
+                self._storage.upload(staging / file, path)
+
+    def write_index(self, added: Entries) -> None:
+        """See `Repository`. If another process writes the index at the same time, its versions are kept, too."""
+        for _ in range(MAX_TRIES):
+            tag = self._storage.tag(INDEX_NAME)
+            found = self._with_hashes(added)
+            for name, numbers in added.items():
+                found[name] = {**found.get(name, {}), **numbers}
+            try:
+                self._storage.write(INDEX_NAME, render_index(found), tag)
+            except RepositoryConflict:
+                continue
+            if _contains(parse_index(self._storage.read(INDEX_NAME), str(self._location)), added):
+                return
+        raise RepositoryConflict(
+            f"cannot write {INDEX_NAME} of {self._location}, because other processes write it all the time: the "
+            "versions are there, but servers do not see them yet; run the command again"
+        )
+
+    def _with_hashes(self, added: Entries) -> Entries:
+        """Return the versions of the repository, with hashes. Those in `added` are left out: they have hashes."""
+        return {
+            name: {
+                version: self.complete(VersionName(name, version), entry)
+                for version, entry in numbers.items()
+                if version not in added.get(name, {})
+            }
+            for name, numbers in self.entries().items()
+        }
+
+    def rewrite_index(self) -> Entries:
+        """Write the index of all files that the repository has now, and return it. Every file is downloaded once."""
+        found = entries_of(self._storage.list_files())
+        complete = {
+            name: {version: self.complete(VersionName(name, version), entry) for version, entry in numbers.items()}
+            for name, numbers in found.items()
+        }
+        self._storage.write(INDEX_NAME, render_index(complete), self._storage.tag(INDEX_NAME))
+        return complete
+
+
+def copy_versions(
+    source: Repository,
+    destination: Repository,
+    references: Sequence[str] = (),
+    keys: TrustedKeys | None = None,
+    report: Callable[[Copied], None] = lambda _copied: None,
+) -> list[Copied]:
+    """Copy versions from `source` to `destination`, as far as they are missing there.
+
+    Args:
+        source: has the versions.
+        destination: gets the versions.
+        references: names (the newest version) or name@version; by default, the newest version of every model.
+        keys: one of these keys must have signed each version; None: no signature is needed.
+        report: called after each version.
+
+    Raises:
+        ElboError: a version does not exist, is damaged, untrusted, or differs from that of the destination; or a
+            repository cannot be read or written. The versions before are in the destination then.
+    """
+    present = source.entries()
+    there = destination.entries()
+    done, added = [], Entries()
+    try:
+        for name in select(present, references):
+            entry = present[name.name][name.version]
+            copied, complete = _copy(source, destination, name, entry, there.get(name.name, {}).get(name.version), keys)
+            added.setdefault(name.name, {})[name.version] = complete
+            done.append(copied)
+            report(copied)
+    finally:
+        if added:
+            destination.write_index(added)
+    return done
+
+
+def _copy(
+    source: Repository,
+    destination: Repository,
+    name: VersionName,
+    entry: VersionEntry,
+    there: VersionEntry | None,
+    keys: TrustedKeys | None,
+) -> tuple[Copied, VersionEntry]:
+    """Copy one version. Return what was done, and the entry of the version in the index of the destination."""
+    if there is not None:
+        ours, theirs = source.complete(name, entry), destination.complete(name, there)
+        if ours.model.sha256 != theirs.model.sha256:
+            raise CopyConflict(
+                f"the destination has another {name}, with the SHA-256 {theirs.model.sha256}, expected "
+                f"{ours.model.sha256}. A version never changes: pull the versions of the destination first, so "
+                "that the next model that you train gets a new number"
+            )
+        if ours.signature is None or ours.signature == theirs.signature:
+            return Copied(name, ours.model.bytes, "present"), theirs
+    with _staging() as staging:
+        source.fetch(name, entry, staging)
+        content = read_sealed(staging / FILE_NAME)
+        parse(content, staging / FILE_NAME)
+        if keys is not None:
+            keys.verify(content, staging / FILE_NAME, name.name, name.version)
+        complete = entry_of_folder(staging)
+        destination.store(name, staging, replaces=there is not None)
+        return Copied(name, complete.model.bytes, "copied" if there is None else "signature"), complete
+
+
+def select(present: Entries, references: Sequence[str]) -> list[VersionName]:
+    """Return the versions in `present` that `references` name: name (the newest version) or name@version.
+
+    Without references, return the newest version of every model.
+
+    Raises:
+        ArtifactMissing: a model or a version does not exist.
+    """
+    if not references:
+        return [VersionName(name, max(found)) for name, found in present.items() if found]
+    selected = []
+    for reference in references:
+        name, at, version = reference.partition("@")
+        found = present.get(name, {})
+        if not found:
+            available = ", ".join(present) or "none"
+            raise ArtifactMissing(f"the source has no model {printable(name)!r} (available: {available})")
+        if at and version not in map(str, found):
+            available = ", ".join(map(str, found))
+            raise ArtifactMissing(f"{name!r} has no version {printable(version)!r} in the source (has: {available})")
+        selected.append(VersionName(name, int(version or max(found))))
+    return selected
+
+
+def write_index_of(place: str) -> int:
+    """Write the index of the repository at `place`, and return the number of its versions.
+
+    Raises:
+        RepositoryInvalid: the repository is read only.
+    """
+    repository = open_repository(place)
+    if isinstance(repository, RemoteRepository):
+        return sum(map(len, repository.rewrite_index().values()))
+    folder = Path(parse_location(place).url.removeprefix("file://")) if is_url(place) else Path(place)
+    if not folder.is_dir():
+        raise RepositoryInvalid(f"{folder} is no folder: expected an artifact folder")
+    indexed = FolderRepository(folder, has_index=True)
+    (folder / INDEX_NAME).unlink(missing_ok=True)  # every hash is computed again
+    indexed.write_index({})
+    return sum(len(versions(folder, name)) for name in folders(folder))
+
+
+def entry_of_folder(folder: Path) -> VersionEntry:
+    """Return the entry, with hashes, of the version whose files are in `folder`. Raises OSError."""
+    signature = folder / SIGNATURE_NAME
+    return VersionEntry(
+        model=_file_entry(folder / FILE_NAME), signature=_file_entry(signature) if signature.exists() else None
+    )
+
+
+def _file_entry(path: Path) -> FileEntry:
+    return FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+def _copy_synced(source: Path, target: Path) -> None:
+    with source.open("rb") as read, target.open("wb") as written:
+        shutil.copyfileobj(read, written)
+        written.flush()
+        os.fsync(written.fileno())
+
+
+def _contains(entries: Entries, added: Entries) -> bool:
+    return all(
+        entries.get(name, {}).get(version) == entry for name, found in added.items() for version, entry in found.items()
+    )
+
+
+@contextmanager
+def _staging() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix=STAGING_PREFIX) as folder:
+        yield Path(folder)

@@ -1,0 +1,332 @@
+"""Read and write the files of a remote repository: by HTTPS, or by fsspec (S3, Google Cloud Storage, a mounted folder).
+
+Every failure becomes a `RepositoryUnavailable` or a `RepositoryFileMissing`, whose messages contain no credentials.
+HTTPS needs no fsspec, because httpx is a dependency of Elbo: it keeps the connection open, and asks for the index only
+if the index has changed (If-None-Match).
+"""
+
+import errno
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from models.errors import ElboError, printable
+from service.repository.index import INDEX_NAME, MAX_INDEX_BYTES, FileEntry
+from service.repository.location import Location, RepositoryInvalid
+
+CONNECT_SECONDS = 5.0
+READ_SECONDS = 20.0
+BLOCK_BYTES = 1 << 20
+MAX_LISTED_FILES = 100_000
+_PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
+_SECRET = re.compile(r"(?i)(//)[^/@\s]+@|((?:signature|credential|token|key|password)=)[^&\s'\"]+")
+
+
+class RepositoryUnavailable(ElboError):
+    """A remote repository does not respond, or refuses the request."""
+
+    code = "repository_unavailable"
+
+
+class RepositoryFileMissing(RepositoryUnavailable):
+    """A remote repository does not have the file."""
+
+    code = "repository_file_missing"
+
+
+class RepositoryConflict(RepositoryUnavailable):
+    """Another process has changed the file in the meantime."""
+
+    code = "repository_conflict"
+
+
+class RepositoryCorrupt(ElboError):
+    """A file in a remote repository is not the file that its index names."""
+
+    code = "repository_corrupt"
+
+
+class Interrupted(Exception):
+    """The server stops, so the download ends."""
+
+
+class Storage(Protocol):
+    """The files of a remote repository, by their paths from its root.
+
+    All methods block. They raise RepositoryUnavailable if the repository does not respond, and RepositoryFileMissing if
+    it does not have the file.
+    """
+
+    def read(self, path: str) -> bytes:
+        """Return the content of a small file, such as the index."""
+
+    def download(self, path: str, target: Path, limit: int, is_stopped: Callable[[], bool]) -> None:
+        """Write the file to `target`. Raise Interrupted soon after `is_stopped` returns true.
+
+        A file of more than `limit` bytes raises RepositoryCorrupt. An OSError is one of the local disk.
+        """
+
+    def list_files(self) -> dict[str, FileEntry]:
+        """Return all files. Raises RepositoryInvalid if the repository cannot list them."""
+
+    def tag(self, path: str) -> str | None:
+        """Return what changes with the content of a file, such as its ETag; None if there is no such file."""
+
+    def upload(self, source: Path, path: str) -> None:
+        """Write a local file to the repository."""
+
+    def write(self, path: str, content: bytes, expected_tag: str | None) -> None:
+        """Write a small file. Raises RepositoryConflict if the storage finds that the file has no longer that tag."""
+
+
+def open_storage(location: Location, attempts: int = 1) -> Storage:
+    """Return the storage of a remote repository. Nothing is read yet.
+
+    Args:
+        location: the place of the repository.
+        attempts: how often a request to S3 is sent before it fails.
+
+    Raises:
+        RepositoryInvalid: the package for the scheme is not installed.
+    """
+    return HttpStorage(location) if location.scheme in ("http", "https") else FsspecStorage(location, attempts)
+
+
+@contextmanager
+def _failures_of(location: Location, path: str) -> Iterator[None]:
+    """Turn every exception of the packages that speak to the repository into an ElboError."""
+    try:
+        yield
+    except (ElboError, Interrupted):
+        raise
+    except FileNotFoundError as error:
+        raise RepositoryFileMissing(f"{location} has no {path}") from error
+    except FileExistsError as error:  # a conditional write
+        raise RepositoryConflict(f"another process has written {path} of {location}") from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise  # the local disk
+        reason = printable(_SECRET.sub(r"\1\2", (str(error) or "no details").splitlines()[0]))[:200]
+        raise RepositoryUnavailable(
+            f"cannot read or write {path} of {location} ({type(error).__name__}: {reason}): check the network, the "
+            "address and the credentials"
+        ) from error
+
+
+class FsspecStorage:
+    """A repository that fsspec reads and writes. The credentials come from where the package of the scheme looks."""
+
+    def __init__(self, location: Location, attempts: int = 1) -> None:
+        self._location = location
+        self._attempts = attempts
+        self._root = location.url.removeprefix("file://")
+        self._file_system: Any = None
+
+    def _open(self) -> Any:
+        """Return the file system. The package of the scheme is imported now, because it takes a second to import."""
+        if self._file_system is None:
+            package = _PACKAGES.get(self._location.scheme, "fsspec")
+            try:
+                import fsspec
+
+                self._file_system = fsspec.filesystem(
+                    self._location.scheme, skip_instance_cache=True, use_listings_cache=False, **self._options()
+                )
+            except ImportError as error:
+                raise RepositoryInvalid(
+                    f"{self._location} needs the package {package}: install Elbo with pip install 'elbo[remote]'"
+                    + (" gcsfs" if package == "gcsfs" else "")
+                ) from error
+            if self._location.scheme == "s3":
+                self._file_system.retries = self._attempts
+        return self._file_system
+
+    def _options(self) -> dict[str, Any]:
+        if self._location.scheme != "s3":
+            return {}
+        return {
+            "config_kwargs": {
+                "connect_timeout": CONNECT_SECONDS,
+                "read_timeout": READ_SECONDS,
+                "retries": {"total_max_attempts": self._attempts, "mode": "standard"},
+            }
+        }
+
+    def _path(self, path: str) -> str:
+        return f"{self._root}/{path}"
+
+    def read(self, path: str) -> bytes:
+        """See `Storage`."""
+        with _failures_of(self._location, path):
+            content: bytes = self._open().cat_file(self._path(path), end=MAX_INDEX_BYTES + 1)
+        if len(content) > MAX_INDEX_BYTES:
+            raise RepositoryInvalid(f"{self._location}/{path} has more than {MAX_INDEX_BYTES:,} bytes")
+        return content
+
+    def download(self, path: str, target: Path, limit: int, is_stopped: Callable[[], bool]) -> None:
+        """See `Storage`."""
+        with _failures_of(self._location, path):
+            file_system = self._open()
+            _require_size(self._location, path, file_system.info(self._path(path))["size"], limit)
+            from fsspec.callbacks import Callback
+
+            class StopCallback(Callback):  # type: ignore[misc] # fsspec has no types
+                def relative_update(self, inc: int = 1) -> None:
+                    if is_stopped():
+                        raise Interrupted
+                    super().relative_update(inc)
+
+            file_system.get_file(self._path(path), str(target), callback=StopCallback())
+
+    def list_files(self) -> dict[str, FileEntry]:
+        """See `Storage`."""
+        try:
+            with _failures_of(self._location, "list of files"):
+                found = self._open().find(self._root, detail=True)
+        except RepositoryFileMissing as error:
+            raise RepositoryUnavailable(f"{self._location} does not exist: create the bucket or the folder") from error
+        if len(found) > MAX_LISTED_FILES:
+            raise RepositoryInvalid(f"{self._location} has no index and {len(found):,} files: run elbo index on it")
+        prefix = self._root.removeprefix("s3://").removeprefix("gs://") + "/"
+        return {
+            name.removeprefix(prefix): FileEntry(bytes=each["size"], tag=_tag(each))
+            for name, each in found.items()
+            if each["size"]
+        }
+
+    def tag(self, path: str) -> str | None:
+        """See `Storage`."""
+        try:
+            with _failures_of(self._location, path):
+                return _tag(self._open().info(self._path(path)))
+        except RepositoryFileMissing:
+            return None
+
+    def upload(self, source: Path, path: str) -> None:
+        """See `Storage`."""
+        with _failures_of(self._location, path):
+            self._open().put_file(str(source), self._path(path))
+
+    def write(self, path: str, content: bytes, expected_tag: str | None) -> None:
+        """See `Storage`. S3 compares the tag when it writes; the other storages do not."""
+        condition = {}
+        if self._location.scheme == "s3":
+            condition = {"IfMatch": expected_tag} if expected_tag else {"IfNoneMatch": "*"}
+        with _failures_of(self._location, path):
+            try:
+                self._open().pipe_file(self._path(path), content, **condition)
+            except OSError as error:
+                # Status 412; or 409, for two conditional writes at the same time. Other reasons are EINVAL, too.
+                if error.errno == errno.EBUSY or "pre-condition" in str(error):
+                    raise RepositoryConflict(f"another process writes {path} of {self._location}") from error
+                if error.errno != errno.ENOSYS:
+                    raise
+                self._open().pipe_file(self._path(path), content)  # an S3 server without conditional writes
+
+
+class HttpStorage:
+    """A repository behind an HTTP server, which Elbo only reads. It needs an index, because HTTP lists no files.
+
+    The environment sets proxies (HTTPS_PROXY) and the file of certificates (SSL_CERT_FILE).
+    """
+
+    def __init__(self, location: Location) -> None:
+        self._location = location
+        self._client: Any = None
+        self._read: dict[str, tuple[str, bytes]] = {}  # tag and content of the files that `read` has returned
+
+    def _open(self) -> Any:
+        if self._client is None:
+            import httpx
+
+            timeout = httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
+            self._client = httpx.Client(
+                timeout=timeout, follow_redirects=False, headers={"Accept-Encoding": "identity"}
+            )
+        return self._client
+
+    def _get(self, path: str, headers: dict[str, str]) -> Any:
+        return self._open().stream("GET", f"{self._location.url}/{path}", headers=headers)
+
+    def read(self, path: str) -> bytes:
+        """See `Storage`."""
+        known = self._read.get(path)
+        with (
+            _failures_of(self._location, path),
+            self._get(path, {"If-None-Match": known[0]} if known else {}) as response,
+        ):
+            if known and response.status_code == 304:
+                return known[1]
+            content = b"".join(self._blocks(response, path, MAX_INDEX_BYTES))
+            tag = response.headers.get("etag")
+        if tag:
+            self._read[path] = tag, content
+        return content
+
+    def download(self, path: str, target: Path, limit: int, is_stopped: Callable[[], bool]) -> None:
+        """See `Storage`."""
+        with _failures_of(self._location, path), self._get(path, {}) as response, target.open("wb") as file:
+            for block in self._blocks(response, path, limit):
+                if is_stopped():
+                    raise Interrupted
+                file.write(block)
+
+    def _blocks(self, response: Any, path: str, limit: int) -> Iterator[bytes]:
+        if response.status_code == 404:
+            raise RepositoryFileMissing(f"{self._location} has no {path}")
+        if response.status_code != 200:
+            raise RepositoryUnavailable(
+                f"{self._location} answered the request for {path} with status {response.status_code}, expected 200"
+            )
+        received = 0
+        for block in response.iter_bytes(BLOCK_BYTES):
+            received += len(block)
+            _require_size(self._location, path, received, limit)
+            yield block
+
+    def list_files(self) -> dict[str, FileEntry]:
+        """See `Storage`."""
+        raise RepositoryInvalid(
+            f"{self._location} has no {INDEX_NAME}, and HTTP lists no files: run elbo index on the folder that the "
+            "server publishes"
+        )
+
+    def tag(self, path: str) -> str | None:
+        """See `Storage`."""
+        raise self._read_only(path)
+
+    def upload(self, source: Path, path: str) -> None:  # noqa: ARG002 - as in `Storage`
+        """See `Storage`."""
+        raise self._read_only(path)
+
+    def write(self, path: str, content: bytes, expected_tag: str | None) -> None:  # noqa: ARG002 - as in `Storage`
+        """See `Storage`."""
+        raise self._read_only(path)
+
+    def _read_only(self, path: str) -> RepositoryInvalid:
+        return RepositoryInvalid(
+            f"cannot write {path} to {self._location}: repositories behind HTTP are only read; push to the folder or "
+            "bucket that the server publishes"
+        )
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a local file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _require_size(location: Location, path: str, size: int, limit: int) -> None:
+    if size > limit:
+        raise RepositoryCorrupt(
+            f"{location}/{path} has at least {size:,} bytes, expected at most {limit:,}: push the version again"
+        )
+
+
+def _tag(info: dict[str, Any]) -> str:
+    """Return what changes with the content of a file: the ETag or generation of an object, or the time of a change."""
+    found = info.get("ETag") or info.get("etag") or info.get("generation")
+    return str(found) if found else f"{info['size']}-{info.get('ino')}-{info.get('mtime')}"

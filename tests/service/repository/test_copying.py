@@ -1,0 +1,114 @@
+"""Copies of versions between repositories: elbo push, elbo pull and elbo index."""
+
+from pathlib import Path
+
+import pytest
+
+from models.errors import ArtifactMissing
+from models.keys import create_key, read_private_key
+from models.manifest import FILE_NAME
+from models.signatures import sign, trusted_keys
+from service.repository.copying import CopyConflict, copy_versions, open_repository, write_index_of
+from service.repository.index import INDEX_NAME, parse_index
+from service.repository.location import parse_location
+from service.repository.mirror import Mirror
+from service.repository.storage import sha256_of
+from tests.models.publishing import publish
+from tests.service.repository.folders import files_in
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an artifact folder with web@1, web@2 and hosts@1."""
+    root = tmp_path_factory.mktemp("repository") / "artifacts"
+    for name in ("web", "web", "hosts"):
+        publish(root, name=name)
+    return root
+
+
+def copied(source: Path | str, destination: Path | str, *names: str, keys: str | None = None) -> list[str]:
+    read, written = open_repository(str(source)), open_repository(str(destination))
+    return [f"{each.action} {each.name}" for each in copy_versions(read, written, names, trusted_keys(keys))]
+
+
+def test_push_copies_what_is_missing_and_writes_the_index(folder: Path, tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/remote"
+    assert copied(folder, url, "web@1") == ["copied web@1"]
+    assert copied(folder, url) == ["copied hosts@1", "copied web@2"]
+    assert copied(folder, url, "web@1", "web") == ["present web@1", "present web@2"]
+    index = parse_index((tmp_path / "remote" / INDEX_NAME).read_bytes(), "")
+    assert {name: list(found) for name, found in index.items()} == {"hosts": [1], "web": [1, 2]}
+    for name, found in index.items():
+        for version, entry in found.items():
+            path = folder / name / str(version) / FILE_NAME
+            assert (entry.model.sha256, entry.model.bytes) == (sha256_of(path), path.stat().st_size)
+
+
+def test_pull_copies_the_named_version_into_a_folder_without_an_index(folder: Path, tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/remote"
+    copied(folder, url, "web@1", "web@2")
+    assert copied(url, tmp_path / "own", "web@1") == ["copied web@1"]
+    assert files_in(tmp_path / "own") == ["web/1/model.pt"]
+    assert (tmp_path / "own/web/1/model.pt").read_bytes() == (folder / "web/1/model.pt").read_bytes()
+
+
+def test_version_that_differs_at_the_destination_is_never_replaced(folder: Path, tmp_path: Path) -> None:
+    publish(tmp_path / "other", kind="ae", name="web")
+    url = f"file://{tmp_path}/remote"
+    copied(tmp_path / "other", url)
+    with pytest.raises(CopyConflict, match="the destination has another web@1"):
+        copied(folder, url, "hosts", "web@1")
+    assert files_in(tmp_path / "remote") == [INDEX_NAME, "hosts/1/model.pt", "web/1/model.pt"]
+    assert (tmp_path / "remote/web/1/model.pt").read_bytes() == (tmp_path / "other/web/1/model.pt").read_bytes()
+
+
+def test_signature_that_is_added_later_is_pushed_and_verified_by_pull(tmp_path: Path) -> None:
+    own, url = tmp_path / "own", f"file://{tmp_path}/remote"
+    publish(own, name="web")
+    copied(own, url)
+    public = create_key(tmp_path / "release.key", "release")
+    with pytest.raises(Exception, match="is not signed"):
+        copied(url, tmp_path / "pulled", keys=public.line)
+    assert not (tmp_path / "pulled" / "web").exists()
+    sign(own / "web/1/model.pt", read_private_key(tmp_path / "release.key"))
+    assert copied(own, url) == ["signature web@1"]
+    assert copied(own, url) == ["present web@1"]
+    assert copied(url, tmp_path / "pulled", keys=public.line) == ["copied web@1"]
+    assert files_in(tmp_path / "pulled") == ["web/1/model.pt", "web/1/model.pt.sig"]
+
+
+def test_damaged_artifact_is_not_pushed(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "own/web/1/model.pt"
+    path.parent.mkdir(parents=True)
+    path.write_bytes((folder / "web/1/model.pt").read_bytes()[:-1] + b"x")
+    with pytest.raises(Exception, match="truncated or was altered"):
+        copied(tmp_path / "own", f"file://{tmp_path}/remote")
+    assert not (tmp_path / "remote").exists()
+
+
+def test_push_that_ends_before_the_index_shows_readers_the_repository_as_before(folder: Path, tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/remote"
+    copied(folder, url, "web@1")
+    before = (tmp_path / "remote" / INDEX_NAME).read_bytes()
+    copied(folder, url, "web@2")
+    (tmp_path / "remote" / INDEX_NAME).write_bytes(before)  # as if the process had been killed before the index
+    mirror = Mirror(parse_location(url), tmp_path / "cache", 2)
+    assert mirror.poll().outcome == "ok"
+    assert files_in(tmp_path / "cache") == ["web/1/model.pt"]
+    assert copied(folder, url, "web@2") == ["present web@2"]
+    assert mirror.poll().changed
+    assert files_in(tmp_path / "cache") == ["web/1/model.pt", "web/2/model.pt"]
+
+
+def test_unknown_model_or_version_names_those_that_exist(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactMissing, match=r"no model 'wbe' \(available: hosts, web\)"):
+        copied(folder, tmp_path / "own", "wbe")
+    with pytest.raises(ArtifactMissing, match=r"'web' has no version '7' in the source \(has: 1, 2\)"):
+        copied(folder, tmp_path / "own", "web@7")
+
+
+def test_index_of_a_folder_lists_what_other_programs_have_copied_there(folder: Path, tmp_path: Path) -> None:
+    copied(folder, tmp_path / "own", "web@1")
+    assert write_index_of(str(tmp_path / "own")) == 1
+    copied(folder, tmp_path / "own", "web@2")  # the folder has an index now, so it is kept up to date
+    assert list(parse_index((tmp_path / "own" / INDEX_NAME).read_bytes(), "")["web"]) == [1, 2]
