@@ -16,8 +16,7 @@ from opentelemetry.proto.resource.v1.resource_pb2 import Resource as ResourceMes
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span, Status
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 
-from service.monitoring.request_record import RequestRecord
-from service.monitoring.tracing import SampledRequest, steps_of
+from service.monitoring.request_record import RequestRecord, SampledRequest, steps_of
 
 UNKNOWN_SERVICE = "unknown_service"  # how the SDK begins the name of a service without one
 MAX_PATH = 1000  # characters

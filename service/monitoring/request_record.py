@@ -1,7 +1,9 @@
 """What the access log, the metrics and the Server-Timing header report about a request."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import NamedTuple
 
 
 @dataclass(slots=True)
@@ -34,3 +36,29 @@ class RequestRecord:
     def elapsed(self) -> float:
         """Seconds since the request head was read."""
         return perf_counter() - self.started
+
+
+class SampledRequest(NamedTuple):
+    """A request that has ended, and its place in its trace."""
+
+    record: RequestRecord
+    trace_id: int
+    parent_id: int | None
+
+
+def steps_of(record: RequestRecord) -> Iterator[tuple[str, float, float]]:
+    """Yield the name, the start and the end of each step of a request, on the `perf_counter` clock.
+
+    The steps are as long as the header Server-Timing says. A request that runs the model several times has one step for
+    all of its runs, which ends with the last one. Writing ends with the request.
+    """
+    if not record.compute:
+        return
+    ends = {
+        "parse": record.read_at,
+        "queue": record.computed_at - record.compute,
+        "compute": record.computed_at,
+        "write": record.started + record.total,
+    }
+    for name, end in ends.items():
+        yield name, end - getattr(record, name), end

@@ -13,13 +13,13 @@ import math
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from random import getrandbits
 from time import perf_counter, time
 from typing import Any, NamedTuple
 
 from models.errors import ElboError
-from service.monitoring.request_record import RequestRecord
+from service.monitoring.request_record import RequestRecord, SampledRequest
 
 log = logging.getLogger("elbo.tracing")
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
@@ -67,14 +67,6 @@ class Sampler(NamedTuple):
     def samples(self, parent: Parent) -> bool:
         """Return whether to trace a request with this header `traceparent`."""
         return parent.is_sampled if self.follows_parent else parent.trace_id & LOWER_BITS < self.bound
-
-
-class SampledRequest(NamedTuple):
-    """A request that has ended, and its place in its trace."""
-
-    record: RequestRecord
-    trace_id: int
-    parent_id: int | None
 
 
 class Tracer:
@@ -244,21 +236,3 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise TracingError(f"{name} should be a whole number above 0, got {text!r}")
     return int(text)
-
-
-def steps_of(record: RequestRecord) -> Iterator[tuple[str, float, float]]:
-    """Yield the name, the start and the end of each step of a request, on the `perf_counter` clock.
-
-    The steps are as long as the header Server-Timing says. A request that runs the model several times has one step for
-    all of its runs, which ends with the last one. Writing ends with the request.
-    """
-    if not record.compute:
-        return
-    ends = {
-        "parse": record.read_at,
-        "queue": record.computed_at - record.compute,
-        "compute": record.computed_at,
-        "write": record.started + record.total,
-    }
-    for name, end in ends.items():
-        yield name, end - getattr(record, name), end
