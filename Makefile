@@ -44,9 +44,9 @@ OPERATOR_PACKAGE := cloudcoil-models-prometheus-operator==0.80.1.0
 # packages. This environment also has the packages of .venv.
 RAY := .venv-ray
 RAY_PACKAGE := ray[serve]==2.60.0
-# What reads remote repositories, and servers for the tests: S3 (moto) and MLflow. They require 100 packages.
+# What reads buckets on S3, and a server that speaks S3 for the tests (moto). They require 60 packages.
 REMOTE := .venv-remote
-REMOTE_PACKAGES := s3fs==2026.9.0 'moto[s3,server]==5.2.5' mlflow==3.17.2
+REMOTE_PACKAGES := s3fs==2026.9.0 'moto[s3,server]==5.2.5'
 INSTALL := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check install
 PEER_INSTALL := $(PEERS)/bin/python -m pip --quiet --disable-pip-version-check install
 # The model servers that bench-serve compares with Elbo. Each server has its own environment, because their requirements
@@ -257,7 +257,7 @@ $(REMOTE)/.ready: $(READY)
 	@packages='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 		echo "import site; site.addsitedir('$$($(VENV)/bin/python -c "$$packages")')" \
 		> "$$($(REMOTE)/bin/python -c "$$packages")/packages_of_venv.pth"
-	@echo "installing the servers of the tests of remote repositories"
+	@echo "installing the S3 server of the tests"
 	@$(REMOTE)/bin/python -m pip --quiet --disable-pip-version-check install $(TORCH) $(REMOTE_PACKAGES)
 	@touch $@
 

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.slow
 PYTHON = ROOT / ".venv-remote" / "bin" / "python"
 URL = "s3://models/elbo"
 POLL_SECONDS = 0.2
+PUT = "import s3fs, sys; s3fs.S3FileSystem().pipe_file(sys.argv[1], sys.stdin.buffer.read())"
 
 
 class Bucket:
@@ -88,7 +89,7 @@ def polls(client: httpx.Client, outcome: str) -> float:
     return scrape(client).get(("elbo_repository_polls_total", frozenset({("outcome", outcome)})), 0.0)
 
 
-def put_damaged(bucket: Bucket, path: Path) -> str:
+def put_damaged(path: Path) -> str:
     """Put a damaged copy of the artifact at `path`, and the index of its folder, into the bucket.
 
     Return the SHA-256 that the index names.
@@ -100,11 +101,13 @@ def put_damaged(bucket: Bucket, path: Path) -> str:
         INDEX_NAME: (folder / INDEX_NAME).read_bytes(),
     }
     for name, content in contents.items():
-        httpx.put(f"{bucket.url}/elbo/{name}", content=content).raise_for_status()
+        command = [str(PYTHON), "-c", PUT, f"models/elbo/{name}"]
+        subprocess.run(command, input=content, check=True, timeout=60)
     return sha256_of(path)
 
 
-def test_server_loads_new_versions_from_a_bucket_and_refuses_a_damaged_one(bucket: Bucket, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("bucket")
+def test_server_loads_new_versions_from_a_bucket_and_refuses_a_damaged_one(tmp_path: Path) -> None:
     folder = tmp_path / "artifacts"
     publish(folder, name="hosts")
     assert elbo("push", URL, "--artifacts", folder).startswith("copied hosts@1, ")
@@ -116,7 +119,7 @@ def test_server_loads_new_versions_from_a_bucket_and_refuses_a_damaged_one(bucke
             publish(folder, name="hosts", kind="ae")
             elbo("push", URL, "--artifacts", folder)
             wait_until(lambda: "hosts@2" in served(client))
-            digest = put_damaged(bucket, publish(folder, name="hosts"))
+            digest = put_damaged(publish(folder, name="hosts"))
             wait_until(lambda: client.get("/models").json()["failures"])
             (failure,) = client.get("/models").json()["failures"]
             assert (failure["name"], failure["version"], failure["code"]) == ("hosts", 3, "repository_corrupt")
