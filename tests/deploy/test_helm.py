@@ -173,7 +173,8 @@ def test_folders_that_the_server_writes_are_volumes_and_the_models_are_not_writa
     settings = environment(*CLAIM)
     assert (settings["ELBO_STATE"], settings["ELBO_ARTIFACTS"]) == ("/state", "/artifacts")
     assert "/artifacts" not in {each["mountPath"] for each in container(*VALUES["remote repository"])["volumeMounts"]}
-    assert environment(*VALUES["remote repository"])["ELBO_ARTIFACTS"] == "s3://bucket/models"
+    remote = environment(*VALUES["remote repository"])
+    assert (remote["ELBO_ARTIFACTS"], remote["ELBO_CACHE"]) == ("s3://bucket/models", "/tmp/models")
 
 
 def test_models_of_an_image_are_copied_into_the_volume_that_the_server_reads() -> None:
