@@ -39,12 +39,19 @@ from service.schemas import AnomalyBody, Body
 
 SPECS: dict[str, Spec] = {"anomaly": ANOMALY, "reconstruct": RECONSTRUCT, "encode": ENCODE, "decode": DECODE}
 FIELDS = {"reconstruct": ("output", "error"), "encode": ("latent", "std"), "decode": ("output",)}
-PIECE_ROWS = 256  # predictions that are made at once
+PIECE_ROWS = 256  # rows of the arrays that become Python objects at once
 Array = npt.NDArray[np.float32]
 
 
 class ReadInstances(NamedTuple):
-    """A request that has been read: its method, its model, its fields as those of an endpoint, and its rows."""
+    """A request that has been read.
+
+    Args:
+        method: a key of SPECS.
+        served: the model.
+        body: the fields of the request, as the body of the endpoint with the name of the method.
+        inputs: the rows, as this endpoint's reader returns them.
+    """
 
     method: str
     served: ServedModel
@@ -119,7 +126,7 @@ class VertexEndpoint:
         return await read_within_budget(readers, partial(read, budget), budget, cost, on_long=on_long)
 
     async def _run(self, parsed: ParsedRequest[Any, Any], method: str) -> list[Array]:
-        """Return the arrays of a method, which have one row per instance."""
+        """Run the model, and return the arrays in FIELDS[method], each of which has one row per instance."""
         operation: Operation = operations.ENCODE if method == "encode" else operations.DECODE
         if method == "reconstruct":
             operation = operations.reconstruct(parsed.served.row_schema.allows_missing)
@@ -146,8 +153,9 @@ def read_instances(service: ServiceContext, raw_body: bytes, budget: Budget) -> 
         raise _invalid("/instances", "a list with an instance per row", describe_value(instances))
     options = {name: value for name, value in parameters.items() if name not in ("method", "model")}
     method, model = parameters.get("method", "anomaly"), parameters.get("model")
-    if method not in SPECS:
-        raise _invalid("/parameters/method", ", ".join(SPECS), str(method)[:40])
+    if type(method) is not str or method not in SPECS:
+        got = method[:40] if type(method) is str else describe_value(method)
+        raise _invalid("/parameters/method", ", ".join(SPECS), got)
     if model is not None and type(model) is not str:
         raise _invalid("/parameters/model", "the name of a model", describe_value(model))
     served, spec = service.find(model), SPECS[method]
@@ -155,6 +163,10 @@ def read_instances(service: ServiceContext, raw_body: bytes, budget: Budget) -> 
         require_latents(served)
     is_object = method != "decode" and type(next(iter(instances), None)) is dict
     field = "records" if is_object else spec.array_field or ""
+    if field in options:
+        raise _invalid(
+            f"/parameters/{field}", "absent, because the instances are the rows", describe_value(options[field])
+        )
     try:
         body = validate(spec.schema, {field: instances, **options})
         require_row_limit(spec, body, service.settings.max_rows)
@@ -169,7 +181,12 @@ def _invalid(pointer: str, expected: str, got: str) -> InvalidField:
 
 
 def _place(pointer: str | None, field: str) -> str | None:
-    """Return a JSON pointer to a field of an endpoint as a pointer into the request of Vertex AI."""
+    """Return a JSON pointer into the request of Vertex AI, for `pointer` into the body of an endpoint.
+
+    Args:
+        pointer: the pointer; None or "" for the whole body.
+        field: the field of that body that has the rows.
+    """
     if not pointer:
         return pointer
     name, slash, rest = pointer[1:].partition("/")
@@ -191,7 +208,7 @@ def _verdicts(
 
 
 def _in_pieces(names: Sequence[str], arrays: Sequence[Array]) -> Iterator[list[dict[str, Any]]]:
-    """Yield lists of predictions: objects with the values of one row of each array, by the names of the arrays."""
+    """Yield lists of predictions. A prediction has one row of each array, by the name of the array."""
     for start in range(0, len(arrays[0]), PIECE_ROWS):
         pieces = [array[start : start + PIECE_ROWS] for array in arrays]
         yield [dict(zip(names, row, strict=True)) for row in zip(*pieces, strict=True)]

@@ -223,6 +223,8 @@ def test_parameters_of_vertex_choose_the_method_and_the_model(vertex: httpx.Clie
     ("body", "status", "words"),
     [
         ({"instances": ROWS, "parameters": {"method": "classify"}}, 422, "/parameters/method"),
+        ({"instances": ROWS, "parameters": {"method": ["anomaly"]}}, 422, "/parameters/method"),
+        ({"instances": ROWS, "parameters": {"model": "hosts", "inputs": ROWS}}, 422, "/parameters/inputs"),
         ({"instances": ROWS, "parameters": {"model": "none"}}, 404, "none"),
         ({"instances": ROWS, "parameters": {"model": "hosts", "alpha": 2}}, 422, "/parameters/alpha"),
         ({"instances": [], "parameters": {}}, 422, "/instances"),
