@@ -184,9 +184,9 @@ class Mirror:
             for name, retry in self._retries.items()
             if entries.get(name.name, {}).get(name.version) == retry.entry
         }
+        self._remove_models(set(entries))  # first, because a download may fail for lack of space
         for name, found in entries.items():
             self._mirror_model(name, found)
-        self._remove_models(set(entries))
         if not self._retries:
             self._entries = entries
 
@@ -211,8 +211,8 @@ class Mirror:
         kept: set[int] = set()
         for version in sorted(found, reverse=True):
             if len(kept) == self._keep:
-                break
-            if self._has_mirrored(VersionName(name, version), found[version]):
+                self._retries.pop(VersionName(name, version), None)  # nobody needs this version any more
+            elif self._has_mirrored(VersionName(name, version), found[version]):
                 kept.add(version)
         for version in versions(self._folder, name):
             # A version above those stays, even if the repository has a faulty replacement of it.
