@@ -256,13 +256,18 @@ class RemoteRepository:
         }
 
     def rewrite_index(self) -> Entries:
-        """Write the index of all files that the repository has now, and return it. Every file is downloaded once."""
+        """Write the index of all files that the repository has now, and return it. Every file is downloaded once.
+
+        Raises:
+            RepositoryConflict: another process has written the index since this method began to list the files.
+        """
+        tag = self._storage.tag(INDEX_NAME)
         found = entries_of(self._storage.list_files())
         complete = {
             name: {version: self.complete(VersionName(name, version), entry) for version, entry in numbers.items()}
             for name, numbers in found.items()
         }
-        self._storage.write(INDEX_NAME, render_index(complete), self._storage.tag(INDEX_NAME))
+        self._storage.write(INDEX_NAME, render_index(complete), tag)
         return complete
 
 

@@ -1,8 +1,10 @@
 """Read and write the files of a remote repository: by HTTPS, or by fsspec (S3, Google Cloud Storage, a mounted folder).
 
-Every failure becomes a `RepositoryUnavailable` or a `RepositoryFileMissing`, whose messages contain no credentials.
-HTTPS needs no fsspec, because httpx is a dependency of Elbo: it keeps the connection open, and asks for the index only
-if the index has changed (If-None-Match).
+Every failure of a repository becomes an ElboError whose message contains no credentials. A full local disk stays an
+OSError.
+
+HTTPS needs no fsspec, because httpx is a dependency of Elbo. httpx keeps the connection open, and the request for the
+index has If-None-Match, so the web server sends the index only if it has changed.
 """
 
 import errno
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from models.errors import ElboError, printable
-from service.repository.index import INDEX_NAME, MAX_INDEX_BYTES, FileEntry
+from service.repository.index import INDEX_NAME, MAX_FILE_BYTES, MAX_INDEX_BYTES, FileEntry
 from service.repository.location import Location, RepositoryInvalid
 
 CONNECT_SECONDS = 5.0
@@ -22,7 +24,7 @@ READ_SECONDS = 20.0
 BLOCK_BYTES = 1 << 20
 MAX_LISTED_FILES = 100_000
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
-_SECRET = re.compile(r"(?i)(//)[^/@\s]+@|((?:signature|credential|token|key|password)=)[^&\s'\"]+")
+_SECRET = re.compile(r"(?i)(//)[^/\s]+@|((?:signature|credential|token|key|password)=)[^&\s'\"]+")
 
 
 class RepositoryUnavailable(ElboError):
@@ -56,21 +58,24 @@ class Interrupted(Exception):
 class Storage(Protocol):
     """The files of a remote repository, by their paths from its root.
 
-    All methods block. They raise RepositoryUnavailable if the repository does not respond, and RepositoryFileMissing if
-    it does not have the file.
+    All methods block. They raise RepositoryUnavailable if the repository does not respond, RepositoryFileMissing if it
+    does not have the file, and RepositoryInvalid if the package for the scheme is not installed.
     """
 
     def read(self, path: str) -> bytes:
         """Return the content of a small file, such as the index."""
 
     def download(self, path: str, target: Path, limit: int, is_stopped: Callable[[], bool]) -> None:
-        """Write the file to `target`. Raise Interrupted soon after `is_stopped` returns true.
+        """Write the file to `target`. Raise Interrupted soon after `is_stopped` returns true, except for file:// URLs.
 
-        A file of more than `limit` bytes raises RepositoryCorrupt. An OSError is one of the local disk.
+        A file of more than `limit` bytes raises RepositoryCorrupt. An OSError comes from the local disk.
         """
 
     def list_files(self) -> dict[str, FileEntry]:
-        """Return all files. Raises RepositoryInvalid if the repository cannot list them."""
+        """Return all files that are neither empty nor larger than an artifact may be.
+
+        Raises RepositoryInvalid if the repository cannot list its files.
+        """
 
     def tag(self, path: str) -> str | None:
         """Return what changes with the content of a file, such as its ETag; None if there is no such file."""
@@ -79,18 +84,15 @@ class Storage(Protocol):
         """Write a local file to the repository."""
 
     def write(self, path: str, content: bytes, expected_tag: str | None) -> None:
-        """Write a small file. Raises RepositoryConflict if the storage finds that the file has no longer that tag."""
+        """Write a small file. Raises RepositoryConflict if the storage finds that its tag is not `expected_tag`."""
 
 
 def open_storage(location: Location, attempts: int = 1) -> Storage:
-    """Return the storage of a remote repository. Nothing is read yet.
+    """Return the storage of a remote repository. The package for its scheme is imported when the storage is first used.
 
     Args:
         location: the place of the repository.
         attempts: how often a request to S3 is sent before it fails.
-
-    Raises:
-        RepositoryInvalid: the package for the scheme is not installed.
     """
     return HttpStorage(location) if location.scheme in ("http", "https") else FsspecStorage(location, attempts)
 
@@ -105,7 +107,7 @@ def _failures_of(location: Location, path: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise RepositoryFileMissing(f"{location} has no {path}") from error
     except FileExistsError as error:  # a conditional write
-        raise RepositoryConflict(f"another process has written {path} of {location}") from error
+        raise RepositoryConflict(f"another process has written {path} of {location}: run the command again") from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise  # the local disk
@@ -117,7 +119,7 @@ def _failures_of(location: Location, path: str) -> Iterator[None]:
 
 
 class FsspecStorage:
-    """A repository that fsspec reads and writes. The credentials come from where the package of the scheme looks."""
+    """A repository that fsspec reads and writes. The package of the scheme finds the credentials by itself."""
 
     def __init__(self, location: Location, attempts: int = 1) -> None:
         self._location = location
@@ -194,7 +196,7 @@ class FsspecStorage:
         return {
             name.removeprefix(prefix): FileEntry(bytes=each["size"], tag=_tag(each))
             for name, each in found.items()
-            if each["size"]
+            if each["size"] and each["size"] <= MAX_FILE_BYTES
         }
 
     def tag(self, path: str) -> str | None:
@@ -221,7 +223,9 @@ class FsspecStorage:
             except OSError as error:
                 # Status 412; or 409, for two conditional writes at the same time. Other reasons are EINVAL, too.
                 if error.errno == errno.EBUSY or "pre-condition" in str(error):
-                    raise RepositoryConflict(f"another process writes {path} of {self._location}") from error
+                    raise RepositoryConflict(
+                        f"another process writes {path} of {self._location}: run the command again"
+                    ) from error
                 if error.errno != errno.ENOSYS:
                     raise
                 self._open().pipe_file(self._path(path), content)  # an S3 server without conditional writes
