@@ -1,4 +1,4 @@
-"""What Amazon SageMaker and Google Vertex AI say in the environment of a container, as values of settings.
+"""The settings that Amazon SageMaker and Google Vertex AI make in the environment of a container.
 
 Sources: "Custom Inference Code with Hosting Services" of SageMaker, "Custom container requirements for inference" of
 Vertex AI.
@@ -8,21 +8,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-IMAGE_ARTIFACTS = "/artifacts"  # what the Dockerfile sets ELBO_ARTIFACTS to; any other value is the user's choice
+IMAGE_ARTIFACTS = "/artifacts"  # ELBO_ARTIFACTS in the Dockerfile; any other value is the user's choice
 SAGEMAKER_MODELS = Path("/opt/ml/model")  # where SageMaker unpacks model.tar.gz
 SAGEMAKER_PORT = "8080"
-SAGEMAKER_BIND_TO_PORT = "SAGEMAKER_BIND_TO_PORT"  # for a container of an inference pipeline
+SAGEMAKER_BIND_TO_PORT = "SAGEMAKER_BIND_TO_PORT"  # set for the containers of an inference pipeline
 VERTEX_PORT = "AIP_HTTP_PORT"
 
 
 def settings_of(environment: Mapping[str, str], platform: str | None = None) -> dict[str, Any]:
-    """Return the settings that a platform asks for, by name; none if the server does not run on a platform.
+    """Return the settings that the platform makes, by name; none if the server does not run on a platform.
 
-    The platform decides who can reach the port of the container, so the server needs no API keys.
+    The platform decides who can reach the port of the container. Unless ELBO_INSECURE says otherwise, the server
+    therefore needs no API keys.
 
     Args:
         environment: the environment variables of the process.
-        platform: `sagemaker`, `vertex` or `none`; by default, the value of ELBO_PLATFORM, or what the environment says.
+        platform: `sagemaker`, `vertex`, `none` or `auto`; by default, the value of ELBO_PLATFORM, or `auto`.
     """
     platform = platform or environment.get("ELBO_PLATFORM") or "auto"
     if platform == "auto":
@@ -32,7 +33,9 @@ def settings_of(environment: Mapping[str, str], platform: str | None = None) -> 
     found = _sagemaker(environment) if platform == "sagemaker" else _vertex(environment)
     if environment.get("ELBO_ARTIFACTS", IMAGE_ARTIFACTS) != IMAGE_ARTIFACTS:
         found.pop("artifacts", None)
-    return {"platform": platform, "insecure": True, **found}
+    if not environment.get("ELBO_INSECURE"):
+        found["insecure"] = True
+    return {"platform": platform, **found}
 
 
 def _detect(environment: Mapping[str, str]) -> str:

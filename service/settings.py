@@ -233,8 +233,8 @@ class Settings(BaseSettings):
         "auto",
         description="cloud platform that runs the container. auto recognises Vertex AI by AIP_HTTP_PORT, and SageMaker "
         "by SAGEMAKER_BIND_TO_PORT or the folder /opt/ml/model. The platform sets the port and the next two settings, "
-        "and, unless ELBO_ARTIFACTS is set, the artifact folder. It also sets ELBO_INSECURE, because it decides itself "
-        "who can reach the container",
+        "and, unless ELBO_ARTIFACTS is set, the artifact folder. Unless ELBO_INSECURE is set, no API keys are needed, "
+        "because the platform decides who can reach the container",
     )
     health_route: str = Field("", description="another path of /readyz; the platform sets it")
     predict_route: str = Field(

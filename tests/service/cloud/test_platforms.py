@@ -60,6 +60,12 @@ def test_artifact_folder_of_the_user_and_options_come_before_those_of_the_platfo
     assert (settings.artifacts, settings.port) == (tmp_path, 9000)
 
 
+def test_setting_that_demands_keys_comes_before_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIP_HTTP_PORT", "9090")
+    monkeypatch.setenv("ELBO_INSECURE", "0")
+    assert Settings().insecure is False
+
+
 @pytest.mark.parametrize("switch", ["environment", "argument"])
 def test_platform_none_ignores_the_environment_of_a_platform(monkeypatch: pytest.MonkeyPatch, switch: str) -> None:
     monkeypatch.setenv("SAGEMAKER_BIND_TO_PORT", "8123")
