@@ -57,10 +57,10 @@ from service.schemas import AnomalyBody
 
 Array = npt.NDArray[np.float32]
 MAX_IN_PROGRESS = 64  # like the work slots of other requests: so a pass of the event loop takes a few ms
-TURN_SECONDS = 0.002  # between two turns of accepted requests in a pass of the event loop that refuses many others
+TURN_SECONDS = 0.002  # between two calls of `go_on` that do something
 MAX_NUMBERS = 8192  # of a response in JSON, which takes 0.3 ms to write; larger responses are written in pieces
 MAX_ROWS = 64  # of a response in JSON
-FEW_FEATURES = 32  # with at most so many features, /anomaly writes all numbers of a row and picks those it needs
+FEW_FEATURES = 32  # a row with at most this many features is written as a whole before the numbers are picked
 NUMBER_BYTES = 12  # of a number in the JSON of most clients
 # Headers that change what a request means, and that a direct request therefore must not have.
 UNUSUAL = frozenset((b"content-encoding", b"expect", b"origin", b"transfer-encoding", b"upgrade"))
@@ -217,9 +217,11 @@ class AnomalyPlan(Plan):
     """Responses of /anomaly.
 
     The numbers of all rows of a batch are written at once, and then set between the names of the fields. This takes a
-    third of the time that orjson takes for a dictionary per row and per feature. With few features, all numbers of a
-    row are written, so that one check finds those that are not finite: for one row of 20 features, the response takes
-    12 µs less than with an array of the numbers that it needs.
+    third of the time that orjson takes for a dictionary per row and per feature.
+
+    If the model has at most FEW_FEATURES features, the numbers of all features are written, not only those of the
+    features that the response explains. One check then finds all numbers that are not finite. For one row of 20
+    features, the response takes 12 µs less than with an array of only the numbers that it needs.
     """
 
     def __init__(self, service: ServiceContext, served: ServedModel, *arguments: Any, body: AnomalyBody) -> None:
@@ -285,17 +287,17 @@ class AnomalyPlan(Plan):
         return found
 
     def _lines_of_few(self, numbers: Array, scores: Scores) -> list[list[bytes]]:
-        """Return what `_lines` returns. `numbers`: the result of `_all_numbers`."""
+        """Return what `_lines` returns, from the result of `_all_numbers`."""
         names, first = self._names, 3 + self._parts
         width = len(names)
         lines = []
         texts = orjson.dumps(numbers, option=orjson.OPT_SERIALIZE_NUMPY)[2:-2].split(b"],[")
         for text, columns in zip(texts, largest(scores.contribution, self._explained).tolist(), strict=True):
-            all_ = text.split(b",")
-            line = all_[:first]
+            cells = text.split(b",")
+            line = cells[:first]
             for column in columns:
                 place = first + column
-                line += (names[column], all_[place], all_[place + width], all_[place + 2 * width])
+                line += (names[column], cells[place], cells[place + width], cells[place + 2 * width])
             lines.append(line)
         return lines
 
@@ -398,7 +400,7 @@ class DirectInference:
         self._in_progress = 0  # jobs in the batcher
         self._waiting: deque[DirectRequest] = deque()  # requests whose bodies have not been read yet
         self._is_start_scheduled = False
-        self._next_turn = 0.0  # when `go_on` does its work next, on the `perf_counter` clock
+        self._next_turn = 0.0  # from this time of the `perf_counter` clock on, `go_on` does something
         self._finished: list[DirectJob] = []  # jobs with a result, whose responses are not written yet
 
     def route(self, path: str, query: bytes, headers: tuple[Header, ...]) -> Route | None:
@@ -456,9 +458,11 @@ class DirectInference:
         return True
 
     def go_on(self) -> None:
-        """Go on with the accepted requests, although this pass of the event loop has not ended.
+        """Answer requests whose batch has run, and start waiting requests and the next batch, every TURN_SECONDS.
 
-        While thousands of requests are refused, a pass takes long, and 64 requests per pass would be too few.
+        `Protocol` calls this method at each refusal. Without it, the event loop does this once per pass. While
+        thousands of requests are refused, a pass takes up to a second, and MAX_IN_PROGRESS requests would be answered
+        in it.
         """
         now = perf_counter()
         if now >= self._next_turn:
@@ -518,12 +522,12 @@ class DirectInference:
         self._is_start_scheduled = False
         while self._waiting and self._in_progress < MAX_IN_PROGRESS:
             request = self._waiting[0]
+            plan = None if request.is_over else self._plan_of(request.head.route)
+            if plan is not None and not _has_time(plan, request):
+                break
+            self._waiting.popleft()  # before the start, which may write a response and so begin the next request
             if not request.is_over:
-                plan = self._plan_of(request.head.route)
-                if plan is not None and not _has_time(plan, request):
-                    break
                 self._start_after_wait(request, plan)
-            self._waiting.popleft()
         self._schedule_start()
 
     def _start_after_wait(self, request: DirectRequest, plan: Plan | None) -> None:

@@ -64,7 +64,7 @@ class DirectHandler(Protocol):
         """Begin to answer `request`. Return false if it needs a task; nothing has then been counted or kept."""
 
     def go_on(self) -> None:
-        """Go on with the accepted requests in a pass of the event loop that refuses many others."""
+        """Answer and start accepted requests, in a pass of the event loop that refuses many others."""
 
     def abandon(self, request: "DirectRequest") -> None:
         """Forget a request whose client has disconnected."""
@@ -167,7 +167,7 @@ class DirectHeads:
     def remember(self, data: bytes, head: DirectHead) -> None:
         """Remember the head at the start of `data`, which the parser has accepted.
 
-        A head with a traceparent comes only once, and would take the place of another one.
+        A head with a traceparent is different in every request, so it would only displace heads that repeat.
         """
         if any(name == b"traceparent" for name, _ in head.headers):
             return

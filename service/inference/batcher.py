@@ -80,7 +80,7 @@ class Batcher:
         self._on_batch = on_batch
         self._exported_rows: SharedNumber = [0.0] if exported_rows is None else exported_rows
         self._running: list[Job] = []  # the jobs that run in the inference thread
-        self._in_thread: tuple[Batch, Future[list[Outcome]]] | None = None  # the batch that runs in that thread
+        self._in_thread: tuple[Batch, Future[list[Outcome]]] | None = None  # the batch in the inference thread
         self._is_step_scheduled = False
         self._is_check_scheduled = False
         self._is_closing = False
@@ -203,7 +203,7 @@ class Batcher:
     def _step(self) -> None:
         """Run the next batch in this thread if it is expected to be short, else in the inference thread."""
         self._is_step_scheduled = False
-        if self._running:  # `step_now` was faster, and `_finish` schedules the next step
+        if self._running:  # `step_now` has started a batch, and `_finish` will schedule the next step
             return
         batch = self._queue.take()
         if batch is None:
@@ -221,9 +221,9 @@ class Batcher:
             running.add_done_callback(partial(self._hand_back, batch))
 
     def step_now(self) -> None:
-        """Finish the batch that has run in the inference thread, and start the next, if there are such batches.
+        """Finish the batch that has run in the inference thread, and start the next batch, if there are any.
 
-        The event loop does both by itself, but only when everything that has arrived was read.
+        Without this call, the event loop does both, but only after it has read everything that has arrived.
         """
         if self._in_thread and self._in_thread[1].done():
             self._finish(*self._in_thread)
