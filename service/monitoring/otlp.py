@@ -18,12 +18,12 @@ from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 
 from service.monitoring.request_record import RequestRecord, SampledRequest, steps_of
 
-UNKNOWN_SERVICE = "unknown_service"  # how the SDK begins the name of a service without one
+UNKNOWN_SERVICE = "unknown_service"  # the SDK's name for a service without a name begins with this
 MAX_PATH = 1000  # characters
-MAX_CLIENT = 100
-SAMPLED = 1  # flag of a span
-HAS_REMOTE_FLAG = 0x100  # the next flag says whether the parent is in another process
-IS_REMOTE = 0x200
+MAX_CLIENT = 100  # characters
+SAMPLED = 1  # the flags of a span
+HAS_REMOTE_FLAG = 0x100  # IS_REMOTE is known
+IS_REMOTE = 0x200  # the parent of the span is in another process
 
 
 class Exporter(OTLPSpanExporter):
@@ -42,7 +42,10 @@ class Exporter(OTLPSpanExporter):
         self._scope = InstrumentationScope(name="elbo")
 
     def send(self, spans: Sequence[Span]) -> bool:
-        """Send spans, and return whether the collector has taken them. A failure that may pass is tried again."""
+        """Send spans, and return whether the collector has accepted them.
+
+        After a failure that may pass, the spans are sent again, for at most OTEL_EXPORTER_OTLP_TIMEOUT.
+        """
         scope = ScopeSpans(scope=self._scope, spans=spans)
         message = ExportTraceServiceRequest(
             resource_spans=[ResourceSpans(resource=self._described, scope_spans=[scope])]
@@ -51,7 +54,7 @@ class Exporter(OTLPSpanExporter):
 
 
 def create_exporter() -> tuple[Callable[[Sequence[Any]], bool], Callable[[], None]]:
-    """Return a function that sends spans, and a function that stops it."""
+    """Return a function that sends spans, and a function that ends its pauses between tries."""
     exporter = Exporter()
     return exporter.send, exporter.shutdown
 
@@ -123,7 +126,7 @@ def _attribute(name: str, value: str | int) -> KeyValue:
     return KeyValue(key=name, value=content)
 
 
-_shared_attribute = lru_cache(maxsize=1024)(_attribute)  # a span copies its attributes
+_shared_attribute = lru_cache(maxsize=1024)(_attribute)  # safe to share, because a span copies its attributes
 
 
 def _span_id() -> bytes:

@@ -27,10 +27,10 @@ class RequestRecord:
     compute: float = 0.0
     write: float = 0.0
     total: float = 0.0  # set when the request has ended
-    read_at: float = 0.0  # when the request had been parsed, on the `perf_counter` clock; 0 if it was not
-    computed_at: float = 0.0  # when the model had run for the last time, on the same clock
-    traceparent: bytes = b""  # the header
-    trace_id: str = ""  # set if the request has ended and tracing is on; empty if it belongs to no trace
+    read_at: float = 0.0  # when parsing ended, on the `perf_counter` clock; 0 if the request was not parsed
+    computed_at: float = 0.0  # when the last run of the model ended, on the same clock
+    traceparent: bytes = b""  # the header of this name; empty if there is none
+    trace_id: str = ""  # set when the request has ended, if tracing is on; empty if the request belongs to no trace
 
     @property
     def elapsed(self) -> float:
@@ -49,8 +49,9 @@ class SampledRequest(NamedTuple):
 def steps_of(record: RequestRecord) -> Iterator[tuple[str, float, float]]:
     """Yield the name, the start and the end of each step of a request, on the `perf_counter` clock.
 
-    The steps are as long as the header Server-Timing says. A request that runs the model several times has one step for
-    all of its runs, which ends with the last one. Writing ends with the request.
+    The steps have the durations of the header Server-Timing. If a request runs the model several times, `compute` has
+    the sum of its runs, and ends with the last one. `write` ends with the request. A request that ran no model has no
+    steps.
     """
     if not record.compute:
         return

@@ -1,11 +1,11 @@
 """OpenTelemetry spans of requests: one for the request, and one each for parse, queue, compute and write.
 
-A request costs one look at its header `traceparent` and one random number. If it is sampled, its record is queued. A
-thread makes the spans of queued records and sends them to the collector, so the event loop never waits for the
-collector. If the queue is full, or if the collector refuses the spans, they are counted as lost.
+A request costs a check for the header `traceparent` and a random number. If the request is sampled, its record is
+queued. A thread makes the spans of queued records and sends them to the collector, so the event loop never waits for
+the collector. If the queue is full, or if the collector refuses the spans, they are counted as lost.
 
-The environment variables are those of OpenTelemetry: OTEL_EXPORTER_OTLP_ENDPOINT switches tracing on. The packages of
-the extra `tracing` are imported only then.
+The environment variables are those of OpenTelemetry. OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT
+switches tracing on. Only then are the packages of the extra `tracing` imported.
 """
 
 import logging
@@ -24,7 +24,7 @@ from service.monitoring.request_record import RequestRecord, SampledRequest
 log = logging.getLogger("elbo.tracing")
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 SPANS_PER_REQUEST = 5
-CLOSE_SECONDS = 3.0  # how long the end of the server waits for the last spans
+CLOSE_SECONDS = 3.0  # half of the time that the end of the server waits for the last spans
 SAMPLERS = (
     "always_on", "always_off", "traceidratio",
     "parentbased_always_on", "parentbased_always_off", "parentbased_traceidratio",
@@ -40,7 +40,7 @@ Count = Callable[[str, int], None]
 
 
 class TracingError(ElboError):
-    """Tracing is switched on, but cannot work."""
+    """Tracing is switched on, but a variable is not valid, or the packages of the extra `tracing` are missing."""
 
     code = "tracing_error"
 
@@ -70,7 +70,7 @@ class Sampler(NamedTuple):
 
 
 class Tracer:
-    """Queues the spans of requests, and sends them in a thread.
+    """Queues the records of sampled requests. A thread makes their spans, and sends them.
 
     Args:
         sampler: decides which requests are traced.
@@ -79,8 +79,8 @@ class Tracer:
         count: counts spans by outcome, one of OUTCOMES. The thread counts EXPORTED and EXPORT_FAILED.
         max_requests: how many requests the queue holds.
         batch_requests: the spans of at most this many requests are sent together.
-        delay: seconds between two batches, unless a batch is full.
-        stop: makes a call of `export` that is in progress return.
+        delay: after this many seconds, or when a batch is full, the thread sends batches until the queue is empty.
+        stop: lets `export` no longer pause and try again.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Tracer:
         self._thread: threading.Thread | None = None  # starts with the first spans: a process that forks has none
 
     def finish(self, record: RequestRecord) -> bool:
-        """Set the trace id of a request that has ended, and queue its spans if it is sampled. Return whether it is."""
+        """Set the trace id of a request that has ended, and queue it if it is sampled. Return whether it is sampled."""
         parent_id = None
         if record.traceparent and (parent := read_traceparent(record.traceparent)):
             trace_id, parent_id = parent.trace_id, parent.span_id
@@ -119,7 +119,7 @@ class Tracer:
                 return False
         else:
             low = getrandbits(64)
-            if low >= self._bound:  # almost always: the rest of the method does not count
+            if low >= self._bound:  # most requests end here, so the cost of the rest hardly matters
                 return False
             trace_id = getrandbits(64) << 64 | (low or 1)
             record.trace_id = f"{trace_id:032x}"
@@ -140,7 +140,7 @@ class Tracer:
         return len(self._queue)
 
     def close(self) -> None:
-        """Send what is queued. Wait at most CLOSE_SECONDS for the collector."""
+        """Send the queued spans, for at most 2 * CLOSE_SECONDS. In the second half, no failed try is repeated."""
         self._is_closing = True
         if self._thread:
             self._wake.set()
@@ -216,9 +216,12 @@ def tracer_of(environment: Mapping[str, str], count: Count) -> Tracer | None:
     except ImportError as error:
         raise TracingError(
             f"OTEL_EXPORTER_OTLP_ENDPOINT switches tracing on, but the package {error.name} is not installed: "
-            "install elbo with the extra tracing, or unset the variable"
+            "install elbo with the extra tracing, or set OTEL_SDK_DISABLED=true"
         ) from error
-    export, stop = create_exporter()
+    try:
+        export, stop = create_exporter()
+    except (OSError, ValueError) as error:
+        raise TracingError(f"a variable OTEL_EXPORTER_OTLP_* is not valid: {error}") from error
     return Tracer(
         sampler,
         export,
