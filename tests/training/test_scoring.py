@@ -47,7 +47,7 @@ def score(root: Path, capsys: pytest.CaptureFixture[str]) -> Score:
 
 
 def table(rows: int, seed: int = 1) -> pl.DataFrame:
-    """Return rows with an identifier and two faulty rows: a missing value too many, and an infinite value."""
+    """Return rows with the columns request and host. One row is faulty: it has an infinite value."""
     x = two_factor_rows(rows, seed)
     x[rows // 3, 2] = np.inf
     frame = pl.DataFrame(x, schema=NAMES).insert_column(0, pl.Series("request", [f"r{i}" for i in range(rows)]))
@@ -198,6 +198,25 @@ def test_existing_output_is_replaced_only_on_request(tmp_path: Path, score: Scor
     assert "out.csv exists: give another name, or add --overwrite to replace it" in err
     assert score(data, tmp_path / "out.csv", "--overwrite")[0] == 0
     assert len(pl.read_csv(tmp_path / "out.csv")) == 50
+    (tmp_path / "out").write_text("a file without a suffix\n")
+    assert score(data, tmp_path / "out", "--overwrite")[0] == 0
+    assert sum(len(pl.read_parquet(file)) for file in (tmp_path / "out").iterdir()) == 50
+
+
+def test_folder_of_files_with_different_columns_to_copy_is_refused(tmp_path: Path, score: Score) -> None:
+    (tmp_path / "data").mkdir()
+    table(30).write_csv(tmp_path / "data" / "a.csv")
+    table(30).drop("host").write_csv(tmp_path / "data" / "b.csv")
+    code, _, err = score(tmp_path / "data", tmp_path / "out.csv")
+    assert (code, "b.csv: expected the columns of times and groups of" in err) == (2, True), err
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_parquet_file_without_rows_is_refused(tmp_path: Path, score: Score) -> None:
+    table(30).head(0).write_parquet(tmp_path / "rows.parquet")
+    code, _, err = score(tmp_path / "rows.parquet", tmp_path / "out.parquet")
+    assert (code, "has no rows of numbers" in err) == (2, True), err
+    assert not (tmp_path / "out.parquet").exists()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from models.artifact import Artifact
 from training.data.readers import SourcePart
+from training.data.row_stream import RowStream
 from training.errors import DataError
 from training.scoring.csv_parts import divide_csv
 from training.scoring.job import Job, Part
@@ -20,10 +21,10 @@ def default_part_rows(width: int) -> int:
 
 
 def sources_of(data: str) -> list[str]:
-    """Return the files of a dataset: those in the folder `data` if it has tables, or else `data` itself.
+    """Return the files of a dataset: those in the folder `data` with a suffix of DIVISIBLE, or else `data` itself.
 
     Raises:
-        DataError: the folder has tables of several formats.
+        DataError: the folder has files of several of the formats DIVISIBLE.
     """
     path = Path(data)
     if not path.is_dir():
@@ -41,34 +42,47 @@ def plan(job: Job, artifact: Artifact, sources: Sequence[str]) -> list[Part]:
     """Return the parts of all sources, in order.
 
     Raises:
-        DataError: a source does not exist, or the model cannot take its rows.
+        DataError: a source does not exist, the model cannot take its rows, or the columns that are copied into the
+            output are not the same in all sources.
     """
     parts: list[Part] = []
+    copied: tuple[str, ...] | None = None
     for source in sources:
-        for place, first_row, rows in _divide(job, artifact, source):
-            parts.append(Part(len(parts), source, place, first_row, rows))
+        stream = job.open(artifact, Part(0, source))
+        copied = stream.passed_on if copied is None else copied
+        if stream.passed_on != copied:
+            expected, got = ", ".join(copied) or "none", ", ".join(stream.passed_on) or "none"
+            raise DataError(
+                f"{source}: expected the columns of times and groups of {sources[0]} ({expected}), got {got}: give all "
+                "files of the folder the same columns, or score the files one by one"
+            )
+        for source_part, first_row, rows in _divide(job, artifact, stream):
+            parts.append(Part(len(parts), source, source_part, first_row, rows))
     return parts
 
 
-def _divide(job: Job, artifact: Artifact, source: str) -> Iterator[tuple[SourcePart | None, int, int | None]]:
-    """Yield the place, the number of the first row and the number of rows of each part of a source.
+def _divide(job: Job, artifact: Artifact, stream: RowStream) -> Iterator[tuple[SourcePart | None, int, int | None]]:
+    """Yield the place in the file, the number of the first row and the number of rows of each part of a source.
 
-    The rows of a model with a window need the rows before them, so the source then is one part.
+    A source is one part if its format cannot be divided, or if the model has a window, because it then judges a row
+    together with rows anywhere in the source.
     """
-    stream = job.open(artifact, Part(0, source))
-    suffix, path = Path(source).suffix.lower(), Path(source)
+    path = Path(stream.source)
+    suffix = path.suffix.lower()
     if suffix not in DIVISIBLE or artifact.manifest.window is not None or not path.is_file():
         yield None, 0, None
         return
     if suffix != ".csv":
         assert stream.total is not None
+        if stream.total == 0:  # a Parquet file without rows: reading it raises DataError
+            yield None, 0, None
         for start in range(0, stream.total, job.part_rows):
             stop = min(start + job.part_rows, stream.total)
             yield SourcePart(start, stop), start, stop - start
         return
     escape = job.escape or artifact.manifest.training.get("escape")
     divided = divide_csv(path, escape, job.part_rows)
-    if not divided:  # it cannot be divided, or it has no rows, which reading it reports
+    if not divided:  # the file cannot be divided, or it has no rows: reading it then raises DataError
         yield None, 0, None
         return
     for part in divided:

@@ -1,8 +1,7 @@
-"""Run a job of `elbo score`: make or continue it, score its parts, and put the output into its place.
+"""Run a job of `elbo score`: plan or continue it, score its parts, and rename the output to its final path.
 
-The job lives in a hidden folder beside the output, `.OUTPUT.partial`, until all parts are finished. Then the output
-appears by one rename. If the process is killed, the folder stays, and the same command continues with the parts that
-are not finished.
+A job has a hidden folder beside the output, `.OUTPUT.partial`. When all parts are finished, the output appears by one
+rename. If the process is killed, the folder stays, and the same command continues with the parts that are not finished.
 """
 
 import fcntl
@@ -76,7 +75,7 @@ def run_job(
     """Score all rows of `data`, and write `output` and, beside it, the file of faulty rows.
 
     Args:
-        job: the options; `run_job` sets `folder`, and `part_rows` if it is 0.
+        job: the options; `run_job` sets `folder` and `names_files`, and `part_rows` if it is 0.
         artifact: the model.
         data: a file or a folder of files.
         output: the file or folder to write.
@@ -84,10 +83,10 @@ def run_job(
         engine: scores the parts that are not finished.
         workers: how many parts are scored at the same time; None for as many as there are cores.
         overwrite: whether an output that exists is replaced.
-        show: called with the number of rows that are done.
+        show: called with the number of rows that are scored so far, in all parts.
 
     Raises:
-        DataError: the data cannot be used, or the output exists.
+        DataError: the data cannot be used, the output exists, or another process writes it.
         OSError: the output cannot be written.
     """
     if output.exists() and not overwrite:
@@ -110,12 +109,16 @@ def run_job(
             assert report is not None, "an engine returns when all parts are finished"
             total.add(report)
         faults = _publish(job, total, parts, output, single)
+        (folder / PLAN).unlink()  # first: if this process is killed here, no job continues with half of the folder
         shutil.rmtree(folder)
     return Outcome(total, len(parts), len(parts) - len(open_parts), faults)
 
 
 def score_locally(artifact: Artifact, job: Job, parts: Sequence[Part], workers: int | None, show: Show) -> None:
-    """Score the parts in threads of this process: reading, scoring and writing release Python's lock."""
+    """Score the parts in threads of this process, because reading, scoring and writing mostly release Python's lock.
+
+    After an error or an interruption, wait for the parts that are being scored, and start no others.
+    """
     count = workers or len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(min(count, max(1, len(parts)))) as pool:
         futures = [pool.submit(score_part, job, part, artifact, show) for part in parts]
@@ -138,7 +141,7 @@ def count_rows(job: Job, artifact: Artifact, data: str) -> int | None:
 
 
 class _Counter:
-    """Counts the rows that are done, in several threads."""
+    """Counts the rows that are scored, for several threads at once."""
 
     def __init__(self, show: Show | None) -> None:
         self._done, self._show, self._lock = 0, show, threading.Lock()
@@ -162,7 +165,7 @@ def _locked(folder: Path, output: Path) -> Iterator[None]:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise DataError(f"another elbo score writes {output}: wait for its end, or give another output") from None
+        raise DataError(f"another elbo score writes {output}: wait until it ends, or give another output") from None
     except OSError:
         pass  # the file system has no locks
     try:
@@ -172,10 +175,13 @@ def _locked(folder: Path, output: Path) -> Iterator[None]:
 
 
 def _open_plan(job: Job, artifact: Artifact, sources: Sequence[str]) -> list[Part]:
-    """Return the parts of the job: those of an earlier process, if it had the same job, or else new ones."""
+    """Return the parts of the job: those of an earlier process, if it had the same options and data, or else new ones.
+
+    New parts replace everything in the folder of the job.
+    """
     identity = json.loads(json.dumps({"job": asdict(job), "sources": _fingerprints(sources)}, default=str))
     path = job.folder / PLAN
-    if path.exists():
+    if path.exists() and (job.folder / PARTS).is_dir():  # an output that is a folder was PARTS: it has been renamed
         known = json.loads(path.read_bytes())
         if known["identity"] == identity:
             return [_part(each) for each in known["parts"]]
@@ -200,13 +206,16 @@ def _part(fields: dict[str, Any]) -> Part:
 
 
 def _fingerprints(sources: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Return path, size and time of change of each source that is a file."""
+    """Return the path, the size in bytes and the time of change in ns of each source; 0 and 0 if it is no file."""
     stats = [(source, Path(source).stat() if Path(source).is_file() else None) for source in sources]
     return [(source, stat.st_size if stat else 0, stat.st_mtime_ns if stat else 0) for source, stat in stats]
 
 
 def _publish(job: Job, total: Report, parts: Sequence[Part], output: Path, single: bool) -> Path | None:
-    """Put the finished parts in the place of the output. Return the path of the file of faulty rows, if it exists."""
+    """Rename the finished parts, or the file into which they are joined, to `output`.
+
+    Return the path of the file of faulty rows; None if there are none.
+    """
     faults = output.with_name(f"{output.name}.faults.ndjson")
     if total.faulty:
         collected = job.folder / faults.name
@@ -215,14 +224,14 @@ def _publish(job: Job, total: Report, parts: Sequence[Part], output: Path, singl
     else:
         faults.unlink(missing_ok=True)
     made = job.folder / PARTS
-    for unfinished in {path.name for path in made.iterdir()} - set(total.files):  # a killed process left it
+    for unfinished in {path.name for path in made.iterdir()} - set(total.files):  # files of killed processes
         (made / unfinished).unlink()
     if single:
         files = [made / name for name in total.files]
         made = job.folder / output.name
         with written(made) as path:
             _join_parts(files, path, job.format)
-    if output.is_dir():
+    if output.is_dir() or (output.exists() and not single):  # a rename replaces only a file by a file
         output.rename(job.folder / "replaced")
     made.replace(output)
     return faults if total.faulty else None
@@ -237,7 +246,11 @@ def _join_parts(files: Sequence[Path], path: Path, format_: str) -> None:
 
 
 def _join(files: Sequence[Path], path: Path, has_header: bool = False) -> None:
-    """Append `files` that exist; of files with a header, keep the first header."""
+    """Write the contents of those `files` that exist, one after another, to `path`.
+
+    Args:
+        has_header: whether the first line of each file is a header; only that of the first file is kept.
+    """
     with path.open("wb") as joined:
         for number, each in enumerate(files):
             if each.exists():
@@ -248,6 +261,6 @@ def _join(files: Sequence[Path], path: Path, has_header: bool = False) -> None:
 
 
 def make_job(artifact: Artifact, format_: str, alpha: float, explain: int, **options: Any) -> Job:
-    """Return a job for `artifact`, whose folder is set by `run_job`. For `options`, see `Job`."""
+    """Return a job for `artifact`. For `options`, see `Job`; `run_job` sets the folder."""
     path = artifact.path.absolute()
     return Job(path, read_digest(path), Path(), format_, alpha, explain, **options)
