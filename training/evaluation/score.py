@@ -91,6 +91,14 @@ def flagged_at(artifact: Artifact, scores: Floats, alpha: float) -> npt.NDArray[
     return flagged
 
 
+def pixel_warning(artifact: Artifact, x: Floats) -> str | None:
+    """Return a warning if the rows x [B, D] are in another pixel range than that of the model; None otherwise."""
+    if artifact.manifest.pixel_range is None:
+        return None
+    low, high = np.fmin.reduce(x, axis=None), np.fmax.reduce(x, axis=None)
+    return artifact.manifest.pixel_warning(float(low), float(high))
+
+
 @dataclass
 class Tally:
     """Counts of the rows that have been scored."""
@@ -107,9 +115,7 @@ class Tally:
 
     def note_pixels(self, artifact: Artifact, x: Floats) -> None:
         """Note if the rows x [B, D] are in another pixel range than that of the model."""
-        if artifact.manifest.pixel_range is not None and self.pixel_warning is None:
-            low, high = np.fmin.reduce(x, axis=None), np.fmax.reduce(x, axis=None)
-            self.pixel_warning = artifact.manifest.pixel_warning(float(low), float(high))
+        self.pixel_warning = self.pixel_warning or pixel_warning(artifact, x)
 
     def refuse_faulty(self, source: str) -> None:
         """Raise DataError if there are faulty rows."""

@@ -1,4 +1,4 @@
-"""Where a CSV file can be divided into parts that are read on their own."""
+"""Divide a CSV file into parts of whole lines, which can be read in any order."""
 
 import re
 from collections.abc import Iterator
@@ -24,10 +24,10 @@ class CsvPart(NamedTuple):
 
 
 def divide_csv(path: Path, escape: str | None, part_rows: int) -> list[CsvPart] | None:
-    """Return parts of about `part_rows` rows; together they have all rows of the file.
+    """Return parts of at least `part_rows` rows, except the last. Together they have all rows of the file.
 
-    Return None if the lines of the file are not its records: some quotation contains a line end or is not valid, or
-    lines end in CR alone. The rows of such a file can only be told by reading it from its beginning.
+    Return None if the lines of the file may not be its records: a quotation contains a line end or is not valid, or
+    lines end in CR alone. Only a reader that starts at the beginning can find the rows of such a file.
     """
     head = read_csv_head(path, escape)
     if head.newline != b"\n":
@@ -36,7 +36,7 @@ def divide_csv(path: Path, escape: str | None, part_rows: int) -> list[CsvPart] 
     with path.open("rb") as file:
         for _ in range(head.lines):
             file.readline()
-        start = last = file.tell()  # of the part, and after the last row that is not empty
+        start = last = file.tell()  # start: of the part; last: the position after the last row that is not empty
         line = first_line = head.lines + 1
         row = first_row = last_row = 0
         for piece in _pieces(file, part_rows):
@@ -57,14 +57,18 @@ def divide_csv(path: Path, escape: str | None, part_rows: int) -> list[CsvPart] 
 
 
 def _pieces(file: BinaryIO, part_rows: int) -> Iterator[bytes]:
-    """Yield the rest of the file in pieces that end with a line. A piece has at most about `part_rows` rows."""
+    """Yield the rest of the file in pieces of whole lines.
+
+    A piece has about 64 bytes for each of `part_rows` rows, but at most PIECE_BYTES. A part ends with a piece, so the
+    smaller the piece, the fewer rows a part has in excess.
+    """
     size = min(PIECE_BYTES, 64 * part_rows)
     while piece := file.read(size):
         yield piece if piece.endswith(b"\n") else piece + file.readline()
 
 
 def _as_lines(piece: bytes, escape: str | None, columns: int) -> bytes | None:
-    """Return `piece` with LF at the ends of lines; None if its lines may not be its records."""
+    """Return `piece` with LF instead of CRLF at the ends of lines; None if its lines may not be its records."""
     text = piece.replace(b"\r\n", b"\n")
     if b"\r" in text or (escape == "backslash" and b"\\" in text):
         return None

@@ -1,4 +1,8 @@
-"""The output of `elbo score` for a batch of rows, as columns. The columns are those of `elbo score --format csv`."""
+"""The output of `elbo score NAME DATA OUTPUT` for a batch of rows, as a frame.
+
+The columns of the verdict and of the features are those of `elbo score --format csv`. There is no column `detail`, and
+the columns of times and groups are copied under their own names.
+"""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,7 +16,7 @@ from models.manifest import Manifest
 from training.data.row_stream import RowStream
 from training.data.windowed_stream import JudgedBatch, judged_batches
 from training.errors import DataError
-from training.evaluation.score import Verdicts, explain_columns, judge
+from training.evaluation.score import Verdicts, explain_columns, judge, pixel_warning
 
 VERDICT = ("row", "score", "p_value", "severity", "is_anomaly")
 FEATURE = ("feature", "value", "expected", "contribution")
@@ -25,7 +29,7 @@ class FaultyRow(NamedTuple):
 
     row: int
     detail: str
-    ids: dict[str, Any]  # the cells of the columns that are passed on
+    ids: dict[str, Any]  # by name: the cells of the columns `RowStream.passed_on`
 
 
 class ScoredBatch(NamedTuple):
@@ -33,23 +37,30 @@ class ScoredBatch(NamedTuple):
 
     frame: pl.DataFrame  # the rows that have a verdict, in order
     faulty: list[FaultyRow]
-    rows: int
+    rows: int  # number of rows, also of those without a verdict
     anomalies: int
+    pixel_warning: str | None  # models of images: the rows are in another pixel range
 
 
 def output_columns(manifest: Manifest, explain: int, passed_on: tuple[str, ...], has_file: bool = False) -> list[str]:
-    """Return the names of the columns of the output. `has_file`: whether there is a column with the file of a row.
+    """Return the names of the columns of the output.
+
+    Args:
+        manifest: the manifest of the model.
+        explain: number of features to report per row.
+        passed_on: the columns of the data that are copied into the output.
+        has_file: whether the output has a column with the name of each row's file.
 
     Raises:
-        DataError: a column that is passed on has the name of another column of the output.
+        DataError: a column that is copied has the name of another column of the output.
     """
     explained = range(1, min(explain, len(manifest.column_names)) + 1)
     window = () if manifest.window is None else WINDOW
     own = [*VERDICT[1:], *(f"{name}_{k}" for k in explained for name in FEATURE), *window]
-    place = [*([FILE] if has_file else []), VERDICT[0]]
-    if taken := [name for name in passed_on if name in {*place, *own}]:
+    position = [*([FILE] if has_file else []), VERDICT[0]]
+    if taken := [name for name in passed_on if name in {*position, *own}]:
         raise DataError(f"the output has a column {taken[0]!r} of its own: rename this column of the data")
-    return [*place, *passed_on, *own]
+    return [*position, *passed_on, *own]
 
 
 def score_batches(
@@ -70,8 +81,8 @@ def score_batches(
         alpha: false-alarm rate.
         explain: number of features to report per row.
         extrapolated: see `training.evaluation.score.severity_at`.
-        first_row: the number of the first row of `stream`.
-        file: the name of the file of the rows, for a column of the output; None for no such column.
+        first_row: the number of the first row of `stream` in its source.
+        file: the value of the column FILE; None for an output without this column.
     """
     columns = output_columns(artifact.manifest, explain, stream.passed_on, file is not None)
     for batch in judged_batches(stream, artifact.manifest):
@@ -86,7 +97,8 @@ def score_batches(
         frame = pl.DataFrame({name: fields[name] for name in columns})
         frame = frame if kept.all() else frame.filter(pl.Series(kept))
         anomalies = int(frame["is_anomaly"].sum())
-        yield ScoredBatch(frame, _faulty_rows(batch, verdicts, kept, first), count, anomalies)
+        faulty, warning = _faulty_rows(batch, verdicts, kept, first), pixel_warning(artifact, batch.rows.x)
+        yield ScoredBatch(frame, faulty, count, anomalies, warning)
 
 
 def _faulty_rows(batch: JudgedBatch, verdicts: Verdicts, kept: npt.NDArray[np.bool_], first: int) -> list[FaultyRow]:
@@ -101,7 +113,7 @@ def _faulty_rows(batch: JudgedBatch, verdicts: Verdicts, kept: npt.NDArray[np.bo
 def _fields(
     artifact: Artifact, stream: RowStream, batch: JudgedBatch, verdicts: Verdicts, explain: int
 ) -> dict[str, pl.Series]:
-    """Return the columns of the output by name, for all rows of `batch`, also for faulty ones."""
+    """Return the columns of the output by name, except `row` and FILE, for all rows of `batch`, even faulty ones."""
     scores = verdicts.scores
     fields: dict[str, Any] = {
         **batch.rows.passed_on,
@@ -122,27 +134,27 @@ def _fields(
 
 
 def largest(contribution: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.intp]:
-    """Return the places [B, count] of the largest contributions [B, D] of each row, largest first.
+    """Return the indices [B, count] of the largest contributions [B, D] of each row, largest first.
 
-    Of equal contributions, the first comes first, as in a stable sort. To find a few takes a tenth of the time of
-    sorting all.
+    Equal contributions are in the order of their indices, as in a stable sort. Finding a few takes a tenth of the time
+    of sorting all.
     """
     count = min(count, contribution.shape[1])
     if count > 8:
         return np.argsort(-contribution, axis=1, kind="stable")[:, :count]
-    left = contribution.copy()
-    top = np.empty((len(left), count), np.intp)
-    every = np.arange(len(left))
+    remaining = contribution.copy()
+    top = np.empty((len(remaining), count), np.intp)
+    every = np.arange(len(remaining))
     for k in range(count):
-        top[:, k] = left.argmax(axis=1)
-        left[every, top[:, k]] = -np.inf
+        top[:, k] = remaining.argmax(axis=1)
+        remaining[every, top[:, k]] = -np.inf
     return top
 
 
 def _explained(
     stream: RowStream, batch: JudgedBatch, verdicts: Verdicts, top: npt.NDArray[np.intp]
 ) -> dict[str, pl.Series]:
-    """Return the columns on the features with the largest contributions of each row."""
+    """Return the columns on the features with the largest contributions; `top` [B, k] has their indices."""
     names = pl.Series(stream.names, dtype=pl.Enum(stream.names))
     every = np.arange(len(top))
     fields = {}
@@ -162,7 +174,7 @@ def _explained(
 def _explained_columns(
     stream: RowStream, batch: JudgedBatch, verdicts: Verdicts, top: npt.NDArray[np.intp]
 ) -> dict[str, pl.Series]:
-    """Return the columns on the largest contributions for a model with categories. Values and levels are text."""
+    """Return the same columns as `_explained` for a model with categories. Numbers and levels are text."""
     shown = np.where(batch.rows.missing, np.float32(np.nan), batch.rows.x)
     rows = [
         explain_columns(stream.columns, verdicts.scores, shown, i, top[i], verdicts.contribution[i], batch.rows)

@@ -1,8 +1,8 @@
-"""One job of `elbo score`: its options, its parts, and how one part is scored and written.
+"""One job of `elbo score`: its options and its parts, and how one part is scored and written.
 
-Local scoring and Ray call the same function, `score_part`. A part is written under a temporary name, synced and
-renamed, and then its report is written. A part that has a report is finished: a job that was interrupted continues with
-the other parts.
+Local scoring and Ray call the same function, `score_part`. It writes each file under a temporary name, syncs it and
+renames it, and writes the report on the part last. A part with a report is finished, so a job that was interrupted
+continues with the parts without one.
 """
 
 import json
@@ -25,7 +25,7 @@ from training.data.row_stream import RowStream, stream_for_model
 from training.errors import DataError
 from training.scoring.frames import FaultyRow, score_batches
 
-BATCH_ROWS = 16_384  # the rows that the model gets at once; larger batches are no faster
+BATCH_ROWS = 16_384  # rows per call of the model; larger batches are no faster
 REPORTS, FAULTS, PARTS = "reports", "faults", "parts"  # the folders of a job
 
 Show = Callable[[int], None]
@@ -33,22 +33,22 @@ Show = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of one source that are scored together. Without `source_part`, it is the whole source."""
+    """Rows of one source that are scored together, by one worker."""
 
     index: int
     source: str
-    source_part: SourcePart | None = None
-    first_row: int = 0
-    rows: int | None = None  # None if unknown
+    source_part: SourcePart | None = None  # the place in the source; None for the whole source
+    first_row: int = 0  # number of the first row in the source
+    rows: int | None = None  # number of rows; None if unknown
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all parts of a job have in common. A job is small: every task of Ray gets a copy."""
+    """What all parts of a job have in common. It is small, because every task of Ray gets a copy."""
 
     artifact: Path
-    digest: str  # the end of the artifact's file, by which a worker recognises that it loads the same artifact
-    folder: Path  # where the parts are written
+    digest: str  # the SHA-256 hash at the end of the artifact: a worker refuses an artifact with another
+    folder: Path  # where the parts, the faulty rows and the reports are written
     format: str  # parquet, csv or ndjson
     alpha: float
     explain: int
@@ -57,11 +57,11 @@ class Job:
     group: str | None = None
     escape: str | None = None
     ids: tuple[str, ...] = ()
-    part_rows: int = 0
-    names_files: bool = False  # whether the output has a column with the file of a row
+    part_rows: int = 0  # rows per part; 0: `run_job` chooses
+    names_files: bool = False  # whether the output has a column with the name of each row's file
 
     def open(self, artifact: Artifact, part: Part) -> RowStream:
-        """Open the rows of a part. Raise DataError if the model cannot take them."""
+        """Open the rows of a part. Raise DataError if the source cannot be read or the model cannot take its rows."""
         stream = stream_for_model(
             part.source,
             artifact.manifest,
@@ -85,22 +85,23 @@ class Job:
 
 @dataclass
 class Report:
-    """What was found in the rows of a part, or of all parts."""
+    """Counts of the rows of a part, or of all parts, and the files of their output."""
 
     rows: int = 0
     anomalies: int = 0
     faulty: int = 0
-    first_fault: str | None = None
-    pixel_warning: str | None = None
-    files: list[str] = field(default_factory=list)
+    first_fault: str | None = None  # describes the first faulty row
+    pixel_warning: str | None = None  # models of images: the rows are in another pixel range
+    files: list[str] = field(default_factory=list)  # names of the files in the folder PARTS, in order
 
     def refuse_faulty(self, source: str, faults: Path | None) -> None:
         """Raise DataError if there are faulty rows. `faults` is the file that lists them."""
         if self.faulty:
             verb = "rows is" if self.faulty == 1 else "rows are"
+            others = "no row is scored" if self.faulty == self.rows else "the other rows are scored"
             raise DataError(
                 f"{source}: {self.faulty:,} of {self.rows:,} {verb} faulty (the first is {self.first_fault}); "
-                f"{faults} lists them, and the other rows are scored"
+                f"{faults} lists them, and {others}"
             )
 
     def add(self, other: "Report") -> None:
@@ -143,14 +144,17 @@ def score_part(job: Job, part: Part, artifact: Artifact | None = None, show: Sho
     write the same bytes.
 
     Args:
-        artifact: the model; by default, this process loads it, once.
-        show: called with the number of rows after each batch.
+        job: the job.
+        part: the part.
+        artifact: the model; by default, `load_once` loads it.
+        show: called after each batch with the number of its rows.
 
     Raises:
-        DataError: the source is damaged, or was changed since the job began.
+        ArtifactError: the artifact cannot be loaded, or was replaced since the job began.
+        DataError: the source is damaged, or the part no longer has the number of rows that it had when the job began.
         OSError: the disk is full, or the folder cannot be written to.
     """
-    torch.set_num_threads(1)  # parts are scored side by side; the scores then depend on no number of cores
+    torch.set_num_threads(1)  # parts are scored in parallel, and scores must not depend on the number of cores
     artifact = artifact or load_once(job.artifact, job.digest)
     report, faulty = Report(), []
     writer = _PartWriter(job, part)
@@ -161,13 +165,14 @@ def score_part(job: Job, part: Part, artifact: Artifact | None = None, show: Sho
         report.rows += batch.rows
         report.anomalies += batch.anomalies
         faulty += batch.faulty
+        report.pixel_warning = report.pixel_warning or batch.pixel_warning
         writer.add(batch.frame)
         if show is not None:
             show(batch.rows)
     if part.rows is not None and report.rows != part.rows:
         raise DataError(
             f"{part.source}: expected {part.rows:,} rows from row {part.first_row:,} on, got {report.rows:,}: the file "
-            "was changed while it was scored; start again"
+            "was changed while it was scored; repeat the command"
         )
     report.files = writer.finish()
     if faulty:
@@ -187,7 +192,7 @@ def _fault_lines(part: Part, faulty: list[FaultyRow]) -> Iterator[bytes]:
 
 
 class _PartWriter:
-    """Writes the output of one part. A part whose number of rows is unknown becomes a file per `Job.part_rows` rows."""
+    """Writes the output of one part: one file, or if its number of rows is unknown, a file per `Job.part_rows` rows."""
 
     def __init__(self, job: Job, part: Part) -> None:
         self._job, self._part = job, part
@@ -203,7 +208,7 @@ class _PartWriter:
             self._write()
 
     def finish(self) -> list[str]:
-        """Write the rest. Return the names of the files, in order."""
+        """Write the rows that are not written yet. Return the names of all files of the part, in order."""
         if self._frames or not self._files:
             self._write()
         return self._files
@@ -230,7 +235,10 @@ def write_frame(frame: pl.DataFrame, path: Path, format_: str) -> None:
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """Yield a temporary path. Sync and rename the file there to `path` at the end, so that it appears as a whole."""
+    """Yield a temporary path for the caller to write. Then sync this file and rename it to `path`.
+
+    So `path` is never half-written. After an error, the temporary file is removed.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
