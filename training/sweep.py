@@ -1,6 +1,7 @@
-"""`elbo train --sweep`: train a model for each combination of options, and publish the best if it is better.
+"""`elbo train --sweep`: train a model for each combination of options, and publish the best.
 
-All models of a sweep are fitted to the same rows and compared on the same held-out rows, also if the seed is varied.
+The best is published only if it is better than the served version. All models of a sweep are fitted to the same rows
+and compared on the same held-out rows, even if the seed is varied.
 """
 
 import csv
@@ -9,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.artifact import load, publish_content
+from models.artifact import load, publish_content, require_writable
 from models.errors import ArtifactError, ElboError, join_names
 from models.keys import PrivateKey
 from models.manifest import FILE_NAME, version_folder, versions
@@ -34,13 +36,13 @@ from training.progress import SilentReporter
 from training.publishing.compatibility import refuse_other_features
 from training.train import fit_model, read, split_data
 
-# The options that change neither the rows nor their split, so that all models of a sweep have the same held-out rows.
+# Options that change neither the rows nor their split, so that all models of a sweep have the same held-out rows.
 SWEPT = (
     "activation", "batch_size", "beta", "dense", "epochs", "free_bits", "hidden", "kept", "l2", "latents",
     "learning_rate", "likelihood", "masking", "model", "network", "noise", "output", "patience", "samples", "seed",
     "variance", "warm_up",
 )  # fmt: skip
-REFUSED = ("window", "condition", "scale_by_group")  # models with these options do not take the held-out rows as such
+REFUSED = ("window", "condition", "scale_by_group")  # models with these options take more than the row itself
 MAX_TRIALS = 1000
 SERVED = "served"  # the name of the served version in comparisons
 STYLE = """
@@ -68,16 +70,16 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What all trials of a sweep have in common. It is small: every task of Ray gets a copy."""
+    """What all trials of a sweep have in common. It is small, because every task of Ray gets a copy."""
 
     source: str
     split_seed: int  # seed of the split of the rows, which is the same for all trials
-    folder: Path  # where the trials leave their artifacts
+    folder: Path  # where the trials write their artifacts
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """A trained model, or why there is none."""
+    """The measures of a trained model, or the error that ended its training."""
 
     trial: Trial
     seconds: float = 0.0
@@ -102,8 +104,9 @@ Engine = Callable[[Sweep, Sequence[Trial], Show], list[TrialResult]]
 
 
 def parse_sweep(texts: Sequence[str]) -> list[dict[str, str]]:
-    """Return the combinations of the values in texts such as "latents=2,4,8", in order. A value is in quotation marks
-    if it has commas: 'hidden="128,64",32'.
+    """Return the combinations of the values in texts such as "latents=2,4,8", in order.
+
+    A value with commas is in quotation marks: 'hidden="128,64",32'.
 
     Raises:
         FitError: a text is not valid, an option cannot be varied, or there are too many combinations.
@@ -117,12 +120,12 @@ def parse_sweep(texts: Sequence[str]) -> list[dict[str, str]]:
             raise FitError(f"--sweep {text}: {name!r} cannot be varied: expected one of {names}")
         found = [value.strip() for value in next(csv.reader([listed], skipinitialspace=True), [])]
         if not equals or not found or not all(found) or option in values:
-            raise FitError(f"--sweep {text}: expected an option and its values, such as latents=2,4,8, once")
+            raise FitError(f"--sweep {text}: expected an option and its values, such as latents=2,4,8, each only once")
         values[option] = list(dict.fromkeys(found))
-    combinations = [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
-    if len(combinations) > MAX_TRIALS:
-        raise FitError(f"--sweep: {len(combinations):,} combinations are too many: expected at most {MAX_TRIALS}")
-    return combinations
+    count = prod(len(found) for found in values.values())
+    if count > MAX_TRIALS:
+        raise FitError(f"--sweep: {count:,} combinations are too many: expected at most {MAX_TRIALS:,}")
+    return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
 
 
 def run_sweep(
@@ -138,17 +141,18 @@ def run_sweep(
     key: PrivateKey | None = None,
     show: Show = lambda result: None,  # noqa: ARG005
 ) -> SweepResult:
-    """Train the models of all trials. Publish the best if it is better than the served version, or if there is none.
+    """Train the models of all trials. Publish the best if it is better than the served version.
 
-    A model beats another if it is significantly better on more measures than it is worse; see `significant_wins`. On a
-    tie, the first of the trials wins, and the served version stays. If the served version was trained on the held-out
-    rows, they favour it.
+    The best is the model that wins most comparisons minus those that it loses; see `significant_wins`. On a tie, the
+    first of the tied trials is the best, and the served version stays. If the served version was trained on the
+    held-out rows, the comparison favours it. The best is also published if there is no served version, or none that can
+    be compared: one that cannot be loaded, or takes other features, windows or conditions.
 
     Args:
         trials: the combinations of options, in order of preference.
         source: the training data.
         artifacts: artifact folder.
-        folder: an empty folder for the artifacts of the trials, which all machines share.
+        folder: an empty folder for the artifacts of the trials, at the same path on all machines that train.
         engine: trains the models.
         split_seed: seed of the split of the rows.
         force: publish the best even if it is no better than the served version, or worse than predicting the mean.
@@ -158,13 +162,15 @@ def run_sweep(
 
     Raises:
         DataError: the table cannot be used, or its features differ from those of the newest version.
-        FitError: no model could be trained.
+        FitError: an option is not for sweeps, or no model could be trained.
+        ArtifactUnwritable: the model cannot be written to `artifacts`. This is checked before the training.
     """
     config = trials[0].config
     if refused := [name for name in REFUSED if getattr(config, name)]:
         raise FitError(f"--sweep is not for models with --{refused[0].replace('_', '-')}: leave one of them out")
     if not replace_features:
         refuse_other_features(read(source, config), artifacts, config.name)
+    require_writable(artifacts, config.name)
     results = engine(Sweep(source, split_seed, folder), trials, show)
     trained = [result for result in results if result.error is None]
     if not trained:
@@ -176,17 +182,26 @@ def run_sweep(
     means = {name: _means(of_model) for name, of_model in measures.items()}
     if served is not None:
         means[SERVED] = _means(served)
-    refusal = _refusal(best, served)
-    path = None
+    refusal, path = _refusal(best, served), None
+    if refusal is not None:
+        reason = f"--force was given, although {refusal}" if force else refusal
+    elif served is not None:
+        reason = "it beats the served version"
+    elif versions(artifacts, config.name):
+        reason = "the served version was not compared, because it cannot be loaded or takes other inputs"
+    else:
+        reason = "there is no served version"
     if refusal is None or force:
         content = _artifact_file(folder, best.trial).read_bytes()
         path = publish_content(content, config.name, artifacts, key)
-    reason = refusal or ("there is no served version" if served is None else "it beats the served version")
     return SweepResult(results, best, path, reason, means)
 
 
 def train_trial(sweep: Sweep, trial: Trial) -> TrialResult:
-    """Train one model, and write its artifact into the folder of the sweep. An error is part of the result."""
+    """Train one model, and write its artifact into the folder of the sweep.
+
+    If an ElboError ends the training, the result has its message, and there is no artifact.
+    """
     began = time.monotonic()
     try:
         table = read(sweep.source, trial.config)
@@ -214,14 +229,17 @@ def _artifact_file(folder: Path, trial: Trial) -> Path:
 
 
 def _held_out(data: Any) -> tuple[Tensor, Tensor]:
-    """Return the held-out rows [M, D] without missing values, and the scale of errors [D]: their deviations."""
+    """Return the held-out rows [M, D] without missing values, and the unit of errors [D].
+
+    The unit is the standard deviation of each column of these rows, or 1 if the column is constant.
+    """
     rows: Tensor = data.fill_missing(data.held_out)
     scale = rows.std(dim=0, correction=0)
     return rows, torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def _measure_served(artifacts: Path, config: TrainConfig, source: str, split_seed: int) -> Measures | None:
-    """Return the measures of the newest version; None if there is none that takes the held-out rows."""
+    """Return the measures of the newest version; None if it cannot be loaded or takes other inputs, or none exists."""
     present = versions(artifacts, config.name)
     if not present:
         return None
@@ -230,15 +248,17 @@ def _measure_served(artifacts: Path, config: TrainConfig, source: str, split_see
     except ArtifactError:
         return None
     manifest = artifact.manifest
-    data = split_data(config, read(source, config), split_seed)
-    rows, scale = _held_out(data)
-    if manifest.window is not None or manifest.conditions is not None or len(manifest.features) != rows.shape[1]:
+    table = read(source, config)
+    rows, scale = _held_out(split_data(config, table, split_seed))
+    if [feature.name for feature in manifest.features] != list(table.names) or len(table.names) != rows.shape[1]:
+        return None
+    if manifest.window is not None or manifest.conditions is not None:
         return None
     return measure(artifact.module, rows, scale, split_seed)
 
 
 def _refusal(best: TrialResult, served: Measures | None) -> str | None:
-    """Return why the best model is not published, or None."""
+    """Return why the best model should not be published, or None."""
     if best.is_worse_than_mean:
         return "it reconstructs held-out rows worse than predicting the mean of every column"
     if served is None:
@@ -289,7 +309,8 @@ def sweep_page(result: SweepResult, name: str) -> str:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Sweep of {escape(name)}</title>'
         f"<style>{STYLE}</style><h1>Sweep of {escape(name)}</h1><p>{escape(describe(result, name))}</p>"
         f"<table><tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>{''.join(rows)}</table>"
-        f"<p>Measures on the same held-out rows, errors in standard deviations of these rows:</p><ul>{meanings}</ul>"
+        "<p>All models are measured on the same held-out rows. In the reconstruction error, the model unit of a column "
+        f"is its standard deviation in these rows.</p><ul>{meanings}</ul>"
     )
 
 
