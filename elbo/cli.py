@@ -1067,7 +1067,8 @@ def score(
     engine: Annotated[
         Engine,
         typer.Option(
-            help="where OUTPUT is computed: local, or ray (the cluster of RAY_ADDRESS, or one that is started here)"
+            help="where OUTPUT is computed: local, or ray (the cluster of RAY_ADDRESS or of this machine, or else a "
+            "cluster that is started here)"
         ),
     ] = Engine.local,
     workers: Annotated[

@@ -1,4 +1,7 @@
-"""Parts of a scoring job and models of a sweep as tasks of Ray. The only module of `training` that imports Ray."""
+"""Run the parts of a scoring job, or the trials of a sweep, as tasks of Ray.
+
+This is the only module of `training` that imports Ray.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -9,14 +12,16 @@ from training import sweep
 from training.scoring.job import Job, Part, Report, score_part
 from training.scoring.job import Show as ShowRows
 
-TASKS_PER_CORE = 2  # tasks that are submitted at the same time, so that no core waits for the driver
+TASKS_PER_CORE = 2  # submitted tasks per core: one runs and one waits, so that no core waits for the driver
 
 
 @contextmanager
 def connected() -> Iterator[Any]:
-    """Yield the module `ray`, connected to the cluster of RAY_ADDRESS, or else to one that is started on this machine.
+    """Yield the module `ray`, connected to a cluster.
 
-    Ray sends no usage statistics and starts no dashboard. A connection that exists is used, and stays.
+    A connection that this process already has is used, and stays open. Otherwise, Ray connects to the cluster of
+    RAY_ADDRESS, or else to a cluster that runs on this machine, or else starts one until the end of the block. A
+    cluster that is started here has no dashboard and sends no usage statistics.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -33,12 +38,19 @@ def connected() -> Iterator[Any]:
 
 
 def score_on_ray(job: Job, parts: Sequence[Part], workers: int | None, show: ShowRows) -> None:
-    """Score the parts as tasks of Ray. Every process of Ray loads the artifact once.
+    """Score the parts as tasks of Ray with one core each. Every process of Ray loads the artifact once.
 
-    If a node is lost, Ray runs its tasks again on another node. INPUT and OUTPUT must have the same path on all nodes.
+    If a node is lost, Ray runs its tasks again on another node. The artifact, the data and the folder of the job must
+    have the same paths on all nodes.
+
+    Args:
+        job: the job.
+        parts: the parts to score.
+        workers: how many tasks are submitted at the same time; by default, TASKS_PER_CORE.
+        show: called after each part with the number of its rows.
 
     Raises:
-        DataError: as `score_part`.
+        ElboError: the first error of a task; see `score_part`.
     """
     with connected() as ray:
         task = ray.remote(num_cpus=1, max_retries=-1, scheduling_strategy="SPREAD")(_score)
@@ -56,7 +68,10 @@ def score_on_ray(job: Job, parts: Sequence[Part], workers: int | None, show: Sho
 
 
 def train_on_ray(job: sweep.Sweep, trials: Sequence[sweep.Trial], show: sweep.Show) -> list[sweep.TrialResult]:
-    """Train the models of a sweep as tasks of Ray, one core each. The data and the runs must be on a shared disk."""
+    """Train the models of a sweep as tasks of Ray with one core each. Return the results in the order of `trials`.
+
+    The data and the folder of the sweep must have the same paths on all nodes.
+    """
     with connected() as ray:
         task = ray.remote(num_cpus=1, max_retries=-1, scheduling_strategy="SPREAD")(_train)
         running = {task.remote(job, trial): trial for trial in trials}
@@ -77,7 +92,7 @@ def _train(job: sweep.Sweep, trial: sweep.Trial) -> sweep.TrialResult:
 
 
 def _result(ray: Any, reference: Any) -> Any:
-    """Return the result of a finished task. Raise the exception of the task itself, not Ray's wrapper of it."""
+    """Return the result of a finished task. If it failed, raise its own exception instead of Ray's RayTaskError."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
