@@ -1,7 +1,7 @@
 """Copy versions between repositories: folders, and remote repositories.
 
 The files of a version are written first, and the index last. If a copy ends half-way, readers see the repository as it
-was before, and the next copy goes on from there.
+was before, and the next copy writes the versions that are missing in the index.
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from models.errors import ArtifactMissing, ElboError, printable
-from models.manifest import FILE_NAME, folders, model_folder, names, parse, read_sealed, version_folder, versions
+from models.manifest import FILE_NAME, model_folder, names, parse, read_sealed, version_folder, versions
 from models.signatures import SIGNATURE_NAME, TrustedKeys
 from models.staging import staging_folder
 from models.versions import unwritable_as_artifact_error
@@ -38,25 +38,25 @@ from service.repository.storage import (
     sha256_of,
 )
 
-MAX_TRIES = 8  # of writing the index while other processes write it, too
-REQUEST_ATTEMPTS = 4
+MAX_TRIES = 8  # to write the index while other processes write it, too
+REQUEST_ATTEMPTS = 4  # of a request to S3, before the copy fails
 STAGING_PREFIX = "elbo-copy-"
 
 
 class CopyConflict(ElboError):
-    """The destination already has another content under the same name and version."""
+    """The destination has another artifact under the same name and version."""
 
     code = "copy_conflict"
 
 
 @dataclass(frozen=True)
 class Copied:
-    """What was done with one version.
+    """The result of copying one version.
 
     Args:
         name: the version.
         bytes: the size of the artifact.
-        action: "copied", "signature" (only the signature was copied), or "present" (nothing was missing).
+        action: "copied", "signature" (only the signature was copied), or "present" (the destination had both already).
     """
 
     name: VersionName
@@ -76,17 +76,24 @@ class Repository(Protocol):
     def fetch(self, name: VersionName, entry: VersionEntry, staging: Path) -> None:
         """Copy the files of a version into the folder `staging`."""
 
-    def store(self, name: VersionName, staging: Path, replaces: bool) -> None:
+    def store(self, name: VersionName, staging: Path, only_signature: bool) -> None:
         """Copy the files in the folder `staging` into the repository.
 
         Args:
             name: the version.
-            staging: a folder with the artifact, unless `replaces`, and the signature, if the version has one.
-            replaces: whether the version is there already, and only its signature is new.
+            staging: a folder with the artifact, and the signature if the version has one.
+            only_signature: whether the repository has the artifact already.
         """
 
     def write_index(self, added: Entries) -> None:
-        """Write the index, after all files."""
+        """Write the index. Call this method after `store`.
+
+        Args:
+            added: the entries, with hashes, of the versions that were copied.
+        """
+
+    def rewrite_index(self) -> Entries:
+        """Write the index of all files that the repository has now, with new hashes, and return it."""
 
 
 def open_repository(place: str) -> Repository:
@@ -133,7 +140,7 @@ class FolderRepository:
         if entry.signature:
             (staging / SIGNATURE_NAME).write_bytes((folder / SIGNATURE_NAME).read_bytes())
 
-    def store(self, name: VersionName, staging: Path, replaces: bool) -> None:
+    def store(self, name: VersionName, staging: Path, only_signature: bool) -> None:
         """See `Repository`."""
         parent = model_folder(self._root, name.name)
         with unwritable_as_artifact_error(parent):
@@ -144,22 +151,29 @@ class FolderRepository:
                     if (staging / file).exists():
                         _copy_synced(staging / file, own / file)
                 folder = version_folder(self._root, name.name, name.version)
-                if replaces:
+                if only_signature:
                     (own / SIGNATURE_NAME).replace(folder / SIGNATURE_NAME)
                 else:
                     own.rename(folder)
 
     def write_index(self, added: Entries) -> None:
-        """See `Repository`. The index lists what the folder has now."""
+        """See `Repository`. The index lists the versions that the folder has now."""
         index = self._root / INDEX_NAME
-        if not self._has_index and not index.exists():
-            return
-        known = parse_index(index.read_bytes(), str(self._root)) if index.exists() else {}
+        if self._has_index or index.exists():
+            self._write_index(added, parse_index(index.read_bytes(), str(self._root)) if index.exists() else {})
+
+    def rewrite_index(self) -> Entries:
+        """See `Repository`."""
+        if not self._root.is_dir():
+            raise RepositoryInvalid(f"{self._root} is no folder: expected an artifact folder")
+        return self._write_index()
+
+    def _write_index(self, *known: Entries) -> Entries:
+        """Write the index, and return it. The hashes of versions that are not in `known` are computed."""
         with unwritable_as_artifact_error(self._root), staging_folder(self._root) as staging:
             complete = {
                 name: {
-                    version: _known(added, name, version, entry)
-                    or _known(known, name, version, entry)
+                    version: next(filter(None, (_known(each, name, version, entry) for each in known)), None)
                     or self.complete(VersionName(name, version), entry)
                     for version, entry in found.items()
                 }
@@ -167,19 +181,23 @@ class FolderRepository:
             }
             (staging / INDEX_NAME).write_bytes(render_index(complete))
             (staging / INDEX_NAME).chmod(0o644)
-            (staging / INDEX_NAME).replace(index)
+            (staging / INDEX_NAME).replace(self._root / INDEX_NAME)
+        return complete
 
 
 def _known(entries: Entries, name: str, version: int, entry: VersionEntry) -> VersionEntry | None:
-    """Return the entry of a version in `entries` if the sizes of its files are those in `entry`."""
+    """Return the entry of a version in `entries` if the version has no signature, and its size is that in `entry`.
+
+    All signatures have about the same size, so the size does not say whether a signature is the same.
+    """
     known = entries.get(name, {}).get(version)
     if known is None or known.model.bytes != entry.model.bytes:
         return None
-    return known if known.signature is None and entry.signature is None else None  # signatures may differ in content
+    return known if known.signature is None and entry.signature is None else None
 
 
 class RemoteRepository:
-    """A remote repository, which always has an index after it was written to.
+    """A remote repository. After each copy into it, it has an index.
 
     Args:
         location: the place of the repository.
@@ -220,10 +238,10 @@ class RemoteRepository:
                     "file was altered or damaged after it was pushed"
                 )
 
-    def store(self, name: VersionName, staging: Path, replaces: bool) -> None:
+    def store(self, name: VersionName, staging: Path, only_signature: bool) -> None:
         """See `Repository`. The artifact comes last, because a reader without the index looks for the artifact."""
         for path, file in reversed(list(zip(name.files, (FILE_NAME, SIGNATURE_NAME), strict=True))):
-            if (staging / file).exists() and not (replaces and file == FILE_NAME):
+            if (staging / file).exists() and not (only_signature and file == FILE_NAME):
                 self._storage.upload(staging / file, path)
 
     def write_index(self, added: Entries) -> None:
@@ -240,8 +258,8 @@ class RemoteRepository:
             if _contains(parse_index(self._storage.read(INDEX_NAME), str(self._location)), added):
                 return
         raise RepositoryConflict(
-            f"cannot write {INDEX_NAME} of {self._location}, because other processes write it all the time: the "
-            "versions are there, but servers do not see them yet; run the command again"
+            f"cannot write {INDEX_NAME} of {self._location}, because other processes replaced it {MAX_TRIES} times: "
+            "the files of the versions are copied, but servers do not see them yet; run the command again"
         )
 
     def _with_hashes(self, added: Entries) -> Entries:
@@ -256,7 +274,7 @@ class RemoteRepository:
         }
 
     def rewrite_index(self) -> Entries:
-        """Write the index of all files that the repository has now, and return it. Every file is downloaded once.
+        """See `Repository`. Every file is downloaded once.
 
         Raises:
             RepositoryConflict: another process has written the index since this method began to list the files.
@@ -278,7 +296,7 @@ def copy_versions(
     keys: TrustedKeys | None = None,
     report: Callable[[Copied], None] = lambda _copied: None,
 ) -> list[Copied]:
-    """Copy versions from `source` to `destination`, as far as they are missing there.
+    """Copy versions from `source` to `destination`, unless the destination has them.
 
     Args:
         source: has the versions.
@@ -289,7 +307,7 @@ def copy_versions(
 
     Raises:
         ElboError: a version does not exist, is damaged, untrusted, or differs from that of the destination; or a
-            repository cannot be read or written. The versions before are in the destination then.
+            repository cannot be read or written. The versions before it have been copied.
     """
     present = source.entries()
     there = destination.entries()
@@ -315,7 +333,7 @@ def _copy(
     there: VersionEntry | None,
     keys: TrustedKeys | None,
 ) -> tuple[Copied, VersionEntry]:
-    """Copy one version. Return what was done, and the entry of the version in the index of the destination."""
+    """Copy one version, whose entry in the destination is `there`. Return the result, and its new entry there."""
     if there is not None:
         ours, theirs = source.complete(name, entry), destination.complete(name, there)
         if ours.model.sha256 != theirs.model.sha256:
@@ -333,7 +351,7 @@ def _copy(
         if keys is not None:
             keys.verify(content, staging / FILE_NAME, name.name, name.version)
         complete = entry_of_folder(staging)
-        destination.store(name, staging, replaces=there is not None)
+        destination.store(name, staging, only_signature=there is not None)
         return Copied(name, complete.model.bytes, "copied" if there is None else "signature"), complete
 
 
@@ -365,18 +383,9 @@ def write_index_of(place: str) -> int:
     """Write the index of the repository at `place`, and return the number of its versions.
 
     Raises:
-        RepositoryInvalid: the repository is read only.
+        RepositoryInvalid: the repository can only be read, or is not a folder.
     """
-    repository = open_repository(place)
-    if isinstance(repository, RemoteRepository):
-        return sum(map(len, repository.rewrite_index().values()))
-    folder = Path(parse_location(place).url.removeprefix("file://")) if is_url(place) else Path(place)
-    if not folder.is_dir():
-        raise RepositoryInvalid(f"{folder} is no folder: expected an artifact folder")
-    indexed = FolderRepository(folder, has_index=True)
-    (folder / INDEX_NAME).unlink(missing_ok=True)  # every hash is computed again
-    indexed.write_index({})
-    return sum(len(versions(folder, name)) for name in folders(folder))
+    return sum(map(len, open_repository(place).rewrite_index().values()))
 
 
 def entry_of_folder(folder: Path) -> VersionEntry:
