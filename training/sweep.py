@@ -182,7 +182,7 @@ def run_sweep(
     means = {name: _means(of_model) for name, of_model in measures.items()}
     if served is not None:
         means[SERVED] = _means(served)
-    refusal, path = _refusal(best, served), None
+    refusal = _refusal(best, served)
     if refusal is not None:
         reason = f"--force was given, although {refusal}" if force else refusal
     elif served is not None:
@@ -191,6 +191,7 @@ def run_sweep(
         reason = "the served version was not compared, because it cannot be loaded or takes other inputs"
     else:
         reason = "there is no served version"
+    path = None
     if refusal is None or force:
         content = _artifact_file(folder, best.trial).read_bytes()
         path = publish_content(content, config.name, artifacts, key)
