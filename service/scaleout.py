@@ -1,8 +1,8 @@
 """The service on Ray Serve: `serve run service.scaleout:app`. The only module of `service` that imports Ray.
 
 Every replica runs the same application as a worker of `elbo serve`, with its own registry, batcher and admission
-control. Ray Serve starts and replaces replicas, passes requests to them, and chooses their number by the wait in their
-queues.
+control. Ray Serve starts and replaces replicas, passes requests to them, and calls `ReplicaCount` for their number. It
+also takes the place of the server: TLS, limits on connections, and the process that tries artifacts out are missing.
 """
 
 import math
@@ -17,11 +17,11 @@ from service.app import create_app
 from service.settings import Settings
 
 WAIT = "queue_seconds"  # the statistic that replicas report
-MAX_ONGOING_REQUESTS = 1000  # per replica: admission control refuses requests before Ray Serve holds them back
+MAX_ONGOING_REQUESTS = 1000  # per replica; so many that admission control refuses requests before Ray Serve queues them
 
 
 class Options(BaseModel):
-    """The options of `serve run service.scaleout:app OPTION=VALUE`. The settings are those of `elbo serve`, ELBO_*."""
+    """The options of `serve run service.scaleout:app OPTION=VALUE`. The ELBO_* variables set everything else."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,16 +34,16 @@ class Options(BaseModel):
         16.0, gt=0, description="replicas are added if there are more unfinished requests than this for each"
     )
     cpus: float = Field(1.0, gt=0, description="cores of a replica")
-    upscale_seconds: float = Field(10.0, ge=0, description="time for which replicas must be too few")
-    downscale_seconds: float = Field(300.0, ge=0, description="time for which replicas must be too many")
+    upscale_seconds: float = Field(10.0, ge=0, description="seconds of too few replicas before more are added")
+    downscale_seconds: float = Field(300.0, ge=0, description="seconds of too many replicas before some are removed")
 
 
 class ReplicaCount:
     """Chooses the number of replicas. Ray Serve applies the limits and the delays.
 
     Args:
-        queue_seconds: the longest mean wait that is accepted.
-        requests_per_replica: how many unfinished requests a replica may have.
+        queue_seconds: the longest wait in the queue, in seconds, as the mean of the replicas.
+        requests_per_replica: the largest number of unfinished requests, as the mean of the replicas.
     """
 
     def __init__(self, queue_seconds: float, requests_per_replica: float) -> None:
@@ -52,8 +52,8 @@ class ReplicaCount:
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
         """Return the number of replicas for the state that Ray Serve gives: `ray.serve.config.AutoscalingContext`.
 
-        The wait of a queue is inversely proportional to the number of replicas. The number of unfinished requests
-        decides while no queue waits, so that the number falls if there is less to do.
+        The wait in a queue is taken to be inversely proportional to the number of replicas. Below `queue_seconds`, the
+        number of unfinished requests decides alone, so that the number of replicas falls when the load falls.
         """
         running = max(1, context.current_num_replicas)
         waits = list((context.aggregated_metrics or {}).get(WAIT, {}).values())
@@ -68,7 +68,7 @@ class Replica:
     """One process with the whole service.
 
     Args:
-        settings: the settings of the service, as the process that deploys it has them.
+        settings: the settings of the service, which `app` has read.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -96,8 +96,8 @@ class Replica:
 def app(options: Options) -> Any:
     """Return the application for `serve run` and for the `import_path` of a Serve config file.
 
-    The ELBO_* variables are read here, in the process that deploys. The artifact folder must have the same path on all
-    nodes.
+    The ELBO_* variables are read here. `serve run` calls this function in its own process, and `serve deploy` in a task
+    on the cluster. The artifact folder must have the same path on all nodes.
     """
     counting = {"queue_seconds": options.queue_seconds, "requests_per_replica": options.requests_per_replica}
     deployment = serve.deployment(
