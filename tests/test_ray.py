@@ -35,7 +35,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(program: str, *arguments: object) -> dict[str, Any]:
-    """Return what a program prints, a JSON object."""
+    """Run a program of `tests/ray_programs` in .venv-ray. Return the JSON object in its last line."""
     require(PYTHON.exists(), "no .venv-ray: make test installs it")
     command = [str(PYTHON), "-m", f"tests.ray_programs.{program}", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -88,5 +88,5 @@ def test_replicas_of_ray_serve_answer_as_the_service_does(root: Path, tmp_path: 
         np.testing.assert_allclose(found[form], mean.numpy(), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found["anomaly"], score.numpy(), rtol=1e-4)
     assert found["replicas"] == {"RUNNING": 2}
-    # a mean wait of 0.4 s of two replicas is 0.1 s of eight; 70 requests are more than 16 for each of four
+    # Two replicas with a mean wait of 0.4 s: eight have 0.1 s. 70 requests: five replicas have at most 16 each.
     assert (found["idle"], found["waiting"], found["busy"]) == (1, 8, 5)

@@ -7,20 +7,20 @@ from typing import Any
 
 
 @contextmanager
-def two_nodes(nodes: int = 2) -> Iterator[tuple[Any, list[Any]]]:
-    """Yield a cluster and its nodes with one core each. The head has no cores, so all work is done on these nodes.
+def two_nodes() -> Iterator[tuple[Any, list[Any]]]:
+    """Yield a cluster and its two nodes with one core each. The head has no cores, so tasks run only on these nodes.
 
-    This process is connected to the cluster. Ray sends no usage statistics.
+    In the block, this process is connected to the cluster. Ray sends no usage statistics.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
     from ray.cluster_utils import Cluster
 
-    store = 100 << 20
+    store = 100 << 20  # bytes
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": store}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
-        workers = [cluster.add_node(num_cpus=1, object_store_memory=store) for _ in range(nodes)]
+        workers = [cluster.add_node(num_cpus=1, object_store_memory=store) for _ in range(2)]
         ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
         yield cluster, workers
     finally:

@@ -1,8 +1,8 @@
-"""Score a file on a cluster of two nodes, of which one is killed, and train a sweep on the other. Prints JSON.
+"""Score a file on a cluster of two nodes, kill one of them meanwhile, and train a sweep on the other. Print JSON.
 
-Arguments: ARTIFACT DATA OUTPUT, and a table and a folder for the sweep.
+    .venv-ray/bin/python -m tests.ray_programs.lose_a_node ARTIFACT DATA OUTPUT TABLE FOLDER
 
-This program runs in the environment .venv-ray.
+TABLE is the training data of the sweep, and FOLDER is where its trials write their artifacts.
 """
 
 import json
@@ -21,7 +21,7 @@ from training.sweep import Sweep
 
 
 def main(artifact_path: Path, data: str, output: Path, table: str, folder: Path) -> None:
-    """Score `data`. Kill one of the two nodes when it has finished some parts, and others are running on both nodes."""
+    """Score `data`, and kill one of the two nodes as soon as four parts are finished. Then train the sweep."""
     artifact = load(artifact_path)
     job = make_job(artifact, "parquet", 0.05, 3, part_rows=2_000)
     reports = output.with_name(f".{output.name}.partial") / "reports"

@@ -1,6 +1,6 @@
-"""Serve the models of a folder on Ray Serve with two replicas, and send requests: `serve_models.py ARTIFACTS ROWS.npy`.
+"""Serve the models of a folder on Ray Serve with two replicas, and send requests. Print JSON.
 
-Prints JSON. This program runs in the environment .venv-ray.
+.venv-ray/bin/python -m tests.ray_programs.serve_models ARTIFACTS ROWS.npy
 """
 
 import io
@@ -19,7 +19,7 @@ NPY = {"content-type": "application/x-npy", "accept": "application/x-npy"}
 
 
 def main(artifacts: str, rows: np.ndarray) -> None:
-    """Print the responses of the service, and how many replicas are wanted for several queues."""
+    """Print parts of the responses, the states of the replicas, and what `ReplicaCount` returns for three loads."""
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "ELBO_ARTIFACTS": artifacts, "ELBO_LOG_LEVEL": "error"}
     import ray
     from ray import serve

@@ -1,9 +1,9 @@
-"""The sweep that is trained on Ray and on this machine."""
+"""The trials that `tests/test_ray.py` trains on Ray and in its own process."""
 
 from training.config import TrainConfig
 from training.sweep import Trial
 
 TRIALS = [
     Trial(index, {"latents": str(latents)}, TrainConfig(model="pca", name="swept", latents=latents))
-    for index, latents in enumerate((1, 2, 9))  # the table has five columns, so the last trial fails
+    for index, latents in enumerate((1, 2, 9))  # nine latents of five columns: this trial fails
 ]

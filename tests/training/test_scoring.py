@@ -1,4 +1,4 @@
-"""`elbo score NAME DATA OUTPUT`: the same scores for any division into parts, and what an interruption leaves."""
+"""`elbo score NAME DATA OUTPUT`: scores do not depend on the parts, and a killed job continues."""
 
 import json
 import os
