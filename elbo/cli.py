@@ -1090,8 +1090,8 @@ def score(
     line has the fault (detail) instead, and the exit code is 2.
 
     With OUTPUT, DATA may be larger than memory, and may be a folder of .parquet, .csv or .npy files. OUTPUT appears as
-    a whole at the end. Faulty rows are listed with their faults in OUTPUT.faults.ndjson instead. If the command is
-    interrupted, repeat it to continue.
+    a whole at the end. OUTPUT.faults.ndjson lists the faulty rows with their faults. If the command is interrupted,
+    repeat it to continue.
     """
     from models.artifact import load_after_trial
     from training.reports.describe import DEFAULT_ALPHA, few_calibration_rows
