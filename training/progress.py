@@ -260,7 +260,7 @@ class SlowProgress:
         """Count `count` more items as done."""
         self._done += count
         now = time.monotonic()
-        if now - self._last_line >= self._seconds and self._done < self._total:
+        if now - self._last_line >= self._seconds and 0 < self._done < self._total:
             self._last_line = now
             seconds_left = (now - self._began) * (self._total - self._done) / self._done
             percent = 100 * self._done // self._total
