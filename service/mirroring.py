@@ -12,9 +12,9 @@ from service.monitoring.periodic import PeriodicTask
 from service.repository.mirror import Mirror, read_failures
 from service.settings import Settings
 
-FIRST_POLL_SECONDS = 60.0  # that the start waits for the first poll if the cache is empty
-CACHED_POLL_SECONDS = 5.0  # the same if the cache has models
-CLOSE_SECONDS = 2.0  # that the end waits for a poll
+FIRST_POLL_SECONDS = 60.0  # how long the start of the server waits for the first poll if the cache is empty
+CACHED_POLL_SECONDS = 5.0  # how long it waits if the cache has models
+CLOSE_SECONDS = 2.0  # how long the end of the server waits for a poll
 
 T = TypeVar("T")
 log = logging.getLogger("elbo.repository")
@@ -23,7 +23,7 @@ log = logging.getLogger("elbo.repository")
 class RepositoryPolling:
     """Mirrors the remote repository into the cache every ELBO_POLL_SECONDS, from `start` to `close`.
 
-    The work is done in a thread of its own, because downloads and hashes would block the event loop.
+    A poll runs in a thread, because downloads and hashes would block the event loop.
 
     Args:
         settings: the repository, the cache and the time between two polls. Without a repository, nothing is polled.
@@ -42,7 +42,7 @@ class RepositoryPolling:
         self._first: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Poll now. If that takes long, return while the poll goes on: what is in the cache is served meanwhile."""
+        """Poll now. If the poll takes long, return while it goes on. The models in the cache are served meanwhile."""
         if self._mirror is None:
             return
         seconds = CACHED_POLL_SECONDS if self._mirror.has_versions() else FIRST_POLL_SECONDS
@@ -52,7 +52,7 @@ class RepositoryPolling:
         self._task.start()
 
     async def close(self) -> None:
-        """Stop polling. A download that is under way is abandoned, and leaves nothing behind."""
+        """Stop polling, and abandon a download. If it takes longer than CLOSE_SECONDS, a later poll removes its files."""
         if self._mirror is None:
             return
         self._mirror.is_stopped = True
@@ -68,7 +68,7 @@ class RepositoryPolling:
 
 
 def registry_failures(settings: Settings) -> tuple[Failure, ...]:
-    """Return the failures of the last poll, which any process of this server or of another one may have made."""
+    """Return the failures of the last poll of the repository, whichever process or server polled."""
     failures = read_failures(settings.artifact_folder)
     return tuple(Failure(each.name, each.version, each.code, each.detail) for each in failures)
 

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 READINESS = "/readyz"
-INFERENCE = "/anomaly"  # a request for inference needs the scope of this path
+INFERENCE = "/anomaly"  # a request for inference needs an API key with the scope of this path
 
 
 class PlatformRoutes(NamedTuple):
@@ -13,7 +13,7 @@ class PlatformRoutes(NamedTuple):
         health: the path of its probes; empty for none.
         predict: the path of its requests for inference; empty for none.
         has_text_errors: whether the body of an error on `predict` is an object with the text `error`. Otherwise it is
-            that of the other endpoints.
+            a problem (RFC 9457), as on the other endpoints.
     """
 
     health: str = ""
@@ -21,7 +21,7 @@ class PlatformRoutes(NamedTuple):
     has_text_errors: bool = False
 
     def known_path(self, path: str) -> str:
-        """Return the path of this server that needs the same scope as `path`: `path` itself for other paths."""
+        """Return READINESS for the path of probes, INFERENCE for that of inference, and any other path unchanged."""
         if path and path == self.health:
             return READINESS
         return INFERENCE if path and path == self.predict else path

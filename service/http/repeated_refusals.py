@@ -1,11 +1,11 @@
-"""Refuse the next requests of connections at the lowest cost, and delay the answers to clients that do not slow down.
+"""Refuse requests with known heads without parsing them, and delay the answers to clients that do not slow down.
 
-While the server is overloaded, most requests are refused, and their cost decides how many others are served. Clients
-repeat the head of their requests. If a read has exactly one request with the head of a request that was refused before,
-the server refuses it without parsing it.
+While the server is overloaded, it refuses most requests, and their cost decides how many others it can serve. Clients
+repeat the heads of their requests. If a read has exactly one request, and its head is that of a refused request, the
+server refuses it without parsing it.
 
-A client that sends its next request as soon as it is refused would be answered at full speed. The server therefore
-delays the answers to a connection that is refused again and again, each twice as long as the one before it.
+Some clients send the next request as soon as one is refused. The server therefore delays its answers to a connection
+that is refused again and again, each twice as long as the one before it.
 """
 
 import asyncio
@@ -13,13 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-MAX_HEADS = 1024  # of which the newest are remembered
-MAX_HEAD_BYTES = 2048
+MAX_HEADS = 1024  # a new head replaces the oldest one
+MAX_HEAD_BYTES = 2048  # longer heads are always parsed
 MAX_DELAYED = 10_000  # answers that are delayed at once; each has less than 1 KiB
-DELAY_SECONDS = (0.001, 0.064)  # how long the second answer is delayed, and the longest time
+DELAY_SECONDS = (0.001, 0.064)  # the delay of the second answer, and the longest delay
 END_OF_HEAD = b"\r\n\r\n"
-# With one of these headers, the answer, the trace or the connection depends on more than the fact that the request is
-# refused.
+# A head with one of these headers is always parsed, because the answer, the trace or the connection depends on it.
 SPECIAL_HEADERS = frozenset({
     b"connection", b"transfer-encoding", b"upgrade", b"expect", b"traceparent", b"x-request-id",
 })  # fmt: skip
@@ -50,7 +49,7 @@ class RefusedHeads(dict[bytes, RefusedHead]):
         return head if head is not None and len(data) == end + head.body_bytes else None
 
     def remember(self, data: bytes, path: str, endpoint: str, headers: list[tuple[bytes, bytes]]) -> None:
-        """Remember the head in `data` if `data` is one whole request and nothing but its head matters for a refusal.
+        """Remember the head in `data` if `data` is one whole request without SPECIAL_HEADERS.
 
         Args:
             data: the read with which the request began.
@@ -79,9 +78,9 @@ class DelayedAnswers:
         self._number = 0
 
     def delay(self, number: int, send: Callable[[], None]) -> asyncio.TimerHandle | None:
-        """Call `send` after `delay_of(number)`, and return the timer. Call `release` when it has ended.
+        """Call `send` after `delay_of(number)`, and return the timer. The caller calls `release` after the answer.
 
-        Return None, without calling `send`, if the answer has to be sent at once.
+        Return None if the answer has to be sent at once. `send` is then not called.
         """
         if number == 0 or self._number >= MAX_DELAYED:
             return None
@@ -89,12 +88,12 @@ class DelayedAnswers:
         return asyncio.get_running_loop().call_later(delay_of(number), send)
 
     def release(self) -> None:
-        """Count an answer as sent or abandoned."""
+        """Count a delayed answer as sent or abandoned."""
         self._number -= 1
 
 
 @lru_cache(maxsize=128)
 def delay_of(number: int) -> float:
-    """Return how long the answer to the refusal `number` of a connection is delayed. The first, number 0, is not."""
+    """Return the delay in seconds of the answer to refusal `number` of a connection. The first, number 0, has none."""
     first, longest = DELAY_SECONDS
     return 0.0 if number == 0 else min(longest, first * 2.0 ** min(number - 1, 16))

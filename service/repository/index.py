@@ -1,7 +1,7 @@
 """The index of a repository: which versions it has, with the size and the SHA-256 of each file.
 
-`elbo-index.json` lies at the root of the repository. `elbo push` writes it after the files that it names, so a reader
-sees a version only when the version is complete. With an index, a server finds new versions with one small request.
+`elbo-index.json` is at the root of the repository. `elbo push` writes it after the files that it names, so a reader sees
+a version only when the version is complete. With an index, a server finds new versions with one small request.
 """
 
 import json
@@ -18,7 +18,7 @@ from service.repository.location import RepositoryInvalid
 
 INDEX_NAME = "elbo-index.json"
 INDEX_FORMAT = 1
-MAX_INDEX_BYTES = 16 * 2**20  # 70,000 versions
+MAX_INDEX_BYTES = 16 * 2**20  # about 70,000 versions
 MAX_FILE_BYTES = 4 * 2**30 - 1  # as `models.archive_check`: no artifact is larger
 
 
@@ -28,7 +28,7 @@ class FileEntry(BaseModel):
     Args:
         bytes: its size.
         sha256: the SHA-256 of the file; None if the repository has no index.
-        tag: what changes with the content, such as an ETag, in a repository without an index; otherwise None.
+        tag: a text that changes whenever the content changes, such as an ETag; None if the entry is from an index.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -52,7 +52,7 @@ Entries = dict[str, dict[int, VersionEntry]]
 
 @dataclass(frozen=True)
 class VersionName:
-    """A name and a version of a model, which are valid as the names of folders."""
+    """A name and a version of a model. Both are valid as names of folders."""
 
     name: str
     version: int
@@ -74,7 +74,7 @@ def parse_index(content: bytes, source: str) -> Entries:
         source: the name of the repository, for messages.
 
     Raises:
-        RepositoryInvalid: the index is damaged, of a later release, or names a file outside of the repository.
+        RepositoryInvalid: the index is damaged, of a later release, or has a name or a version that no model can have.
     """
     place = f"{source}/{INDEX_NAME}"
     try:
@@ -122,7 +122,7 @@ def render_index(entries: Entries) -> bytes:
 
 
 def entries_of(files: Mapping[str, FileEntry]) -> Entries:
-    """Return the versions among `files`, which are the files of a repository by their paths from its root."""
+    """Return the versions among `files`, the files of a repository by their paths from its root. Ignore other files."""
     found: Entries = {}
     for path, entry in sorted(files.items()):
         name, _, rest = path.partition("/")

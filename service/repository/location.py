@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from models.errors import ElboError, printable
 
 SCHEMES = ("s3", "gs", "https", "http", "file")
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(.+)", re.DOTALL)  # one slash: a Path has dropped the other
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(.+)", re.DOTALL)  # one slash, because a Path drops the other one
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -55,7 +55,7 @@ def parse_location(text: str) -> Location:
     """Return the location that the URL `text` names.
 
     Raises:
-        RepositoryInvalid: the scheme is unknown, or a part of the URL is missing or superfluous.
+        RepositoryInvalid: the URL is not valid, its scheme is unknown, or a part of it is missing or superfluous.
     """
     found = _URL.fullmatch(text)
     scheme = found[1].lower() if found else ""
@@ -65,7 +65,10 @@ def parse_location(text: str) -> Location:
             f"{', '.join(f'{each}://' for each in SCHEMES)}"
         )
     url = f"{scheme}://{found[2]}".rstrip("/")
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:  # the URL is left out of the message, because it may contain a password
+        raise RepositoryInvalid(f"the URL of the remote repository is not valid: {error}") from error
     location = Location(scheme, url)
     if parts.query or parts.fragment or any(part in (".", "..") for part in parts.path.split("/")):
         raise RepositoryInvalid(
@@ -79,7 +82,7 @@ def parse_location(text: str) -> Location:
         raise RepositoryInvalid(f"{location}: expected a bucket without credentials, which come from the environment")
     if scheme == "http" and parts.hostname not in _LOOPBACK:
         raise RepositoryInvalid(
-            f"{location}: anybody on the way could replace models that come by http, and an artifact is a program: "
-            "use https"
+            f"{location}: anybody on the network path could replace models that come by http, and an artifact is a "
+            "program: use https"
         )
     return location

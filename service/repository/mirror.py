@@ -1,8 +1,8 @@
 """The mirror of a remote repository in a local folder, which the registry reads like any artifact folder.
 
-One process of a server polls the repository. A file is downloaded into a staging folder, its hash is compared with the
-index, and its folder is then renamed, so that the registry never sees an incomplete or altered version. What the mirror
-has stays there if the repository is unreachable, also after a restart.
+One process of a server polls the repository. It downloads the files of a version into a staging folder, compares their
+hashes with the index, and renames the folder, so the registry never sees an incomplete or altered version. If the
+repository is unreachable, the versions in the mirror stay, also after a restart.
 """
 
 import errno
@@ -43,8 +43,8 @@ from service.repository.storage import (
 )
 
 LOCK, FAILURES = ".mirror.lock", ".mirror-failures.json"
-SPARE_VERSIONS = 1  # that the mirror has more than are served: the registry serves one if a newer one fails to load
-SPARE_BYTES = 64 * 2**20  # of the disk, which downloads leave free
+SPARE_VERSIONS = 1  # versions besides those that are served: the registry serves it if a newer one fails to load
+SPARE_BYTES = 64 * 2**20  # space on the disk that downloads leave free
 MIN_RETRY_SECONDS = 5.0  # pause before a faulty version is downloaded again; each failure doubles it
 MAX_RETRY_SECONDS = 600.0
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -84,7 +84,7 @@ class Poll:
 
 @dataclass
 class _Retry:
-    """When a version that failed may be downloaded again, unless its entry in the index changes."""
+    """A version that could not be mirrored. It is tried again at `due`, or as soon as its entry changes."""
 
     entry: VersionEntry
     failure: MirrorFailure
@@ -93,7 +93,7 @@ class _Retry:
 
 
 class Mirror:
-    """Keeps a local folder like a remote repository. Only one process at a time mirrors into a folder.
+    """Mirrors a remote repository into a local folder. Only one process at a time mirrors into a folder.
 
     Args:
         location: the remote repository.
@@ -117,11 +117,11 @@ class Mirror:
         self._storage = storage or open_storage(location)
         self._clock = clock
         self._entries: Entries | None = None  # of the last poll, if everything was mirrored
-        self._known: dict[Path, tuple[tuple[int, ...], FileEntry]] = {}  # state and content of files in the mirror
+        self._known: dict[Path, tuple[tuple[int, ...], FileEntry]] = {}  # `_state` and entry of files in the mirror
         self._retries: dict[VersionName, _Retry] = {}
         self._changed = False
         self._has_warned = False
-        self._unwritable = ""  # what was logged last about a cache that is not writable
+        self._unwritable = ""  # the last message that was logged about a cache that is not writable
         self.is_stopped = False
 
     def has_versions(self) -> bool:
@@ -131,7 +131,7 @@ class Mirror:
         return False
 
     def poll(self) -> Poll:
-        """Mirror what is new in the repository, and remove what it no longer has. This method blocks.
+        """Mirror the new versions of the repository, and remove those that it no longer has. This method blocks.
 
         A failure is written to the folder, where `read_failures` finds it.
         """
@@ -207,7 +207,7 @@ class Mirror:
         return entries
 
     def _mirror_model(self, name: str, found: dict[int, VersionEntry]) -> None:
-        """Mirror the newest versions of a model that are in order, and remove its other versions from the mirror."""
+        """Mirror the newest intact versions of a model, and remove older versions and those that `found` lacks."""
         kept: set[int] = set()
         for version in sorted(found, reverse=True):
             if len(kept) == self._keep:
@@ -215,7 +215,7 @@ class Mirror:
             elif self._has_mirrored(VersionName(name, version), found[version]):
                 kept.add(version)
         for version in versions(self._folder, name):
-            # A version above those stays, even if the repository has a faulty replacement of it.
+            # A version above the kept ones stays, even if the repository has a faulty replacement of it.
             if version not in found or (len(kept) == self._keep and version < min(kept)):
                 self._remove(version_folder(self._folder, name, version), f"{name}@{version}")
 
@@ -317,7 +317,7 @@ class Mirror:
             return False
         if entry.sha256 is not None:
             is_current = sha256_of(path) == entry.sha256
-        else:  # the tag was not stored: signatures of the same size may differ, and are small
+        else:  # no tag survives a restart: a sealed artifact is kept, and a signature, which is small, downloaded
             is_current = path.name == FILE_NAME and _is_sealed(path)
         if is_current:
             self._known[path] = state, entry
@@ -335,7 +335,7 @@ class Mirror:
 
     def _remove(self, folder: Path, name: str) -> None:
         with staging_folder(folder.parent) as staging:
-            folder.rename(staging / folder.name)  # at once: a reader never sees a folder that is half removed
+            folder.rename(staging / folder.name)  # in one step, so a reader never sees a folder that is half removed
         self._known = {path: known for path, known in self._known.items() if path.parent != folder}
         self._changed = True
         log.info("removed %s from the cache: %s no longer has it, or has newer versions", name, self._location)
@@ -360,7 +360,7 @@ class Mirror:
 
 
 def read_failures(folder: Path) -> tuple[MirrorFailure, ...]:
-    """Return the failures of the last poll that a process has made for the mirror in `folder`."""
+    """Return the failures of the last poll for the mirror in `folder`, whichever process polled."""
     try:
         return tuple(MirrorFailure(**fields) for fields in json.loads((folder / FAILURES).read_bytes()))
     except (OSError, ValueError, TypeError):

@@ -3,8 +3,8 @@
 Every failure of a repository becomes an ElboError whose message contains no credentials. A full local disk stays an
 OSError.
 
-HTTPS needs no fsspec, because httpx is a dependency of Elbo. httpx keeps the connection open, and the request for the
-index has If-None-Match, so the web server sends the index only if it has changed.
+HTTPS needs no fsspec, because httpx is a dependency of Elbo. All files of a poll come through one connection. The
+request for the index has If-None-Match, so the web server sends the index only if it has changed.
 """
 
 import errno
@@ -78,7 +78,7 @@ class Storage(Protocol):
         """
 
     def tag(self, path: str) -> str | None:
-        """Return what changes with the content of a file, such as its ETag; None if there is no such file."""
+        """Return a text that changes whenever the file changes, such as its ETag; None if there is no such file."""
 
     def upload(self, source: Path, path: str) -> None:
         """Write a local file to the repository."""
@@ -232,9 +232,9 @@ class FsspecStorage:
 
 
 class HttpStorage:
-    """A repository behind an HTTP server, which Elbo only reads. It needs an index, because HTTP lists no files.
+    """A repository on a web server, which Elbo only reads. It needs an index, because HTTP cannot list files.
 
-    The environment sets proxies (HTTPS_PROXY) and the file of certificates (SSL_CERT_FILE).
+    HTTPS_PROXY sets a proxy, and SSL_CERT_FILE the file of certificates.
     """
 
     def __init__(self, location: Location) -> None:
@@ -331,6 +331,6 @@ def _require_size(location: Location, path: str, size: int, limit: int) -> None:
 
 
 def _tag(info: dict[str, Any]) -> str:
-    """Return what changes with the content of a file: the ETag or generation of an object, or the time of a change."""
+    """Return the ETag or the generation of an object; of a file in a folder, its size, inode and time of change."""
     found = info.get("ETag") or info.get("etag") or info.get("generation")
     return str(found) if found else f"{info['size']}-{info.get('ino')}-{info.get('mtime')}"

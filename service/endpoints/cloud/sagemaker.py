@@ -1,7 +1,7 @@
-"""`POST /invocations` of Amazon SageMaker: the other endpoints, chosen by the custom attributes of a request.
+"""`POST /invocations` of Amazon SageMaker. The custom attributes of a request choose which endpoint answers it.
 
-SageMaker passes on the body, the headers Content-Type and Accept, and the header of the custom attributes. It passes on
-no query and no other header. Files for SageMaker have one row per line, and its CSV files have no header.
+SageMaker forwards the body and the headers Content-Type, Accept and X-Amzn-SageMaker-Custom-Attributes. It forwards no
+query. Files for SageMaker have one row per line, and its CSV files have no header.
 """
 
 from collections.abc import Awaitable, Callable
@@ -24,7 +24,7 @@ from service.http.request import HttpResponse, RequestContext
 ATTRIBUTES = "X-Amzn-SageMaker-Custom-Attributes"
 _HEADER = ATTRIBUTES.lower().encode()
 METHOD = "method"
-MAX_READ_ROWS = 2**40  # more than any request has
+MAX_READ_ROWS = 2**40  # for `islice`, which takes no infinity; more rows than any request has
 SPECS: dict[str, Spec] = {
     "anomaly": ANOMALY, "reconstruct": RECONSTRUCT, "encode": ENCODE, "decode": DECODE, "impute": IMPUTE,
 }  # fmt: skip
@@ -52,7 +52,7 @@ class SageMakerEndpoint:
     async def invoke(self, request: RequestContext) -> HttpResponse:
         """Answer a request as the endpoint that the attribute `method` names, by default as /anomaly.
 
-        The other attributes are the options of that endpoint.
+        All other attributes are the query of that endpoint.
         """
         method, query = read_attributes(request.header(_HEADER))
         request.scope = {**request.scope, "query_string": query}
@@ -75,8 +75,8 @@ class SageMakerEndpoint:
 def read_attributes(text: str) -> tuple[str, bytes]:
     """Return the method in the custom attributes of a request, and its other attributes as a query string.
 
-    Attributes are separated by commas, such as `method=encode,model=web@2`. A text without `=` is ignored: SageMaker's
-    users also send an id there.
+    Commas separate attributes, as in `method=encode,model=web@2`. A text without `=` is ignored, because SageMaker's
+    users also send ids in this header.
     """
     pairs = [part.partition("=")[::2] for part in text.split(",") if "=" in part]
     attributes = [(name.strip(), value.strip()) for name, value in pairs]
@@ -95,7 +95,7 @@ def _has_header(content_type: str) -> bool | None:
 
 @cache
 def _spec(method: str, has_header: bool | None) -> Spec:
-    """Return the requests that a method takes: also CSV without a header, and JSON Lines."""
+    """Return the Spec of a method, with readers for CSV without a header and for JSON Lines."""
     spec = SPECS[method]
     field = "records" if method == "anomaly" else spec.array_field or ""
     readers: dict[str, BodyReader] = {csv_rows.MEDIA_TYPE: partial(_read_csv, field, has_header)}
@@ -120,7 +120,7 @@ def _read_lines(field: str, body: bytes, budget: Budget) -> RequestFields:
 
 
 def _all_rows(field: str, rows: Any, budget: Budget, error: type[InvalidCsv | InvalidJson]) -> RequestFields:
-    """Return `rows` as a list, or one row more than a request may have. Raises `error` for a line that is not valid."""
+    """Return `rows` as a list, but at most one row more than a request may have. Raise `error` for a faulty row."""
     found = []
     for index, row in enumerate(islice(rows, min(budget.max_rows + 1, MAX_READ_ROWS))):
         if isinstance(row, MalformedRow):
