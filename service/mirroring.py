@@ -52,7 +52,7 @@ class RepositoryPolling:
         self._task.start()
 
     async def close(self) -> None:
-        """Stop polling, and abandon a download. If it takes longer than CLOSE_SECONDS, a later poll removes its files."""
+        """Stop polling, and abandon a download. If it hangs for CLOSE_SECONDS, a later poll removes its files."""
         if self._mirror is None:
             return
         self._mirror.is_stopped = True

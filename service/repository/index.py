@@ -1,7 +1,7 @@
 """The index of a repository: which versions it has, with the size and the SHA-256 of each file.
 
-`elbo-index.json` is at the root of the repository. `elbo push` writes it after the files that it names, so a reader sees
-a version only when the version is complete. With an index, a server finds new versions with one small request.
+`elbo-index.json` is at the root of the repository. `elbo push` writes it after the files that it names, so a reader
+sees a version only when the version is complete. With an index, a server finds new versions with one small request.
 """
 
 import json
