@@ -309,14 +309,16 @@ def copy_versions(
         ElboError: a version does not exist, is damaged, untrusted, or differs from that of the destination; or a
             repository cannot be read or written. The versions before it have been copied.
     """
-    present = source.entries()
-    there = destination.entries()
+    available = source.entries()
+    existing = destination.entries()
     done, added = [], Entries()
     try:
-        for name in select(present, references):
-            entry = present[name.name][name.version]
-            copied, complete = _copy(source, destination, name, entry, there.get(name.name, {}).get(name.version), keys)
-            added.setdefault(name.name, {})[name.version] = complete
+        for name in select(available, references):
+            entry = available[name.name][name.version]
+            there = existing.get(name.name, {}).get(name.version)
+            copied, complete = _copy(source, destination, name, entry, there, keys)
+            if complete != there:  # otherwise the index has it, perhaps by now with a signature of another process
+                added.setdefault(name.name, {})[name.version] = complete
             done.append(copied)
             report(copied)
     finally:
@@ -355,8 +357,8 @@ def _copy(
         return Copied(name, complete.model.bytes, "copied" if there is None else "signature"), complete
 
 
-def select(present: Entries, references: Sequence[str]) -> list[VersionName]:
-    """Return the versions in `present` that `references` name: name (the newest version) or name@version.
+def select(available: Entries, references: Sequence[str]) -> list[VersionName]:
+    """Return the versions in `available` that `references` name: name (the newest version) or name@version.
 
     Without references, return the newest version of every model.
 
@@ -364,17 +366,17 @@ def select(present: Entries, references: Sequence[str]) -> list[VersionName]:
         ArtifactMissing: a model or a version does not exist.
     """
     if not references:
-        return [VersionName(name, max(found)) for name, found in present.items() if found]
+        return [VersionName(name, max(found)) for name, found in available.items() if found]
     selected = []
     for reference in references:
         name, at, version = reference.partition("@")
-        found = present.get(name, {})
+        found = available.get(name, {})
         if not found:
-            available = ", ".join(present) or "none"
-            raise ArtifactMissing(f"the source has no model {printable(name)!r} (available: {available})")
+            models = ", ".join(available) or "none"
+            raise ArtifactMissing(f"the source has no model {printable(name)!r} (available: {models})")
         if at and version not in map(str, found):
-            available = ", ".join(map(str, found))
-            raise ArtifactMissing(f"{name!r} has no version {printable(version)!r} in the source (has: {available})")
+            numbers = ", ".join(map(str, found))
+            raise ArtifactMissing(f"{name!r} has no version {printable(version)!r} in the source (has: {numbers})")
         selected.append(VersionName(name, int(version or max(found))))
     return selected
 
