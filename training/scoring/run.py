@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -117,15 +117,23 @@ def run_job(
 def score_locally(artifact: Artifact, job: Job, parts: Sequence[Part], workers: int | None, show: Show) -> None:
     """Score the parts in threads of this process, because reading, scoring and writing mostly release Python's lock.
 
-    After an error or an interruption, wait for the parts that are being scored, and start no others.
+    After an error or an interruption, each running part ends with its current batch, and no other part starts.
     """
     count = workers or len(os.sched_getaffinity(0))
+    stopped = threading.Event()
+
+    def show_or_stop(rows: int) -> None:
+        if stopped.is_set():  # a part may be a whole file, and take hours
+            raise CancelledError
+        show(rows)
+
     with ThreadPoolExecutor(min(count, max(1, len(parts)))) as pool:
-        futures = [pool.submit(score_part, job, part, artifact, show) for part in parts]
+        futures = [pool.submit(score_part, job, part, artifact, show_or_stop) for part in parts]
         try:
             for future in as_completed(futures):
                 future.result()
         except BaseException:
+            stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
@@ -163,12 +171,12 @@ def _locked(folder: Path, output: Path) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DataError(f"another elbo score writes {output}: wait until it ends, or give another output") from None
-    except OSError:
-        pass  # the file system has no locks
-    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"another elbo score writes {output}: wait until it ends, or give another output") from None
+        except OSError:
+            pass  # the file system has no locks
         yield
     finally:
         os.close(descriptor)
