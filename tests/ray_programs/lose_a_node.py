@@ -34,7 +34,7 @@ def main(artifact_path: Path, data: str, output: Path, table: str, folder: Path)
             cluster.remove_node(nodes[1], allow_graceful=False)
             finished_at_kill.append(len(list(reports.glob("*.json"))))
 
-        killer = threading.Thread(target=kill)
+        killer = threading.Thread(target=kill, daemon=True)  # ends with this process if the job fails first
         killer.start()
         outcome = run_job(job, artifact, data, output, single=False, engine=score_on_ray)
         killer.join()
