@@ -222,13 +222,15 @@ def tracer_of(environment: Mapping[str, str], count: Count) -> Tracer | None:
         export, stop = create_exporter()
     except (OSError, ValueError) as error:
         raise TracingError(f"a variable OTEL_EXPORTER_OTLP_* is not valid: {error}") from error
+    max_requests = max(1, _number(environment, "OTEL_BSP_MAX_QUEUE_SIZE", 2048) // SPANS_PER_REQUEST)
+    batch_requests = max(1, _number(environment, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512) // SPANS_PER_REQUEST)
     return Tracer(
         sampler,
         export,
         spans_of,
         count,
-        max_requests=max(1, _number(environment, "OTEL_BSP_MAX_QUEUE_SIZE", 2048) // SPANS_PER_REQUEST),
-        batch_requests=max(1, _number(environment, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512) // SPANS_PER_REQUEST),
+        max_requests=max_requests,
+        batch_requests=min(batch_requests, max_requests),  # a full queue is sent at once
         delay=_number(environment, "OTEL_BSP_SCHEDULE_DELAY", 5000) / 1e3,
         stop=stop,
     )
