@@ -255,7 +255,8 @@ def _measure_served(artifacts: Path, config: TrainConfig, source: str, split_see
         return None
     if manifest.window is not None or manifest.conditions is not None:
         return None
-    return measure(artifact.module, rows, scale, split_seed)
+    sizes = [len(category.levels) for category in manifest.categories]  # values of the same columns are swapped
+    return measure(artifact.module, rows, scale, split_seed, sizes)
 
 
 def _refusal(best: TrialResult, served: Measures | None) -> str | None:

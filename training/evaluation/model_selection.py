@@ -102,17 +102,19 @@ def wins_minus_losses(wins: Sequence[tuple[str, str, str]], kind: str) -> int:
     return sum((winner == kind) - (loser == kind) for winner, loser, _ in wins)
 
 
-def measure(pipeline: Any, x: Tensor, scale: Tensor, seed: int) -> Measures:
+def measure(pipeline: Any, x: Tensor, scale: Tensor, seed: int, sizes: Sequence[int] | None = None) -> Measures:
     """Return the measures for rows x [M, D] in raw units, without missing values. Errors are divided by `scale` [D].
 
     Args:
-        pipeline: a pipeline, or the module of an artifact, which has no log-likelihood.
+        pipeline: a pipeline, or the module of an artifact, for which the log-likelihood is left out.
         x: the rows.
         scale: the unit of errors.
         seed: seed of the values that are swapped, and of the importance samples.
+        sizes: the number of levels of each category; by default, those of `pipeline`, which must not be frozen.
     """
     errors, intact_scores, swapped_scores = [], [], []
-    core, sizes = (pipeline.core, sizes_of(pipeline)) if isinstance(pipeline, Pipeline) else (None, [])
+    core = pipeline.core if isinstance(pipeline, Pipeline) else None
+    sizes = sizes_of(pipeline) if sizes is None else sizes
     columns = columns_of_features(x.shape[1], sizes)
     with torch.inference_mode():
         for rows, swapped in zip(x.split(BATCH), swap_values(x, seed, columns).split(BATCH), strict=True):
