@@ -146,7 +146,7 @@ def run_sweep(
     The best is the model that wins most comparisons minus those that it loses; see `significant_wins`. On a tie, the
     first of the tied trials is the best, and the served version stays. If the served version was trained on the
     held-out rows, the comparison favours it. The best is also published if there is no served version, or none that can
-    be compared: one that cannot be loaded, or takes other features, windows or conditions.
+    be compared: one that cannot be loaded, has other features, or was trained with one of the options REFUSED.
 
     Args:
         trials: the combinations of options, in order of preference.
@@ -253,7 +253,7 @@ def _measure_served(artifacts: Path, config: TrainConfig, source: str, split_see
     rows, scale = _held_out(split_data(config, table, split_seed))
     if [feature.name for feature in manifest.features] != list(table.names) or len(table.names) != rows.shape[1]:
         return None
-    if manifest.window is not None or manifest.conditions is not None:
+    if manifest.window is not None or manifest.conditions is not None or manifest.training.get("scale_by_group"):
         return None
     sizes = [len(category.levels) for category in manifest.categories]  # values of the same columns are swapped
     return measure(artifact.module, rows, scale, split_seed, sizes)
