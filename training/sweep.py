@@ -178,7 +178,7 @@ def run_sweep(
     measures = {result.trial.label: result.measures for result in trained}
     wins = significant_wins(measures)
     best = max(trained, key=lambda each: (not each.is_worse_than_mean, wins_minus_losses(wins, each.trial.label)))
-    served = _measure_served(artifacts, config, source, split_seed)
+    served = _measure_served(artifacts, best.trial.config, source, split_seed)  # the options of `config` may not fit
     means = {name: _means(of_model) for name, of_model in measures.items()}
     if served is not None:
         means[SERVED] = _means(served)
