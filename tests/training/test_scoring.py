@@ -104,7 +104,7 @@ def test_folder_of_files_is_one_dataset_whose_rows_name_their_file(tmp_path: Pat
 
 
 LINES = ["1,2,3", "", '"4",5,6', "7,8,9\r", '" a, b",2,', "  ", '"say ""x""",1,2', ",,", "5,5,5"]
-IRREGULAR = ['"a\nb",2,3', '1,"2,3', 'x "y",2,"3', "1,2\r3,4"]
+IRREGULAR = ['"a\nb",2,3', '1,"2,3', 'x "y",2,"3', "1,2\r3,4", '""\n']
 
 
 @pytest.mark.parametrize("end", ["\n", "", "\n,,\n\n,,\n", "\n\n  \n"])

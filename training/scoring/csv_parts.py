@@ -11,6 +11,7 @@ PIECE_BYTES = 4 << 20
 # Lines whose quotations all begin and end at the borders of a cell, within their line. Every line is then one record.
 REGULAR = re.compile(rb'(?:(?: *+"(?:[^"\n]|"")*+"|[^",\n]*+)[,\n])*+(?: *+"(?:[^"\n]|"")*+"|[^",\n]*+)')
 MAY_BE_BLANK = re.compile(rb"\n[\n \t]")  # the start of a line that may be blank
+QUOTED_BLANK = re.compile(rb'(?:^|\n) *"[ \t]*"(?:\n|$)')  # a line that is no row, because its only cell is blank
 
 
 class CsvPart(NamedTuple):
@@ -26,8 +27,9 @@ class CsvPart(NamedTuple):
 def divide_csv(path: Path, escape: str | None, part_rows: int) -> list[CsvPart] | None:
     """Return parts of at least `part_rows` rows, except the last. Together they have all rows of the file.
 
-    Return None if the lines of the file may not be its records: a quotation contains a line end or is not valid, or
-    lines end in CR alone. Only a reader that starts at the beginning can find the rows of such a file.
+    Return None if the lines of the file may not be its records: a quotation contains a line end or is not valid, a
+    line is only a blank quotation, or lines end in CR alone. Only a reader that starts at the beginning can find the
+    rows of such a file.
     """
     head = read_csv_head(path, escape)
     if head.newline != b"\n":
@@ -72,7 +74,7 @@ def _as_lines(piece: bytes, escape: str | None, columns: int) -> bytes | None:
     text = piece.replace(b"\r\n", b"\n")
     if b"\r" in text or (escape == "backslash" and b"\\" in text):
         return None
-    if b'"' in text and (columns == 1 or not REGULAR.fullmatch(text)):
+    if b'"' in text and (columns == 1 or QUOTED_BLANK.search(text) or not REGULAR.fullmatch(text)):
         return None
     return text
 
