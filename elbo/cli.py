@@ -1101,8 +1101,7 @@ def score(
         alpha = (artifact.manifest.policy and artifact.manifest.policy.alpha) or DEFAULT_ALPHA
     if not extrapolated and not artifact.manifest.calibration.reaches(alpha):
         typer.echo(few_calibration_rows(artifact.manifest.calibration, alpha), err=True)
-    names = None if escape is None else escape.value
-    options: dict[str, Any] = {"time": time, "group": group, "escape": names}
+    options: dict[str, Any] = {"time": time, "group": group, "escape": None if escape is None else escape.value}
     scored = artifact, data, alpha, explain, extrapolated, format_, options
     if output is None:
         given = {"--id": id_, "--workers": workers, "--part-rows": part_rows, "--overwrite": overwrite}
@@ -1165,7 +1164,7 @@ def _write_scores(
     from time import perf_counter
 
     from training.progress import progress
-    from training.scoring.run import choose_format, count_rows, make_job, run_job, score_locally
+    from training.scoring.run import choose_format, describe_data, make_job, run_job, score_locally
 
     chosen, single = choose_format(output, None if format_ is None else format_.value)
     job = make_job(artifact, chosen, alpha, explain, extrapolated=extrapolated, **options)
@@ -1176,8 +1175,11 @@ def _write_scores(
         score_parts = score_on_ray
         data = str(Path(data).absolute()) if Path(data).exists() else data
     began = perf_counter()
+    total, notes = describe_data(job, artifact, data)
+    for note in notes:
+        typer.echo(note, err=True)
     try:
-        with progress(f"scoring {Path(data).name}", count_rows(job, artifact, data), prints_results=False) as bar:
+        with progress(f"scoring {Path(data).name}", total, prints_results=False) as bar:
             done = run_job(
                 job,
                 artifact,

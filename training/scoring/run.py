@@ -138,14 +138,19 @@ def score_locally(artifact: Artifact, job: Job, parts: Sequence[Part], workers: 
             raise
 
 
-def count_rows(job: Job, artifact: Artifact, data: str) -> int | None:
-    """Return the number of rows of `data`, possibly estimated; None if it is unknown.
+def describe_data(job: Job, artifact: Artifact, data: str) -> tuple[int | None, list[str]]:
+    """Return the number of rows of `data`, possibly estimated, and notes for the user. The number is None if unknown.
 
     Raises:
         DataError: the data cannot be used.
     """
-    totals = [job.open(artifact, Part(0, source)).total for source in sources_of(data)]
-    return None if None in totals else sum(total or 0 for total in totals)
+    total: int | None = 0
+    notes: dict[str, None] = {}
+    for source in sources_of(data):
+        stream = job.open(artifact, Part(0, source))
+        total = None if total is None or stream.total is None else total + stream.total
+        notes |= dict.fromkeys(stream.notes)
+    return total, list(notes)
 
 
 class _Counter:
