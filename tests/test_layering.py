@@ -58,7 +58,7 @@ MAY_IMPORT = {
         "models.versions"
     ),
     "service.mirroring": "inference monitoring repository settings",
-    "service.healthcheck": "",
+    "service.healthcheck": "platforms",
     "service.shared_memory": "",
     "service.freed_memory": "",
     "service.access": "models.errors errors shared_memory",

@@ -4,6 +4,7 @@ Work that the requests of a batch share is done once for the batch: the check th
 the numbers of the metrics. Responses are byte for byte those of `InferenceEndpoints`, which handles all other requests.
 """
 
+import asyncio
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -467,9 +468,13 @@ class DirectInference:
         now = perf_counter()
         if now >= self._next_turn:
             self._next_turn = now + TURN_SECONDS
-            if self._is_start_scheduled:
-                self._start_waiting()
-            self._batcher.step_now()
+            try:
+                if self._is_start_scheduled:
+                    self._start_waiting()
+                self._batcher.step_now()
+            except Exception as error:  # noqa: BLE001 - the connection that called this method is not the cause
+                context = {"message": "accepted requests cannot go on", "exception": error}
+                asyncio.get_running_loop().call_exception_handler(context)
 
     def abandon(self, request: DirectRequest) -> None:
         """Forget a request whose client has disconnected."""

@@ -345,16 +345,25 @@ def _copy(
                 "that the next model that you train gets a new number"
             )
         if ours.signature is None or ours.signature == theirs.signature:
+            if keys is not None:
+                with _staging() as staging:
+                    destination.fetch(name, theirs, staging)
+                    _verify(name, staging, keys)
             return Copied(name, ours.model.bytes, "present"), theirs
     with _staging() as staging:
         source.fetch(name, entry, staging)
-        content = read_sealed(staging / FILE_NAME)
-        parse(content, staging / FILE_NAME)
-        if keys is not None:
-            keys.verify(content, staging / FILE_NAME, name.name, name.version)
+        _verify(name, staging, keys)
         complete = entry_of_folder(staging)
         destination.store(name, staging, only_signature=there is not None)
         return Copied(name, complete.model.bytes, "copied" if there is None else "signature"), complete
+
+
+def _verify(name: VersionName, folder: Path, keys: TrustedKeys | None) -> None:
+    """Verify the seal of the artifact in `folder`, and, if `keys` is given, its signature. Raises ArtifactError."""
+    content = read_sealed(folder / FILE_NAME)
+    parse(content, folder / FILE_NAME)
+    if keys is not None:
+        keys.verify(content, folder / FILE_NAME, name.name, name.version)
 
 
 def select(available: Entries, references: Sequence[str]) -> list[VersionName]:

@@ -47,6 +47,7 @@ SPARE_VERSIONS = 1  # versions besides those that are served: the registry serve
 SPARE_BYTES = 64 * 2**20  # space on the disk that downloads leave free
 MIN_RETRY_SECONDS = 5.0  # pause before a faulty version is downloaded again; each failure doubles it
 MAX_RETRY_SECONDS = 600.0
+MAX_UNAVAILABLE = 3  # versions that cannot be downloaded, before a poll ends: then the repository is unavailable
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 log = logging.getLogger("elbo.repository")
@@ -120,6 +121,7 @@ class Mirror:
         self._known: dict[Path, tuple[tuple[int, ...], FileEntry]] = {}  # `_state` and entry of files in the mirror
         self._retries: dict[VersionName, _Retry] = {}
         self._changed = False
+        self._unavailable = 0  # downloads that failed in this poll because the repository did not send the file
         self._has_warned = False
         self._unwritable = ""  # the last message that was logged about a cache that is not writable
         self.is_stopped = False
@@ -136,6 +138,7 @@ class Mirror:
         A failure is written to the folder, where `read_failures` finds it.
         """
         self._changed = False
+        self._unavailable = 0
         try:
             with self._locked() as is_locked:
                 outcome = self._poll_locked() if is_locked else "skipped"
@@ -226,7 +229,11 @@ class Mirror:
             return False
         try:
             self._mirror_version(name, entry)
-        except (RepositoryCorrupt, RepositoryFileMissing, ArtifactError) as error:
+        except (RepositoryCorrupt, RepositoryFileMissing, RepositoryUnavailable, ArtifactError) as error:
+            if isinstance(error, RepositoryUnavailable) and not isinstance(error, RepositoryFileMissing):
+                self._unavailable += 1
+                if self._unavailable > MAX_UNAVAILABLE:
+                    raise
             failure = MirrorFailure(name.name, name.version, error.code, str(error))
             if retry is None or retry.failure != failure:
                 log.error("failed to mirror %s: %s", name, error)

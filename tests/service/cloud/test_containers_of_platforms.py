@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import httpx
 import numpy as np
 import pytest
 
+from tests.data import ROOT
 from tests.ports import free_port
 from tests.service.process import ServerProcess, server_starter
 from tests.service.scrape import increase, scrape
@@ -84,6 +88,12 @@ def npy(rows: Any = ROWS) -> bytes:
 
 def lines(rows: list[Any] = ROWS) -> str:
     return "".join(f"{json.dumps(row)}\n" for row in rows)
+
+
+def test_health_check_of_the_image_asks_the_port_of_the_platform(sagemaker: httpx.Client) -> None:
+    environment = os.environ | IMAGE | {"SAGEMAKER_BIND_TO_PORT": str(sagemaker.base_url.port)}
+    command = [sys.executable, "-m", "service.healthcheck"]
+    assert subprocess.run(command, cwd=ROOT, env=environment, timeout=60).returncode == 0
 
 
 def test_ping_of_sagemaker_answers_200_when_models_are_served(sagemaker: httpx.Client) -> None:

@@ -75,6 +75,14 @@ def test_signature_that_is_added_later_is_pushed_and_verified_by_pull(tmp_path: 
     assert copied(own, url) == ["present web@1"]
     assert copied(url, tmp_path / "pulled", keys=public.line) == ["copied web@1"]
     assert files_in(tmp_path / "pulled") == ["web/1/model.pt", "web/1/model.pt.sig"]
+    assert copied(url, tmp_path / "pulled", keys=public.line) == ["present web@1"]
+
+
+def test_version_that_is_present_is_verified_with_the_trusted_keys(folder: Path, tmp_path: Path) -> None:
+    assert copied(folder, tmp_path / "own", "web@1") == ["copied web@1"]
+    public = create_key(tmp_path / "release.key", "release")
+    with pytest.raises(Exception, match="is not signed"):
+        copied(folder, tmp_path / "own", "web@1", keys=public.line)
 
 
 def test_damaged_artifact_is_not_pushed(folder: Path, tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ from tests.service.tls import issue
 
 
 class Site(http.server.SimpleHTTPRequestHandler):
-    """Publishes a folder with ETags, as web servers do. `requests` and `refusal` belong to the server."""
+    """Publishes a folder with ETags, as web servers do. `requests`, `refusal` and `refused` belong to the server."""
 
     def send_head(self) -> Any:
         server: Any = self.server
-        if server.refusal:
+        if server.refusal and server.refused in self.path:
             self.send_error(server.refusal)
             return None
         path = Path(self.translate_path(self.path))
@@ -58,7 +58,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     context.load_cert_chain(certificate, key)
     server: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Site, directory=str(root)))
     server.socket = context.wrap_socket(server.socket, server_side=True)
-    server.requests, server.refusal = [], 0
+    server.requests, server.refusal, server.refused = [], 0, ""
     server.url = f"https://127.0.0.1:{server.server_address[1]}"
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
@@ -120,6 +120,18 @@ def test_download_that_the_end_of_the_server_interrupts_leaves_nothing(site: Any
     assert files_in(tmp_path / "cache") == []
     mirror.is_stopped = False
     assert mirror.poll().outcome == "ok"
+
+
+def test_version_that_the_site_refuses_does_not_keep_other_models_out_of_the_cache(site: Any, tmp_path: Path) -> None:
+    add_version(tmp_path / "remote", "web", 1)
+    write_index(tmp_path / "remote")
+    site.refusal, site.refused = 403, "/hosts/2/"
+    mirror = mirror_of(site.url, tmp_path / "cache")
+    assert mirror.poll().outcome == "incomplete"
+    assert files_in(tmp_path / "cache") == ["hosts/1/model.pt", "web/1/model.pt"]
+    (failure,) = read_failures(tmp_path / "cache")
+    assert (failure.name, failure.version, failure.code) == ("hosts", 2, "repository_unavailable")
+    assert "403" in failure.detail
 
 
 def test_artifact_that_is_larger_than_the_index_says_is_refused_while_it_is_downloaded(
