@@ -1175,7 +1175,7 @@ def _write_scores(
         score_parts = score_on_ray
         data = str(Path(data).absolute()) if Path(data).exists() else data
     began = perf_counter()
-    total, notes = describe_data(job, artifact, data)
+    total, notes = describe_data(job, artifact, data, Path(output))
     for note in notes:
         typer.echo(note, err=True)
     try:

@@ -103,6 +103,13 @@ def test_folder_of_files_is_one_dataset_whose_rows_name_their_file(tmp_path: Pat
         np.testing.assert_allclose(same["score"].to_numpy(), expected["score"].to_numpy(), rtol=2e-4, atol=1e-6)
 
 
+def test_output_in_the_folder_of_the_data_is_not_scored_by_the_next_run(tmp_path: Path, score: Score) -> None:
+    pl.DataFrame(two_factor_rows(30, 1), schema=NAMES).write_parquet(tmp_path / "rows.parquet")
+    for _ in range(2):
+        assert score(tmp_path, tmp_path / "scores.parquet", "--overwrite")[0] == 0
+        assert len(pl.read_parquet(tmp_path / "scores.parquet")) == 30
+
+
 LINES = ["1,2,3", "", '"4",5,6', "7,8,9\r", '" a, b",2,', "  ", '"say ""x""",1,2', ",,", "5,5,5"]
 IRREGULAR = ['"a\nb",2,3', '1,"2,3', 'x "y",2,"3', "1,2\r3,4", '""\n']
 
@@ -252,5 +259,5 @@ def test_process_loads_an_artifact_once_and_refuses_another_with_its_path(root: 
     path = root / "hosts" / "1" / "model.pt"
     job = make_job(load(path), "parquet", 0.05, 1)
     assert load_once(job.artifact, job.digest) is load_once(job.artifact, job.digest)
-    with pytest.raises(Exception, match="was changed while it was loaded"):
+    with pytest.raises(Exception, match="was replaced after the job began"):
         load_once(job.artifact, "0" * 64)

@@ -20,6 +20,8 @@ import polars as pl
 import torch
 
 from models.artifact import Artifact, load
+from models.errors import ArtifactCorrupt
+from models.manifest import read_digest
 from training.data.readers import SourcePart
 from training.data.row_stream import RowStream, stream_for_model
 from training.errors import DataError
@@ -126,7 +128,10 @@ def load_once(path: Path, digest: str) -> Artifact:
     Raises:
         ArtifactError: the artifact cannot be loaded, or was replaced since the job began.
     """
-    return load(path, digest=digest)
+    artifact = load(path)  # a digest as argument would skip the inspection, which this process has not done
+    if read_digest(path) != digest:
+        raise ArtifactCorrupt(f"{path} was replaced after the job began: start the command again")
+    return artifact
 
 
 def finished(job: Job, part: Part) -> Report | None:

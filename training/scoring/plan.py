@@ -20,8 +20,10 @@ def default_part_rows(width: int) -> int:
     return min(MAX_PART_ROWS, max(MIN_PART_ROWS, PART_BYTES // (4 * width)))
 
 
-def sources_of(data: str) -> list[str]:
+def sources_of(data: str, output: Path | None = None) -> list[str]:
     """Return the files of a dataset: those in the folder `data` with a suffix of DIVISIBLE, or else `data` itself.
+
+    A file that is to be written in this folder, `output`, is not among them.
 
     Raises:
         DataError: the folder has files of several of the formats DIVISIBLE.
@@ -29,8 +31,11 @@ def sources_of(data: str) -> list[str]:
     path = Path(data)
     if not path.is_dir():
         return [data]
+    written = None if output is None else output.absolute()
     found = sorted(
-        file for file in path.iterdir() if file.suffix.lower() in DIVISIBLE and not file.name.startswith(".")
+        file
+        for file in path.iterdir()
+        if file.suffix.lower() in DIVISIBLE and not file.name.startswith(".") and file.absolute() != written
     )
     suffixes = sorted({file.suffix.lower() for file in found})
     if len(suffixes) > 1:

@@ -89,15 +89,19 @@ def run_job(
         DataError: the data cannot be used, the output exists, or another process writes it.
         OSError: the output cannot be written.
     """
-    if output.exists() and not overwrite:
-        raise DataError(f"{output} exists: give another name, or add --overwrite to replace it")
+    _refuse_existing(output, overwrite)
     if not output.absolute().parent.is_dir():
         raise DataError(f"there is no folder {output.absolute().parent}: create it, or give another output")
     folder = output.absolute().with_name(f".{output.name}.partial")
-    sources = sources_of(data)
+    sources = sources_of(data, output)
     rows = job.part_rows or default_part_rows(len(artifact.manifest.features))
     job = replace(job, folder=folder, part_rows=rows, names_files=len(sources) > 1)
     with _locked(folder, output):
+        try:
+            _refuse_existing(output, overwrite)  # another command may have written it before this one had the lock
+        except DataError:
+            folder.rmdir()
+            raise
         parts = _open_plan(job, artifact, sources)
         open_parts = [part for part in parts if finished(job, part) is None]
         counter = _Counter(show)
@@ -112,6 +116,11 @@ def run_job(
         (folder / PLAN).unlink()  # first: if this process is killed here, no job continues with half of the folder
         shutil.rmtree(folder)
     return Outcome(total, len(parts), len(parts) - len(open_parts), faults)
+
+
+def _refuse_existing(output: Path, overwrite: bool) -> None:
+    if output.exists() and not overwrite:
+        raise DataError(f"{output} exists: give another name, or add --overwrite to replace it")
 
 
 def score_locally(artifact: Artifact, job: Job, parts: Sequence[Part], workers: int | None, show: Show) -> None:
@@ -138,15 +147,17 @@ def score_locally(artifact: Artifact, job: Job, parts: Sequence[Part], workers: 
             raise
 
 
-def describe_data(job: Job, artifact: Artifact, data: str) -> tuple[int | None, list[str]]:
-    """Return the number of rows of `data`, possibly estimated, and notes for the user. The number is None if unknown.
+def describe_data(job: Job, artifact: Artifact, data: str, output: Path) -> tuple[int | None, list[str]]:
+    """Return the number of rows of `data` without `output`, possibly estimated, and notes for the user.
+
+    The number is None if it is unknown.
 
     Raises:
         DataError: the data cannot be used.
     """
     total: int | None = 0
     notes: dict[str, None] = {}
-    for source in sources_of(data):
+    for source in sources_of(data, output):
         stream = job.open(artifact, Part(0, source))
         total = None if total is None or stream.total is None else total + stream.total
         notes |= dict.fromkeys(stream.notes)
