@@ -174,7 +174,7 @@ def test_folders_that_the_server_writes_are_volumes_and_the_models_are_not_writa
     assert (settings["ELBO_STATE"], settings["ELBO_ARTIFACTS"]) == ("/state", "/artifacts")
     assert "/artifacts" not in {each["mountPath"] for each in container(*VALUES["remote repository"])["volumeMounts"]}
     remote = environment(*VALUES["remote repository"])
-    assert (remote["ELBO_ARTIFACTS"], remote["ELBO_CACHE"]) == ("s3://bucket/models", "/tmp/models")
+    assert (remote["ELBO_ARTIFACTS"], remote["ELBO_CACHE"]) == ("s3://bucket/models", "/cache")
 
 
 def test_models_of_an_image_are_copied_into_the_volume_that_the_server_reads() -> None:

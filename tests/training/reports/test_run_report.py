@@ -133,7 +133,7 @@ def test_command_in_the_card_repeats_the_run_with_the_same_options(
     assert command_line == command_of(manifest)
     trained: list[TrainConfig] = []
     monkeypatch.setattr(cli, "_train", lambda config, *_, **__: trained.append(config))
-    monkeypatch.setattr("training.data.table.read_table", lambda *_, **__: digits)
+    monkeypatch.setattr("training.train.read_table", lambda *_, **__: digits)
     words = subprocess.run(["bash", "-c", f'printf "%s\\n" {command_line}'], capture_output=True, text=True, check=True)
     with pytest.raises(SystemExit) as end:
         cli.main(words.stdout.splitlines()[1:])
