@@ -15,9 +15,17 @@ from pathlib import Path
 from models.artifact import load
 from tests.ray_programs.cluster import two_nodes
 from tests.ray_programs.trials import TRIALS
+from tests.waiting import wait_until
 from training.ray_tasks import score_on_ray, train_on_ray
 from training.scoring.run import make_job, run_job
 from training.sweep import Sweep
+
+
+def count_workers() -> int:
+    """Return how many nodes of the cluster that can run tasks are alive."""
+    import ray
+
+    return sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
 
 
 def main(artifact_path: Path, data: str, output: Path, table: str, folder: Path) -> None:
@@ -39,9 +47,8 @@ def main(artifact_path: Path, data: str, output: Path, table: str, folder: Path)
         outcome = run_job(job, artifact, data, output, single=False, engine=score_on_ray)
         killer.join()
         trained = train_on_ray(Sweep(table, 0, folder), TRIALS, lambda result: None)  # noqa: ARG005
-        import ray
-
-        alive = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        wait_until(lambda: count_workers() == 1, 60)  # Ray asks its nodes for a sign of life every few seconds
+        workers = count_workers()
     print(
         json.dumps(
             {
@@ -49,7 +56,7 @@ def main(artifact_path: Path, data: str, output: Path, table: str, folder: Path)
                 "rows": outcome.report.rows,
                 "faulty": outcome.report.faulty,
                 "finished_at_kill": finished_at_kill[0],
-                "nodes": len(alive),
+                "nodes": workers,
                 "sweep": [{name: each.tolist() for name, each in result.measures.items()} for result in trained],
                 "usage_statistics": os.environ["RAY_USAGE_STATS_ENABLED"],
             }
