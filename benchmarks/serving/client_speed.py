@@ -3,10 +3,11 @@
     python benchmarks/serving/client_speed.py
     python benchmarks/serving/client_speed.py --smoke    # one short round
 
-wrk sends the bytes that the client sends, again and again, and discards the responses. In each round, wrk and the ways
-to call the server from Python take turns on one server, so that changes in the machine's speed affect all alike. Client
-and server share two cores. The benchmark prints a Markdown table: the median rate, the median of the ratios to wrk's
-rate of the same round, and the processor time of the client per request.
+wrk sends the bytes that the client sends, again and again, and discards the responses. In each round, the ways to call
+the server from Python take turns on one server, and wrk runs for half as long before and after each of them, so that
+changes in the machine's speed affect both alike. Client and server share two cores. The benchmark prints a Markdown
+table: the median rate, the median of the ratios to the mean of the two rates of wrk around it, and the processor time
+of the client per request.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic, perf_counter, process_time, sleep
+from typing import NamedTuple
 
 import httpx
 import numpy as np
@@ -32,6 +34,14 @@ ROWS = 32
 START_SECONDS = 60.0
 Array = npt.NDArray[np.float32]
 Measure = Callable[[float], tuple[float, float]]  # from seconds to the rate and the processor seconds per request
+
+
+class Sample(NamedTuple):
+    """The rate of a way and of wrk around it, in requests per second, and processor seconds per request."""
+
+    rate: float
+    wrk: float
+    cost: float
 
 
 def measure(send: Callable[[], object], seconds: float) -> tuple[float, float]:
@@ -74,8 +84,8 @@ def wait_until_ready(address: str, server: ServerProcess) -> None:
     raise TimeoutError(f"the server was not ready after {START_SECONDS:g} s: {server.log.read_text()[-500:]}")
 
 
-def compare(port: int, rows: Array, rounds: int, seconds: float) -> dict[str, list[tuple[float, float]]]:
-    """Return the rate and the processor time per request of each way, by round."""
+def compare(port: int, rows: Array, rounds: int, seconds: float) -> dict[str, list[Sample]]:
+    """Return the samples of each way, by round."""
     address, body = f"http://127.0.0.1:{port}", dump_npy(rows)
     headers = {"Accept": SAFETENSORS, "Content-Type": NPY, "X-Request-Timeout": "30.000"}
     request = Request("/encode?model=vae", headers, body)
@@ -87,7 +97,6 @@ def compare(port: int, rows: Array, rounds: int, seconds: float) -> dict[str, li
         expected = plain.post(request.path, headers=headers, content=body)
         assert np.array_equal(client.encode(rows).latents, over_httpx.encode(rows).latents)
         ways: dict[str, Measure] = {
-            "wrk": lambda seconds: (run_closed_loop(port, request, len(expected.content), 1, seconds).rate, 0.0),
             "elbo.client": lambda seconds: measure(lambda: client.encode(rows), seconds),
             "elbo.client, async": lambda seconds: measure_async(address, rows, seconds),
             "elbo.client over httpx's transport": lambda seconds: measure(lambda: over_httpx.encode(rows), seconds),
@@ -95,23 +104,27 @@ def compare(port: int, rows: Array, rounds: int, seconds: float) -> dict[str, li
                 lambda: plain.post(request.path, headers=headers, content=body), seconds
             ),
         }
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+        found: dict[str, list[Sample]] = {name: [] for name in ways}
         for number in range(rounds):
             print(f"round {number + 1} of {rounds}", file=sys.stderr)
             for name, run in ways.items():
-                found[name].append(run(seconds))
+                before = run_closed_loop(port, request, len(expected.content), 1, seconds / 2).rate
+                rate, cost = run(seconds)
+                after = run_closed_loop(port, request, len(expected.content), 1, seconds / 2).rate
+                found[name].append(Sample(rate, (before + after) / 2, cost))
     return found
 
 
-def print_table(found: dict[str, list[tuple[float, float]]]) -> None:
+def print_table(found: dict[str, list[Sample]]) -> None:
     """Print the medians over the rounds."""
     print("| client | requests/s | share of wrk's rate | processor time per request, ms |\n|---|---|---|---|")
-    base = [rate for rate, _ in found["wrk"]]
+    wrk = statistics.median(sample.wrk for samples in found.values() for sample in samples)
+    print(f"| wrk | {wrk:,.0f} | 100% | – |")
     for name, samples in found.items():
-        rate = statistics.median(rate for rate, _ in samples)
-        ratio = statistics.median(rate / other for (rate, _), other in zip(samples, base, strict=True))
-        cost = statistics.median(cost for _, cost in samples)
-        print(f"| {name} | {rate:,.0f} | {ratio:.0%} | {f'{1e3 * cost:.2f}' if cost else '–'} |")
+        rate = statistics.median(sample.rate for sample in samples)
+        share = statistics.median(sample.rate / sample.wrk for sample in samples)
+        cost = statistics.median(sample.cost for sample in samples)
+        print(f"| {name} | {rate:,.0f} | {share:.0%} | {1e3 * cost:.2f} |")
 
 
 def main() -> None:
