@@ -242,21 +242,23 @@ $(KUBERNETES)/.ready: $(READY) requirements/kubernetes_tools.py
 	@$(KUBERNETES)/bin/python -m pip --quiet --disable-pip-version-check install $(OPERATOR_PACKAGE)
 	@touch $@
 
-$(RAY)/.ready: $(READY)
-	@$(VENV)/bin/python -m venv $(RAY)
+# Create the environment $(1), which also has the packages of .venv.
+define environment_with_packages_of_venv
+@$(VENV)/bin/python -m venv $(1)
 	@packages='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 		echo "import site; site.addsitedir('$$($(VENV)/bin/python -c "$$packages")')" \
-		> "$$($(RAY)/bin/python -c "$$packages")/packages_of_venv.pth"
+		> "$$($(1)/bin/python -c "$$packages")/packages_of_venv.pth"
+endef
+
+$(RAY)/.ready: $(READY)
+	$(call environment_with_packages_of_venv,$(RAY))
 	@echo "installing $(RAY_PACKAGE)"
 	@$(RAY)/bin/python -m pip --quiet --disable-pip-version-check install '$(RAY_PACKAGE)'
 	@touch $@
 
 # The packages of .venv count as installed, and pip installs the others. torch is a constraint: it must not change.
 $(REMOTE)/.ready: $(READY)
-	@$(VENV)/bin/python -m venv $(REMOTE)
-	@packages='import sysconfig; print(sysconfig.get_path("purelib"))'; \
-		echo "import site; site.addsitedir('$$($(VENV)/bin/python -c "$$packages")')" \
-		> "$$($(REMOTE)/bin/python -c "$$packages")/packages_of_venv.pth"
+	$(call environment_with_packages_of_venv,$(REMOTE))
 	@echo "installing the S3 server of the tests"
 	@$(REMOTE)/bin/python -m pip --quiet --disable-pip-version-check install $(TORCH) $(REMOTE_PACKAGES)
 	@touch $@

@@ -21,10 +21,9 @@ from models.errors import ElboError, first_fault
 from training.config import Kind, TrainConfig
 from training.data.policy_file import read_policy
 from training.data.readers import InMemory
-from training.data.table import Table, read_table
 from training.progress import LiveReporter, PlainReporter, SilentReporter
 from training.progress import reporter as terminal_reporter
-from training.train import fit_model
+from training.train import fit_model, read
 
 if TYPE_CHECKING:
     from elbo.options import Options
@@ -84,7 +83,7 @@ def fit(
     report = _reporter(progress)
     try:
         with in_terms_of_python():
-            table = _read(source, config)
+            table = read(source, config)
             if isinstance(policy, str | os.PathLike):
                 policy = read_policy(Path(policy), table.names, table.units)
             fitted = fit_model(config, table, report, policy=policy)
@@ -124,22 +123,6 @@ def _config(kind: str, name: str, options: dict[str, Any], *, has_label_column: 
         fault = first_fault(error)
         field = {"model": "kind"}.get(fault.path[0], fault.path[0]) if fault.path else "options"
         raise OptionError(f"{field}: {python_words(fault.message)}, got {fault.value!r}") from None
-
-
-def _read(source: str | InMemory, config: TrainConfig) -> Table:
-    return read_table(
-        source,
-        config.drop,
-        config.keep,
-        config.size,
-        escape=config.escape,
-        layout=config.layout,
-        label=config.label,
-        time=config.time,
-        group=config.group,
-        condition=config.condition,
-        category=config.category,
-    )
 
 
 def _reporter(progress: bool) -> SilentReporter | PlainReporter | LiveReporter:

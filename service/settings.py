@@ -28,7 +28,10 @@ class _EnvironmentWithoutServiceLinks(EnvSettingsSource):
 
 
 class _PlatformValues(PydanticBaseSettingsSource):
-    """What SageMaker or Vertex AI asks for. It comes before ELBO_*: the image sets ELBO_PORT, for other hosts."""
+    """The settings that SageMaker or Vertex AI makes.
+
+    They take precedence over ELBO_*, because the image sets ELBO_PORT, which is for hosts without a platform.
+    """
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002
         """Return no value: `__call__` returns all of them."""

@@ -52,6 +52,14 @@ def write(path: Path, rows: Rows, header: str = HEADER) -> str:
     return str(path)
 
 
+def train_hosts(folder: Path) -> Path:
+    """Train hosts@1, a PCA with two latents, into the artifact folder `folder`, and return the folder."""
+    data = write(folder / "train.csv", two_factor_rows(1000, seed=0))
+    arguments = ["--model", "pca", "--name", "hosts", "--latents", "2", "--artifacts", str(folder)]
+    succeed("train", data, *arguments, "--runs", str(folder / "runs"))
+    return folder
+
+
 def in_process(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     """Run `elbo` in this process; return its exit status, standard output and standard error."""
     with pytest.raises(SystemExit) as stop:

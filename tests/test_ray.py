@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from models.artifact import load
-from tests.commands import in_process, succeed, two_factor_rows, write
+from tests.commands import in_process, train_hosts, two_factor_rows, write
 from tests.conftest import require
 from tests.data import ROOT
 from tests.ray_programs.trials import TRIALS
@@ -27,11 +27,7 @@ PROGRAMS = ROOT / "tests" / "ray_programs"
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an artifact folder with hosts@1, a PCA with two latents."""
-    folder = tmp_path_factory.mktemp("artifacts")
-    data = write(folder / "train.csv", two_factor_rows(1000, seed=0))
-    arguments = ["--model", "pca", "--name", "hosts", "--latents", "2", "--artifacts", str(folder)]
-    succeed("train", data, *arguments, "--runs", str(folder / "runs"))
-    return folder
+    return train_hosts(tmp_path_factory.mktemp("artifacts"))
 
 
 def run(program: str, *arguments: object) -> dict[str, Any]:

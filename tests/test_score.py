@@ -17,7 +17,7 @@ from PIL import Image
 
 from service.app import create_app
 from service.settings import Settings
-from tests.commands import HEADER, in_process, succeed, two_factor_rows, write
+from tests.commands import HEADER, in_process, train_hosts, two_factor_rows, write
 from tests.data import ROOT
 from tests.service.running import running
 
@@ -30,11 +30,7 @@ NAMES = [title.partition(" [")[0] for title in HEADER.split(",")]
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an artifact folder with hosts@1, a PCA with two latents."""
-    folder = tmp_path_factory.mktemp("artifacts")
-    data = write(folder / "train.csv", two_factor_rows(1000, seed=0))
-    arguments = ["--model", "pca", "--name", "hosts", "--latents", "2", "--artifacts", str(folder)]
-    succeed("train", data, *arguments, "--runs", str(folder / "runs"))
-    return folder
+    return train_hosts(tmp_path_factory.mktemp("artifacts"))
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from models.pipeline import Pipeline
 from models.policy_rules import Policy
 from models.windowed import Windowed
 from training.config import AUTO_KINDS, TrainConfig
-from training.data.readers import format_option
+from training.data.readers import InMemory, format_option
 from training.data.table import Table, read_table
 from training.errors import FitError
 from training.evaluation.metrics import held_out_metrics, pca_metrics
@@ -190,7 +190,7 @@ def fit_model(
         return FittedModel(chosen=chosen, comparison=comparison, data=data)
 
 
-def read(source: str, config: TrainConfig) -> Table:
+def read(source: str | InMemory, config: TrainConfig) -> Table:
     """Return the table in `source`, read as `config` says. Raise DataError if it cannot be used."""
     return read_table(
         source,

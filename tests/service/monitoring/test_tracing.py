@@ -183,3 +183,4 @@ def test_spans_that_the_collector_refuses_are_counted_as_lost_and_later_ones_are
     made.finish(record())
     wait_until(lambda: counts[EXPORTED] == 1)
     made.close()
+    assert counts == {EXPORT_FAILED: 1, EXPORTED: 1}
