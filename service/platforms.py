@@ -41,7 +41,9 @@ def settings_of(environment: Mapping[str, str], platform: str | None = None) -> 
 def _detect(environment: Mapping[str, str]) -> str:
     if VERTEX_PORT in environment:
         return "vertex"
-    return "sagemaker" if SAGEMAKER_BIND_TO_PORT in environment or SAGEMAKER_MODELS.is_dir() else "none"
+    # Another program may have made the folder on a host without a platform, where the server needs API keys.
+    has_models = environment.get("ELBO_ARTIFACTS") == IMAGE_ARTIFACTS and SAGEMAKER_MODELS.is_dir()
+    return "sagemaker" if SAGEMAKER_BIND_TO_PORT in environment or has_models else "none"
 
 
 def _sagemaker(environment: Mapping[str, str]) -> dict[str, Any]:

@@ -235,9 +235,9 @@ class Settings(BaseSettings):
     platform: Literal["auto", "none", "sagemaker", "vertex"] = Field(
         "auto",
         description="cloud platform that runs the container. auto recognises Vertex AI by AIP_HTTP_PORT, and SageMaker "
-        "by SAGEMAKER_BIND_TO_PORT or the folder /opt/ml/model. The platform sets the port and the next two settings, "
-        "and, unless ELBO_ARTIFACTS is set, the artifact folder. Unless ELBO_INSECURE is set, no API keys are needed, "
-        "because the platform decides who can reach the container",
+        "by SAGEMAKER_BIND_TO_PORT, or in the image by /opt/ml/model. The platform sets the port and the next two "
+        "settings, and, unless ELBO_ARTIFACTS is set, the artifact folder. Unless ELBO_INSECURE is set, no API keys "
+        "are needed, because the platform decides who can reach the container",
     )
     health_route: str = Field("", description="another path of /readyz; the platform sets it")
     predict_route: str = Field(

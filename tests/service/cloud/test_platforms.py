@@ -46,6 +46,18 @@ def test_settings_on_sagemaker_are_found_by_the_folder_of_its_models(
     assert (settings.health_route, settings.predict_route) == ("/ping", "/invocations")
 
 
+@pytest.mark.parametrize("artifacts", ["artifacts", None])
+def test_folder_of_sagemakers_models_outside_of_the_image_leaves_the_server_needing_keys(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, artifacts: str | None
+) -> None:
+    monkeypatch.setattr(platforms, "SAGEMAKER_MODELS", tmp_path)
+    monkeypatch.delenv("ELBO_ARTIFACTS")
+    if artifacts:
+        monkeypatch.setenv("ELBO_ARTIFACTS", artifacts)
+    settings = Settings()
+    assert (settings.port, settings.predict_route, settings.insecure) == (8000, "", False)
+
+
 def test_settings_on_sagemaker_use_the_port_of_an_inference_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAGEMAKER_BIND_TO_PORT", "8123")
     assert Settings().port == 8123
