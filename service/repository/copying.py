@@ -4,6 +4,7 @@ The files of a version are written first, and the index last. If a copy ends hal
 was before, and the next copy writes the versions that are missing in the index.
 """
 
+import errno
 import os
 import shutil
 import tempfile
@@ -15,11 +16,12 @@ from typing import Protocol
 
 from models.errors import ArtifactMissing, ElboError, printable
 from models.manifest import FILE_NAME, model_folder, names, parse, read_sealed, version_folder, versions
-from models.signatures import SIGNATURE_NAME, TrustedKeys
+from models.signatures import MAX_SIGNATURE_BYTES, SIGNATURE_NAME, TrustedKeys
 from models.staging import staging_folder
 from models.versions import unwritable_as_artifact_error
 from service.repository.index import (
     INDEX_NAME,
+    MAX_FILE_BYTES,
     Entries,
     FileEntry,
     VersionEntry,
@@ -83,6 +85,9 @@ class Repository(Protocol):
             name: the version.
             staging: a folder with the artifact, and the signature if the version has one.
             only_signature: whether the repository has the artifact already.
+
+        Raises:
+            CopyConflict: the repository has another artifact under this name and version.
         """
 
     def write_index(self, added: Entries) -> None:
@@ -126,7 +131,8 @@ class FolderRepository:
                 for path in VersionName(name, version).files:
                     file = self._root / path
                     if file.exists():
-                        files[path] = FileEntry(bytes=max(1, file.stat().st_size))
+                        # `complete` and `fetch` refuse a file with a size that is not valid, and name it
+                        files[path] = FileEntry(bytes=min(max(1, file.stat().st_size), MAX_FILE_BYTES))
         return entries_of(files)
 
     def complete(self, name: VersionName, entry: VersionEntry) -> VersionEntry:  # noqa: ARG002 - as in `Repository`
@@ -153,8 +159,13 @@ class FolderRepository:
                 folder = version_folder(self._root, name.name, name.version)
                 if only_signature:
                     (own / SIGNATURE_NAME).replace(folder / SIGNATURE_NAME)
-                else:
+                    return
+                try:
                     own.rename(folder)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                    _require_same(name, sha256_of(folder / FILE_NAME), sha256_of(own / FILE_NAME))
 
     def write_index(self, added: Entries) -> None:
         """See `Repository`. The index lists the versions that the folder has now."""
@@ -239,10 +250,17 @@ class RemoteRepository:
                 )
 
     def store(self, name: VersionName, staging: Path, only_signature: bool) -> None:
-        """See `Repository`. The artifact comes last, because a reader without the index looks for the artifact."""
-        for path, file in reversed(list(zip(name.files, (FILE_NAME, SIGNATURE_NAME), strict=True))):
-            if (staging / file).exists() and not (only_signature and file == FILE_NAME):
-                self._storage.upload(staging / file, path)
+        """See `Repository`. The artifact comes first, because an artifact of another process stops the copy."""
+        model, signature = name.files
+        if not only_signature:
+            try:
+                self._storage.upload(staging / FILE_NAME, model, is_new=True)
+            except RepositoryConflict:
+                with _staging() as downloaded:
+                    self._storage.download(model, downloaded / FILE_NAME, MAX_FILE_BYTES, lambda: False)
+                    _require_same(name, sha256_of(downloaded / FILE_NAME), sha256_of(staging / FILE_NAME))
+        if (staging / SIGNATURE_NAME).exists():
+            self._storage.upload(staging / SIGNATURE_NAME, signature, is_new=False)
 
     def write_index(self, added: Entries) -> None:
         """See `Repository`. If another process writes the index at the same time, its versions are kept, too."""
@@ -338,12 +356,7 @@ def _copy(
     """Copy one version, whose entry in the destination is `there`. Return the result, and its new entry there."""
     if there is not None:
         ours, theirs = source.complete(name, entry), destination.complete(name, there)
-        if ours.model.sha256 != theirs.model.sha256:
-            raise CopyConflict(
-                f"the destination has another {name}, with the SHA-256 {theirs.model.sha256}, expected "
-                f"{ours.model.sha256}. A version never changes: pull the versions of the destination first, so "
-                "that the next model that you train gets a new number"
-            )
+        _require_same(name, theirs.model.sha256, ours.model.sha256)
         if ours.signature is None or ours.signature == theirs.signature:
             if keys is not None:
                 with _staging() as staging:
@@ -356,6 +369,16 @@ def _copy(
         complete = entry_of_folder(staging)
         destination.store(name, staging, only_signature=there is not None)
         return Copied(name, complete.model.bytes, "copied" if there is None else "signature"), complete
+
+
+def _require_same(name: VersionName, theirs: str | None, ours: str | None) -> None:
+    """Raise CopyConflict if the artifact of the destination has another hash than ours."""
+    if ours != theirs:
+        raise CopyConflict(
+            f"the destination has another {name}, with the SHA-256 {theirs}, expected {ours}. A version never changes: "
+            "pull the versions of the destination first, so that the next model that you train gets a new number. If "
+            "the pull does not find this version, a push has not ended: run elbo index on the destination"
+        )
 
 
 def _verify(name: VersionName, folder: Path, keys: TrustedKeys | None) -> None:
@@ -400,15 +423,25 @@ def write_index_of(place: str) -> int:
 
 
 def entry_of_folder(folder: Path) -> VersionEntry:
-    """Return the entry, with hashes, of the version whose files are in `folder`. Raises OSError."""
+    """Return the entry, with hashes, of the version whose files are in `folder`.
+
+    Raises:
+        RepositoryCorrupt: a file is empty or too large.
+        OSError: a file cannot be read.
+    """
     signature = folder / SIGNATURE_NAME
     return VersionEntry(
-        model=_file_entry(folder / FILE_NAME), signature=_file_entry(signature) if signature.exists() else None
+        model=_file_entry(folder / FILE_NAME, MAX_FILE_BYTES),
+        signature=_file_entry(signature, MAX_SIGNATURE_BYTES) if signature.exists() else None,
     )
 
 
-def _file_entry(path: Path) -> FileEntry:
-    return FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path))
+def _file_entry(path: Path, most: int) -> FileEntry:
+    size = path.stat().st_size
+    if not 1 <= size <= most:
+        remedy = "sign the version again" if path.name == SIGNATURE_NAME else "remove the version"
+        raise RepositoryCorrupt(f"{path} has {size:,} bytes, expected 1 to {most:,}: {remedy}")
+    return FileEntry(bytes=size, sha256=sha256_of(path))
 
 
 def _copy_synced(source: Path, target: Path) -> None:

@@ -112,13 +112,23 @@ def _versions(name: str, versions: Mapping[str, Any], place: str) -> Iterator[tu
 
 
 def render_index(entries: Entries) -> bytes:
-    """Return the bytes of the index of `entries`."""
+    """Return the bytes of the index of `entries`.
+
+    Raises:
+        RepositoryInvalid: the index would be larger than readers accept.
+    """
     models = {
         name: {str(version): entry.model_dump(exclude_none=True) for version, entry in sorted(versions.items())}
         for name, versions in sorted(entries.items())
         if versions
     }
-    return (json.dumps({"format": INDEX_FORMAT, "models": models}, indent=1) + "\n").encode()
+    content = (json.dumps({"format": INDEX_FORMAT, "models": models}, indent=1) + "\n").encode()
+    if len(content) > MAX_INDEX_BYTES:
+        raise RepositoryInvalid(
+            f"the index of {sum(map(len, models.values())):,} versions would have {len(content):,} bytes, and readers "
+            f"accept {MAX_INDEX_BYTES:,}: remove old versions from the repository, then run elbo index on it"
+        )
+    return content
 
 
 def entries_of(files: Mapping[str, FileEntry]) -> Entries:

@@ -5,6 +5,7 @@ hashes with the index, and renames the folder, so the registry never sees an inc
 repository is unreachable, the versions in the mirror stay, also after a restart.
 """
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -48,6 +49,7 @@ SPARE_BYTES = 64 * 2**20  # space on the disk that downloads leave free
 MIN_RETRY_SECONDS = 5.0  # pause before a faulty version is downloaded again; each failure doubles it
 MAX_RETRY_SECONDS = 600.0
 MAX_UNAVAILABLE = 3  # versions that cannot be downloaded, before a poll ends: then the repository is unavailable
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # constants of Linux, see renameat2(2)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 log = logging.getLogger("elbo.repository")
@@ -229,7 +231,7 @@ class Mirror:
             return False
         try:
             self._mirror_version(name, entry)
-        except (RepositoryCorrupt, RepositoryFileMissing, RepositoryUnavailable, ArtifactError) as error:
+        except (RepositoryCorrupt, RepositoryUnavailable, ArtifactError, CacheUnwritable) as error:
             if isinstance(error, RepositoryUnavailable) and not isinstance(error, RepositoryFileMissing):
                 self._unavailable += 1
                 if self._unavailable > MAX_UNAVAILABLE:
@@ -260,19 +262,20 @@ class Mirror:
             staging.chmod(0o755)
             if not folder.exists():
                 staging.rename(folder)
+            elif has_model:
+                self._replace_signature(staging, folder)
             else:
-                self._replace_files(staging, folder, keeps_signature=entry.signature is not None)
+                _exchange(staging, folder)
         self._remember(model, entry.model)
         if entry.signature:
             self._remember(signature, entry.signature)
         self._changed = True
         log.info("mirrored %s from %s, %d bytes", name, self._location, entry.model.bytes)
 
-    def _replace_files(self, staging: Path, folder: Path, keeps_signature: bool) -> None:
-        for file in (SIGNATURE_NAME, FILE_NAME):
-            if (staging / file).exists():
-                (staging / file).replace(folder / file)
-        if not keeps_signature:
+    def _replace_signature(self, staging: Path, folder: Path) -> None:
+        if (staging / SIGNATURE_NAME).exists():
+            (staging / SIGNATURE_NAME).replace(folder / SIGNATURE_NAME)
+        else:
             (folder / SIGNATURE_NAME).unlink(missing_ok=True)
 
     def _download(self, path: str, entry: FileEntry, target: Path) -> None:
@@ -372,6 +375,21 @@ def read_failures(folder: Path) -> tuple[MirrorFailure, ...]:
         return tuple(MirrorFailure(**fields) for fields in json.loads((folder / FAILURES).read_bytes()))
     except (OSError, ValueError, TypeError):
         return ()
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Exchange two folders in one step, so that no reader and no crash meets files of both in one folder.
+
+    If the file system cannot do this, there is a moment without the folder `second`.
+    """
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux
+    paths = os.fsencode(first), os.fsencode(second)
+    if rename is not None and rename(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE) == 0:
+        return
+    replaced = first.with_name(f"{first.name}-replaced")
+    second.rename(replaced)
+    first.rename(second)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _state(path: Path) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
 
 from models.errors import ElboError, printable
 from service.repository.index import INDEX_NAME, MAX_FILE_BYTES, MAX_INDEX_BYTES, FileEntry
@@ -21,6 +22,7 @@ from service.repository.location import Location, RepositoryInvalid
 
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 20.0
+TOTAL_SECONDS = 60.0  # for one small answer or a list of files, also from a server that sends byte by byte
 BLOCK_BYTES = 1 << 20
 MAX_LISTED_FILES = 100_000
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
@@ -80,8 +82,14 @@ class Storage(Protocol):
     def tag(self, path: str) -> str | None:
         """Return a text that changes whenever the file changes, such as its ETag; None if there is no such file."""
 
-    def upload(self, source: Path, path: str) -> None:
-        """Write a local file to the repository."""
+    def upload(self, source: Path, path: str, is_new: bool) -> None:
+        """Write a local file to the repository.
+
+        Args:
+            source: the local file.
+            path: the file in the repository.
+            is_new: raise RepositoryConflict if the storage finds that it has a file at `path` already.
+        """
 
     def write(self, path: str, content: bytes, expected_tag: str | None) -> None:
         """Write a small file. Raises RepositoryConflict if the storage finds that its tag is not `expected_tag`."""
@@ -98,8 +106,14 @@ def open_storage(location: Location, attempts: int = 1) -> Storage:
 
 
 @contextmanager
-def _failures_of(location: Location, path: str) -> Iterator[None]:
-    """Turn every exception of the packages that speak to the repository into an ElboError."""
+def _failures_of(location: Location, path: str, target: Path | None = None) -> Iterator[None]:
+    """Turn every exception of the packages that speak to the repository into an ElboError.
+
+    Args:
+        location: the repository.
+        path: the file in the repository, for messages.
+        target: the local file that the block writes: an OSError about this file stays an OSError.
+    """
     try:
         yield
     except (ElboError, Interrupted):
@@ -109,13 +123,25 @@ def _failures_of(location: Location, path: str) -> Iterator[None]:
     except FileExistsError as error:  # a conditional write
         raise RepositoryConflict(f"another process has written {path} of {location}: run the command again") from error
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise  # the local disk
+        if isinstance(error, OSError) and _is_local(error, target):
+            raise
+        if isinstance(error, PermissionError) and location.scheme == "file":
+            raise RepositoryUnavailable(
+                f"cannot read or write {path} of {location} ({error.strerror}): change the permissions of the file and "
+                "of the folders above it"
+            ) from error
         reason = printable(_SECRET.sub(r"\1\2", (str(error) or "no details").splitlines()[0]))[:200]
         raise RepositoryUnavailable(
             f"cannot read or write {path} of {location} ({type(error).__name__}: {reason}): check the network, the "
             "address and the credentials"
         ) from error
+
+
+def _is_local(error: OSError, target: Path | None) -> bool:
+    """Return whether an error is about the local disk, or about the local file `target`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return True
+    return target is not None and error.filename is not None and Path(error.filename) == target
 
 
 class FsspecStorage:
@@ -157,22 +183,27 @@ class FsspecStorage:
             }
         }
 
+    def _deadline(self) -> dict[str, float]:
+        """Return the arguments that end a call after TOTAL_SECONDS, for file systems that are asynchronous inside."""
+        return {"timeout": TOTAL_SECONDS} if self._location.scheme in _PACKAGES else {}
+
     def _path(self, path: str) -> str:
         return f"{self._root}/{path}"
 
     def read(self, path: str) -> bytes:
         """See `Storage`."""
         with _failures_of(self._location, path):
-            content: bytes = self._open().cat_file(self._path(path), end=MAX_INDEX_BYTES + 1)
+            content: bytes = self._open().cat_file(self._path(path), end=MAX_INDEX_BYTES + 1, **self._deadline())
         if len(content) > MAX_INDEX_BYTES:
             raise RepositoryInvalid(f"{self._location}/{path} has more than {MAX_INDEX_BYTES:,} bytes")
         return content
 
     def download(self, path: str, target: Path, limit: int, is_stopped: Callable[[], bool]) -> None:
         """See `Storage`."""
-        with _failures_of(self._location, path):
+        with _failures_of(self._location, path, target):
             file_system = self._open()
-            _require_size(self._location, path, file_system.info(self._path(path))["size"], limit)
+            size = file_system.info(self._path(path), **self._deadline())["size"]
+            _require_size(self._location, path, size, limit)
             from fsspec.callbacks import Callback
 
             class StopCallback(Callback):  # type: ignore[misc] # fsspec has no types
@@ -187,11 +218,15 @@ class FsspecStorage:
         """See `Storage`."""
         try:
             with _failures_of(self._location, "list of files"):
-                found = self._open().find(self._root, detail=True)
+                # Only s3fs can end a list early. Otherwise, the address of another, large bucket would fill the memory.
+                most = {"max_items": MAX_LISTED_FILES + 1} if self._location.scheme == "s3" else {}
+                found = self._open().find(self._root, detail=True, **most, **self._deadline())
         except RepositoryFileMissing as error:
             raise RepositoryUnavailable(f"{self._location} does not exist: create the bucket or the folder") from error
         if len(found) > MAX_LISTED_FILES:
-            raise RepositoryInvalid(f"{self._location} has no index and {len(found):,} files: run elbo index on it")
+            raise RepositoryInvalid(
+                f"{self._location} has no index and more than {MAX_LISTED_FILES:,} files: run elbo index on it"
+            )
         prefix = self._root.removeprefix("s3://").removeprefix("gs://") + "/"
         return {
             name.removeprefix(prefix): FileEntry(bytes=each["size"], tag=_tag(each))
@@ -203,14 +238,19 @@ class FsspecStorage:
         """See `Storage`."""
         try:
             with _failures_of(self._location, path):
-                return _tag(self._open().info(self._path(path)))
+                return _tag(self._open().info(self._path(path), **self._deadline()))
         except RepositoryFileMissing:
             return None
 
-    def upload(self, source: Path, path: str) -> None:
-        """See `Storage`."""
+    def upload(self, source: Path, path: str, is_new: bool) -> None:
+        """See `Storage`. S3 and Google Cloud Storage never replace a file that is new; `file://` may."""
+        mode = {"mode": "create"} if is_new and self._location.scheme in _PACKAGES else {}
         with _failures_of(self._location, path):
-            self._open().put_file(str(source), self._path(path))
+            self._write_if(
+                path,
+                lambda file_system, condition: file_system.put_file(str(source), self._path(path), **condition),
+                mode,
+            )
 
     def write(self, path: str, content: bytes, expected_tag: str | None) -> None:
         """See `Storage`. S3 compares the tag when it writes; the other storages do not."""
@@ -218,17 +258,25 @@ class FsspecStorage:
         if self._location.scheme == "s3":
             condition = {"IfMatch": expected_tag} if expected_tag else {"IfNoneMatch": "*"}
         with _failures_of(self._location, path):
-            try:
-                self._open().pipe_file(self._path(path), content, **condition)
-            except OSError as error:
-                # Status 412; or 409, for two conditional writes at the same time. Other reasons are EINVAL, too.
-                if error.errno == errno.EBUSY or "pre-condition" in str(error):
-                    raise RepositoryConflict(
-                        f"another process writes {path} of {self._location}: run the command again"
-                    ) from error
-                if error.errno != errno.ENOSYS:
-                    raise
-                self._open().pipe_file(self._path(path), content)  # an S3 server without conditional writes
+            self._write_if(
+                path,
+                lambda file_system, condition: file_system.pipe_file(self._path(path), content, **condition),
+                condition,
+            )
+
+    def _write_if(self, path: str, write: Callable[[Any, dict[str, str]], None], condition: dict[str, str]) -> None:
+        """Write a file under a condition. Raise RepositoryConflict if the storage finds that it does not hold."""
+        try:
+            write(self._open(), condition)
+        except OSError as error:
+            # Status 412; or 409, for two conditional writes at the same time. Other reasons are EINVAL, too.
+            if condition and (error.errno == errno.EBUSY or "pre-condition" in str(error)):
+                raise RepositoryConflict(
+                    f"another process writes {path} of {self._location}: run the command again"
+                ) from error
+            if error.errno != errno.ENOSYS:
+                raise
+            write(self._open(), {})  # an S3 server without conditional writes
 
 
 class HttpStorage:
@@ -239,6 +287,9 @@ class HttpStorage:
 
     def __init__(self, location: Location) -> None:
         self._location = location
+        parts = urlsplit(location.url)
+        # The credentials are no part of the URLs of requests, because httpx logs these.
+        self._auth = (unquote(parts.username or ""), unquote(parts.password or "")) if "@" in parts.netloc else None
         self._client: Any = None
         self._read: dict[str, tuple[str, bytes]] = {}  # tag and content of the files that `read` has returned
 
@@ -248,12 +299,12 @@ class HttpStorage:
 
             timeout = httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
             self._client = httpx.Client(
-                timeout=timeout, follow_redirects=False, headers={"Accept-Encoding": "identity"}
+                auth=self._auth, timeout=timeout, follow_redirects=False, headers={"Accept-Encoding": "identity"}
             )
         return self._client
 
     def _get(self, path: str, headers: dict[str, str]) -> Any:
-        return self._open().stream("GET", f"{self._location.url}/{path}", headers=headers)
+        return self._open().stream("GET", f"{self._location}/{path}", headers=headers)
 
     def read(self, path: str) -> bytes:
         """See `Storage`."""
@@ -272,7 +323,11 @@ class HttpStorage:
 
     def download(self, path: str, target: Path, limit: int, is_stopped: Callable[[], bool]) -> None:
         """See `Storage`."""
-        with _failures_of(self._location, path), self._get(path, {}) as response, target.open("wb") as file:
+        with (
+            _failures_of(self._location, path, target),
+            self._get(path, {}) as response,
+            target.open("wb") as file,
+        ):
             for block in self._blocks(response, path, limit):
                 if is_stopped():
                     raise Interrupted
@@ -302,7 +357,7 @@ class HttpStorage:
         """See `Storage`."""
         raise self._read_only(path)
 
-    def upload(self, source: Path, path: str) -> None:  # noqa: ARG002 - as in `Storage`
+    def upload(self, source: Path, path: str, is_new: bool) -> None:  # noqa: ARG002 - as in `Storage`
         """See `Storage`."""
         raise self._read_only(path)
 

@@ -1,18 +1,26 @@
 """Copies of versions between repositories: elbo push, elbo pull and elbo index."""
 
+import errno
+import shutil
 from pathlib import Path
 
 import pytest
 
-from models.errors import ArtifactMissing
+from models.errors import ArtifactMissing, ElboError
 from models.keys import create_key, read_private_key
 from models.manifest import FILE_NAME
 from models.signatures import sign, trusted_keys
-from service.repository.copying import CopyConflict, copy_versions, open_repository, write_index_of
-from service.repository.index import INDEX_NAME, parse_index
-from service.repository.location import parse_location
+from service.repository.copying import (
+    CopyConflict,
+    FolderRepository,
+    copy_versions,
+    open_repository,
+    write_index_of,
+)
+from service.repository.index import INDEX_NAME, FileEntry, VersionEntry, VersionName, parse_index, render_index
+from service.repository.location import RepositoryInvalid, parse_location
 from service.repository.mirror import Mirror
-from service.repository.storage import sha256_of
+from service.repository.storage import RepositoryUnavailable, _failures_of, sha256_of
 from tests.models.publishing import publish
 from tests.service.repository.folders import files_in
 
@@ -120,3 +128,52 @@ def test_index_of_a_folder_lists_what_other_programs_have_copied_there(folder: P
     assert write_index_of(str(tmp_path / "own")) == 1
     copied(folder, tmp_path / "own", "web@2")  # the folder has an index now, so it is kept up to date
     assert list(parse_index((tmp_path / "own" / INDEX_NAME).read_bytes(), "")["web"]) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("file", "size", "message"),
+    [("model.pt", 2**32, "at most 4,294,967,295"), ("model.pt.sig", 0, "expected 1 to 65,536: sign the version again")],
+)
+def test_file_whose_size_is_not_valid_is_named(
+    folder: Path, tmp_path: Path, file: str, size: int, message: str
+) -> None:
+    copied(folder, tmp_path / "own", "web@1")
+    with (tmp_path / "own/web/1" / file).open("wb") as made:
+        made.truncate(size)  # a sparse file
+    with pytest.raises(ElboError, match=message):
+        copied(tmp_path / "own", f"file://{tmp_path}/remote")
+    if size == 0:  # the hash of 4 GiB takes 3 s
+        with pytest.raises(ElboError, match=message):
+            write_index_of(str(tmp_path / "own"))
+
+
+def test_index_that_readers_would_refuse_is_not_written() -> None:
+    entry = VersionEntry(model=FileEntry(bytes=1, sha256="0" * 64))
+    with pytest.raises(RepositoryInvalid, match="run elbo index"):
+        render_index({"web": dict.fromkeys(range(1, 120_000), entry)})
+
+
+def test_version_that_another_push_wrote_meanwhile_is_a_conflict(folder: Path, tmp_path: Path) -> None:
+    publish(tmp_path / "other", kind="ae", name="web")
+    destination = FolderRepository(tmp_path / "own")
+    for source in (tmp_path / "other", folder):
+        staging = tmp_path / f"staging-{source.name}"
+        shutil.copytree(source / "web/1", staging)
+        if source == folder:
+            with pytest.raises(CopyConflict, match="the destination has another web@1"):
+                destination.store(VersionName("web", 1), staging, only_signature=False)
+        else:
+            destination.store(VersionName("web", 1), staging, only_signature=False)
+    assert (tmp_path / "own/web/1/model.pt").read_bytes() == (tmp_path / "other/web/1/model.pt").read_bytes()
+
+
+def test_repository_on_a_drive_that_this_user_may_not_read_names_the_permissions(folder: Path, tmp_path: Path) -> None:
+    location = parse_location(f"file://{tmp_path}/remote")
+    copied(folder, location.url)
+    denied = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "remote" / INDEX_NAME))
+    with pytest.raises(RepositoryUnavailable, match="change the permissions"), _failures_of(location, INDEX_NAME):
+        raise denied
+    target = tmp_path / "cache" / "model.pt"
+    denied = PermissionError(errno.EACCES, "Permission denied", str(target))
+    with pytest.raises(PermissionError), _failures_of(location, "web/1/model.pt", target):
+        raise denied

@@ -1,6 +1,7 @@
 """A repository that an HTTPS server publishes, with a certificate of its own."""
 
 import http.server
+import logging
 import ssl
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -87,7 +88,10 @@ def test_poll_asks_for_the_index_only_if_it_has_changed(site: Any, tmp_path: Pat
     assert files_in(tmp_path / "cache") == [f"hosts/{version}/model.pt" for version in (1, 2, 3)]
 
 
-def test_password_of_the_url_is_sent_and_is_in_no_message(site: Any, tmp_path: Path) -> None:
+def test_password_of_the_url_is_sent_and_is_in_no_message(
+    site: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
     url = site.url.replace("https://", "https://reader:secret@")
     mirror = mirror_of(url, tmp_path / "cache")
     assert mirror.poll().outcome == "ok"
@@ -103,6 +107,8 @@ def test_password_of_the_url_is_sent_and_is_in_no_message(site: Any, tmp_path: P
     (failure,) = read_failures(tmp_path / "cache")
     assert "ConnectError" in failure.detail
     assert "secret" not in failure.detail
+    assert f"GET {site.url}/{INDEX_NAME}" in caplog.text  # httpx logs the URL
+    assert "secret" not in caplog.text
 
 
 def test_certificate_that_is_not_trusted_is_refused(site: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

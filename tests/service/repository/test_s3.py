@@ -28,6 +28,21 @@ PYTHON = ROOT / ".venv-remote" / "bin" / "python"
 URL = "s3://models/elbo"
 POLL_SECONDS = 0.2
 PUT = "import s3fs, sys; s3fs.S3FileSystem().pipe_file(sys.argv[1], sys.stdin.buffer.read())"
+# Stores model0@1 as a push does that has seen a repository without this version: first the same file, then another.
+PUSH_LATE = """
+import sys
+from pathlib import Path
+from service.repository.copying import CopyConflict, open_repository
+from service.repository.index import VersionName
+repository, folder = open_repository("s3://models/elbo"), Path(sys.argv[1])
+for artifact in ("model0", "model1"):
+    staging = folder.with_name(artifact) / artifact / "1"
+    try:
+        repository.store(VersionName("model0", 1), staging, only_signature=False)
+        print("same")
+    except CopyConflict as error:
+        print(error.code)
+"""
 
 
 class Bucket:
@@ -169,3 +184,7 @@ def test_pushes_at_the_same_time_lose_no_version(tmp_path: Path) -> None:
     assert [process.wait(120) for process in processes] == [0] * len(names)
     assert elbo("pull", URL, "--artifacts", tmp_path / "pulled").count("copied") == len(names)
     assert "already there" in elbo("pull", URL, "--artifacts", tmp_path / "pulled")
+    result = subprocess.run(
+        [PYTHON, "-c", PUSH_LATE, str(tmp_path / "rival")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.stdout.splitlines() == ["same", "copy_conflict"], result.stderr
