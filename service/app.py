@@ -196,9 +196,7 @@ def create_app(
         )
     app.middleware_stack = entry_point
     paths = routes.admission_paths(endpoints).union(platform_handlers)
-    direct = None
-    if keys is None:
-        direct = DirectHeads(DirectInference(service, access, allowed_hosts), settings.max_body_bytes)
+    direct = DirectHeads(DirectInference(service, access, allowed_hosts, keys), settings.max_body_bytes)
     app.state.protocol = partial(
         Protocol,
         admission=admission,

@@ -48,14 +48,16 @@ class GrantedKey:
 
     Attributes:
         definition: what the file says about the key.
+        hash: the SHA-256 hash of its value.
         is_revoked: whether the file no longer has this key, with this value and these scopes.
     """
 
-    __slots__ = ("definition", "is_revoked", "limits", "name", "scopes")
+    __slots__ = ("definition", "hash", "is_revoked", "limits", "name", "scopes")
 
     def __init__(self, name: str, key: ApiKey, limits: KeyLimits | None) -> None:
         self.name = name
         self.definition = key
+        self.hash = bytes.fromhex(key.sha256)
         self.scopes = ANY_KEY if Scope.ADMIN in key.scopes else key.scopes
         self.limits = limits
         self.is_revoked = False
@@ -75,6 +77,11 @@ class GrantedKey:
         """Count a request of this key. Raises RateLimited if the key has reached a limit."""
         if self.limits:
             self.limits.enter()
+
+    def take_back(self) -> None:
+        """Forget a request that `enter` has counted, because it is handled again from the beginning."""
+        if self.limits:
+            self.limits.take_back()
 
     def leave(self, rows: int) -> None:
         """Count the end of a request that `enter` has counted, and those `rows` of it that are not counted yet."""
@@ -149,6 +156,10 @@ class AccessControl:
             raise _unauthorized(is_absent=not value)
         return key
 
+    def current(self, key: GrantedKey) -> GrantedKey | None:
+        """Return the key that now has the value of `key`: `key`, unless the file has changed; None if there is none."""
+        return self._by_hash.get(key.hash)
+
     async def reload(self, always: bool = False) -> None:
         """Read the file again if it has changed or `always` is set. Keep the keys and log an error if it is invalid."""
         try:
@@ -178,7 +189,7 @@ class AccessControl:
         before = {key.name: key for key in self._by_hash.values()}
         granted = [GrantedKey(name, key, self._limits_of(name, key, before.get(name))) for name, key in keys.items()]
         self._limits = [key.limits for key in granted if key.limits]
-        self._by_hash = {bytes.fromhex(key.definition.sha256): key for key in granted}
+        self._by_hash = {key.hash: key for key in granted}
         for key in before.values():
             now = keys.get(key.name)
             key.is_revoked = not now or (now.sha256, now.scopes) != (key.definition.sha256, key.definition.scopes)

@@ -49,10 +49,10 @@ class Bucket:
         self._level, self._used, self._now = min(self.burst, level), used, now
         return self._level
 
-    def take_one(self) -> None:
-        """Take out one token. Call this after its use was counted in shared memory."""
-        self._level -= 1
-        self._used += 1
+    def take(self, tokens: int) -> None:
+        """Take out `tokens`; put them back if negative. Call this after their use was counted in shared memory."""
+        self._level -= tokens
+        self._used += tokens
 
     def seconds_until(self, level: float) -> int:
         """Return after how many seconds the bucket will hold `level` tokens: at least 1."""
@@ -61,7 +61,7 @@ class Bucket:
 
     @property
     def last_level(self) -> float:
-        """The number of tokens after the last call of `level` or `take_one`."""
+        """The number of tokens after the last call of `level` or `take`."""
         return self._level
 
 
@@ -100,10 +100,11 @@ class KeyLimits:
             self._refuse("requests_per_second", limit, self._requests.seconds_until(1))
         if self._rows and not self.may_send_rows():
             self._refuse("rows_per_second", f"{self._rows.rate:g} rows per second", self._rows.seconds_until(0))
-        self._own_counts[_REQUESTS] += 1
-        self._own_running[0] += 1
-        if self._requests:
-            self._requests.take_one()
+        self._count(1)
+
+    def take_back(self) -> None:
+        """Forget a request that `enter` has counted."""
+        self._count(-1)
 
     def leave(self) -> None:
         """Count the end of a request that `enter` has counted."""
@@ -141,6 +142,12 @@ class KeyLimits:
         else:
             return ()
         return self._policy, (b"ratelimit", left)
+
+    def _count(self, requests: int) -> None:
+        self._own_counts[_REQUESTS] += requests
+        self._own_running[0] += requests
+        if self._requests:
+            self._requests.take(requests)
 
     def _describe_policy(self) -> Header:
         policies = []

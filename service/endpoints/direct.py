@@ -7,7 +7,7 @@ the numbers of the metrics. Responses are byte for byte those of `InferenceEndpo
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter
 from typing import Any
 from weakref import ref
@@ -18,6 +18,8 @@ import orjson
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
+from service.access.control import AccessControl, GrantedKey
+from service.access.scopes import Scope
 from service.anomaly.inputs import InputRows, with_default_alpha
 from service.anomaly.verdicts import Scores, decide, largest
 from service.codec import npy
@@ -87,10 +89,11 @@ class Route:
         request_id: the X-Request-Id header; None for a new one per request.
         timeout: the seconds in the header X-Request-Timeout, or ELBO_REQUEST_TIMEOUT.
         traceparent: the header of this name; empty if there is none.
+        key: the API key in the head; None if the server has no keys.
     """
 
     __slots__ = (
-        "accept", "endpoint", "forwarded", "is_npy", "model", "path", "plan", "query", "request_id", "timeout",
+        "accept", "endpoint", "forwarded", "is_npy", "key", "model", "path", "plan", "query", "request_id", "timeout",
         "traceparent",
     )  # fmt: skip
 
@@ -105,8 +108,10 @@ class Route:
         request_id: str | None,
         timeout: float,
         traceparent: bytes = b"",
+        key: GrantedKey | None = None,
     ) -> None:
         self.traceparent = traceparent
+        self.key = key
         self.endpoint = endpoint
         self.query = query
         self.accept = accept
@@ -225,15 +230,23 @@ class AnomalyPlan(Plan):
     features, the response takes 12 µs less than with an array of only the numbers that it needs.
     """
 
-    def __init__(self, service: ServiceContext, served: ServedModel, *arguments: Any, body: AnomalyBody) -> None:
-        super().__init__(served, *arguments)
+    def __init__(
+        self,
+        service: ServiceContext,
+        served: ServedModel,
+        route: Route,
+        *arguments: Any,
+        body: AnomalyBody,
+        is_live: bool,
+    ) -> None:
+        super().__init__(served, route, *arguments)
         self._service = service
         self._model = ref(served)
         self._body = body
         self._explained = min(body.explain, served.row_schema.width)
         self._parts = len(served.manifest.parts)
         self._names = [b'"name":' + orjson.dumps(name) for name in served.row_schema.names]
-        self._is_live = service.settings.observe if body.observe is None else body.observe
+        self._is_live = is_live
         # The response to a request without rows, split where the counts and the results belong.
         empty = {
             "model": self.name,
@@ -387,10 +400,18 @@ class DirectInference:
         service: the components of the application.
         access: logs the requests.
         allowed_hosts: the hosts that requests may be for; None for every host.
+        keys: the API keys of the server; None if requests need no key.
     """
 
-    def __init__(self, service: ServiceContext, access: AccessLog, allowed_hosts: AllowedHosts | None = None) -> None:
+    def __init__(
+        self,
+        service: ServiceContext,
+        access: AccessLog,
+        allowed_hosts: AllowedHosts | None = None,
+        keys: AccessControl | None = None,
+    ) -> None:
         self._service = service
+        self._keys = keys
         self._allowed_hosts = allowed_hosts
         self._root_path = service.settings.root_path
         self._access = access
@@ -420,6 +441,7 @@ class DirectInference:
             parsed = parse_query(query)
             if self._allowed_hosts:
                 self._allowed_hosts.check(endpoint, by_name[b"host"].decode("latin-1"))
+            key = self._keys.find(by_name) if self._keys else None
         except (ValueError, ServiceError):
             return None
         if not 0 < timeout < math.inf:
@@ -436,6 +458,7 @@ class DirectInference:
             request_id=valid_request_id(by_name.get(b"x-request-id", b"")),
             timeout=timeout,
             traceparent=by_name.get(b"traceparent", b""),
+            key=key,
         )
 
     def max_body(self, route: Route) -> int:
@@ -444,7 +467,33 @@ class DirectInference:
         return 0 if plan is None else plan.max_body
 
     def start(self, request: DirectRequest) -> bool:
-        """Read the rows of `request` and queue them. Return false if it needs a task."""
+        """Count `request` for its key, read its rows and queue them. Return false if it needs a task."""
+        if self._keys is None:
+            return self._begin(request)
+        if not self._enter(self._keys, request):
+            return False
+        if self._begin(request):
+            return True
+        _take_back(request)
+        return False
+
+    def _enter(self, keys: AccessControl, request: DirectRequest) -> bool:
+        """Count a request for the limits of its API key. Return false if its key does not permit it."""
+        route: Route = request.head.route
+        key = None if route.key is None else keys.current(route.key)
+        if key is None:
+            return False
+        if key is not route.key:  # the file of keys has changed
+            route.key, route.model, route.plan = key, _no_model, None
+        try:
+            key.require(Scope.INFER)
+            key.enter()
+        except ServiceError:
+            return False
+        request.key = key
+        return True
+
+    def _begin(self, request: DirectRequest) -> bool:
         plan = self._plan_of(request.head.route)
         if plan is None or len(request.sent) > plan.max_body:
             return False
@@ -486,6 +535,7 @@ class DirectInference:
         record = self._record(request, perf_counter())
         record.status, record.problem = ClientGone.status, ClientGone.code
         self._count(record)
+        _leave(request, 0 if job is None else job.rows)
         request.detach()
 
     def _plan_of(self, route: Route) -> Plan | None:
@@ -644,6 +694,9 @@ class DirectInference:
                 1e3 * seconds,
                 1e3 * record.total,
             )
+            if request.key:
+                head += _lines(request.key.headers())
+                request.key.leave(job.rows)
             self._end(request, head, content)
             records.append(record)
         for record in records:
@@ -678,9 +731,11 @@ class DirectInference:
             *security_headers.complete(as_headers(error.headers)),
             (b"x-request-id", record.request_id.encode()),
             (b"server-timing", b"total;dur=%.3f" % (1e3 * record.total)),
+            *(request.key.headers() if request.key else ()),
         ]
-        head = STATUS_LINE[error.status] + b"".join([b"%b: %b\r\n" % header for header in headers])
-        self._end(request, head, (content,))
+        job: DirectJob | None = request.work
+        _leave(request, 0 if job is None else job.rows)
+        self._end(request, STATUS_LINE[error.status] + _lines(headers), (content,))
         self._count(record)
 
     def _count(self, record: RequestRecord) -> None:
@@ -696,6 +751,8 @@ class DirectInference:
         record = RequestRecord(request_id, "POST", route.path, client, request.started, route.endpoint)
         record.total = now - request.started
         record.traceparent = route.traceparent
+        if request.key:
+            record.key = request.key.name
         return record
 
 
@@ -718,7 +775,25 @@ def client_host(connection: Any, forwarded: str | None) -> str | None:
 
 def start_task(request: DirectRequest) -> None:
     """Let a task answer `request` from the beginning."""
+    _take_back(request)
     request.connection.start_task(request)
+
+
+def _take_back(request: DirectRequest) -> None:
+    """Forget that the API key of a request has counted it, because a task counts it again."""
+    if request.key:
+        request.key.take_back()
+        request.key = None
+
+
+def _leave(request: DirectRequest, rows: int) -> None:
+    """Count the end of a request, and its rows, for the limits of its API key."""
+    if request.key:
+        request.key.leave(rows)
+
+
+def _lines(headers: Iterable[Header]) -> bytes:
+    return b"".join([b"%b: %b\r\n" % header for header in headers])
 
 
 def create_plan(service: ServiceContext, served: ServedModel, route: Route) -> Plan | None:
@@ -770,9 +845,15 @@ def _anomaly_plan(
     has_fixed_rows = served.silences is None and served.manifest.pixel_range is None
     if not is_usual or is_smoothed or given or not has_fixed_rows or media_type != JSON:
         return None
+    is_live = service.settings.observe if body.observe is None else body.observe
+    if route.key and Scope.WRITE not in route.key.scopes:
+        if body.observe:
+            return None  # refused, see `is_live_traffic` in `scoring.py`
+        is_live = False
     operation = operations.anomaly(body.alpha, body.extrapolated)
     numbers = 3 + len(served.manifest.parts) + 4 * min(body.explain, served.row_schema.width)
-    return AnomalyPlan(service, served, route, media_type, operation, served.row_schema, numbers, body=body)
+    arguments = media_type, operation, served.row_schema, numbers
+    return AnomalyPlan(service, served, route, *arguments, body=body, is_live=is_live)
 
 
 def _without_rows(served: ServedModel) -> InputRows:

@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from service.access.control import GrantedKey
 from service.http.unread import SMALL_RESPONSE
 
 MAX_HEADS = 1024  # heads that are remembered
@@ -81,13 +82,14 @@ class DirectRequest:
 
     Attributes:
         work: what the handler knows of the request.
+        key: the API key that has counted the request; None if the server has no keys.
         keep_alive: whether the connection stays open after the response.
         disconnected: whether the client has disconnected.
         is_over: whether the response is written, or the client has disconnected.
     """
 
     __slots__ = (
-        "connection", "disconnected", "head", "is_over", "keep_alive", "response_complete", "response_started",
+        "connection", "disconnected", "head", "is_over", "keep_alive", "key", "response_complete", "response_started",
         "sent", "started", "work",
     )  # fmt: skip
     # Attributes of uvicorn's cycle that never change here. The other attributes of the cycle are among the slots.
@@ -100,6 +102,7 @@ class DirectRequest:
         self.sent = body
         self.started = started
         self.work: Any = None
+        self.key: GrantedKey | None = None
         self.keep_alive = True
         self.disconnected = False
         self.is_over = False

@@ -819,10 +819,13 @@ class Protocol(HttpToolsProtocol):
         if self.flow.write_paused or self.transport.is_closing() or self._is_draining():
             return False
         head = self._refused_heads.find(data)
-        if head is None:
+        default_headers = self.server_state.default_headers
+        response = None
+        if head is not None:
+            response = self._head_refusal.repeat(head, self.client, refusal, default_headers)
+        if response is None:
             self._candidate = data if self._refusals and len(data) <= MAX_HEAD else None
             return False
-        response = self._head_refusal.repeat(head, self.client, refusal, self.server_state.default_headers)
         self._answer_refused(response)
         self.server_state.total_requests += 1
         timer: Any = self.timeout_keep_alive_task

@@ -3,12 +3,13 @@
 The response is written to the connection without an ASGI task, at a fraction of the cost of a normal response.
 """
 
+from collections.abc import Mapping
 from functools import lru_cache
 
 import orjson
 from starlette.types import Scope
 
-from service.access.control import AccessControl
+from service.access.control import AccessControl, GrantedKey
 from service.access.scopes import scope_of
 from service.errors import PROBLEM_JSON, BadRequest, Forbidden, Overloaded, Unauthorized
 from service.http import open_inference
@@ -72,8 +73,7 @@ class HeadRefusal:
         record.endpoint = open_inference.infer_route(path)
         if self._keys:
             try:
-                key = self._keys.find(headers_by_name)
-                key.require(scope_of(self._platform.known_path(path)))
+                key = self._find_key(self._keys, path, headers_by_name)
             except (BadRequest, Unauthorized, Forbidden):
                 return None
             record.key = key.name
@@ -81,8 +81,10 @@ class HeadRefusal:
 
     def repeat(
         self, head: RefusedHead, client: tuple[str, int] | None, refusal: Refusal, default_headers: list[Header]
-    ) -> bytes:
+    ) -> bytes | None:
         """Return the whole response to another request with a head that was refused before.
+
+        Return None if the API key in the head is not in use any more.
 
         Args:
             head: the head of the request.
@@ -90,14 +92,25 @@ class HeadRefusal:
             refusal: why the request is refused.
             default_headers: headers that the server adds to every response.
         """
+        if head.key and self._keys and self._keys.current(head.key) is not head.key:
+            return None
         record = RequestRecord(new_request_id(), "POST", head.path, client[0] if client else None)
+        if head.key:
+            record.key = head.key.name
         record.endpoint = open_inference.infer_route(head.endpoint)
         return self._answer(record, head.endpoint, refusal, default_headers)
 
     def remember(self, data: bytes, path: str, headers: list[Header]) -> None:
-        """Remember the head of a request that was refused, unless requests need keys. See `RefusedHeads.remember`."""
-        if self._keys is None:
-            self.heads.remember(data, path, path.removeprefix(self._root_path), headers)
+        """Remember the head of a request that was refused, with its API key. See `RefusedHeads.remember`."""
+        endpoint = path.removeprefix(self._root_path)
+        key = self._find_key(self._keys, endpoint, dict(reversed(headers))) if self._keys else None
+        self.heads.remember(data, path, endpoint, headers, key)
+
+    def _find_key(self, keys: AccessControl, path: str, headers: Mapping[bytes, bytes]) -> GrantedKey:
+        """Return the API key of a request. Raises an error if it does not permit the request."""
+        key = keys.find(headers)
+        key.require(scope_of(self._platform.known_path(path)))
+        return key
 
     def _answer(self, record: RequestRecord, path: str, refusal: Refusal, default_headers: list[Header]) -> bytes:
         """Count and log a refused request, and return the whole response. `path` is without the root path."""

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from service.access.control import GrantedKey
+
 MAX_HEADS = 1024  # a new head replaces the oldest one
 MAX_HEAD_BYTES = 2048  # longer heads are always parsed
 MAX_DELAYED = 10_000  # answers that are delayed at once; each has less than 1 KiB
@@ -32,11 +34,13 @@ class RefusedHead:
         path: the path of the request.
         endpoint: the path without the root path.
         body_bytes: the value of its Content-Length.
+        key: the API key in it; None if the server has no keys.
     """
 
     path: str
     endpoint: str
     body_bytes: int
+    key: GrantedKey | None = None
 
 
 class RefusedHeads(dict[bytes, RefusedHead]):
@@ -48,7 +52,14 @@ class RefusedHeads(dict[bytes, RefusedHead]):
         head = self.get(data[:end])
         return head if head is not None and len(data) == end + head.body_bytes else None
 
-    def remember(self, data: bytes, path: str, endpoint: str, headers: list[tuple[bytes, bytes]]) -> None:
+    def remember(
+        self,
+        data: bytes,
+        path: str,
+        endpoint: str,
+        headers: list[tuple[bytes, bytes]],
+        key: GrantedKey | None = None,
+    ) -> None:
         """Remember the head in `data` if `data` is one whole request without SPECIAL_HEADERS.
 
         Args:
@@ -56,6 +67,7 @@ class RefusedHeads(dict[bytes, RefusedHead]):
             path: the path of the request.
             endpoint: the path without the root path.
             headers: the headers of the request, with names in lower case.
+            key: the API key in the headers; None if the server has no keys.
         """
         end = data.find(END_OF_HEAD, 0, MAX_HEAD_BYTES) + len(END_OF_HEAD)
         head = data[:end]
@@ -68,7 +80,7 @@ class RefusedHeads(dict[bytes, RefusedHead]):
         if is_plain and len(data) == end + body_bytes:
             if len(self) >= MAX_HEADS:
                 del self[next(iter(self))]
-            self[head] = RefusedHead(path, endpoint, body_bytes)
+            self[head] = RefusedHead(path, endpoint, body_bytes, key)
 
 
 class DelayedAnswers:

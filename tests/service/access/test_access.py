@@ -303,13 +303,12 @@ def test_change_of_the_file_takes_effect_and_a_broken_file_changes_nothing(
         keys.add("second", "infer")
         wait_for(lambda: status("second") == 200)
         good = keys.path.read_text()
-        for number, broken in enumerate(["first = {", "", "delete"], start=1):
-            if broken == "delete":
+        for number, broken in enumerate([b"first = {", b"\xff", None], start=1):
+            if broken is None:
                 keys.path.unlink()
-            elif broken:
-                keys.path.write_text(broken)
-            else:
-                keys.path.write_bytes(b"\xff")
+            else:  # in one step: the server may read a file that is being written
+                (tmp_path / "broken").write_bytes(broken)
+                (tmp_path / "broken").replace(keys.path)
             wait_for(lambda number=number: errors() == number)  # type: ignore[misc] # keeps the present number
             time.sleep(0.2)
             assert errors() == number  # logged once, not at every poll
