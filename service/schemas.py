@@ -146,7 +146,7 @@ class SampleBody(Body):
         None,
         description='models trained with `--condition` only: the condition to draw rows for, such as `{"label": "7"}`, '
         "or a list with one condition per row; for a column that is absent, levels are drawn by their shares in the "
-        "training rows",
+        "training rows. With `near`, it is one condition, and a column that is absent stays unknown",
     )
     given: PartialRow = Field(
         None,

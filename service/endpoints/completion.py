@@ -94,7 +94,7 @@ def require_no_conditions(served: ServedModel, asked: str) -> None:
             f"{model} is a conditional model, which does not support {asked}",
             expected="a model without conditions",
             got=model,
-            hint="use a model that was trained without --condition, or leave out near and given and send a condition",
+            hint="use a model that was trained without --condition, or leave out given and send a condition",
         )
 
 

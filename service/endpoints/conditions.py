@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.codec.budget import NO_LIMIT, Budget
-from service.codec.conditions import Codes, no_conditions
+from service.codec.conditions import Code, Codes, no_conditions
 from service.inference.served_model import ServedModel
 
 Array = npt.NDArray[np.float32]
@@ -34,13 +34,24 @@ def with_conditions(served: ServedModel, condition: Any, rows: Array, budget: Bu
     return served.conditions.join(rows, served.conditions.read_all(condition, len(rows), budget))
 
 
-def read_condition(served: ServedModel, condition: Any) -> None:
-    """Raise InvalidField if `condition` is given but is not one condition that the model knows."""
-    if condition is None:
-        return
-    if served.conditions is None:
+def read_condition(served: ServedModel, condition: Any) -> Code:
+    """Return the code of the one condition of a request; empty if the model knows no conditions.
+
+    Raises:
+        InvalidField: `condition` is given but is not one condition that the model knows.
+    """
+    if served.conditions is not None:
+        return served.conditions.read(condition)
+    if condition is not None:
         raise no_conditions(served.name)
-    served.conditions.read(condition)
+    return ()
+
+
+def with_code(served: ServedModel, code: Code, latents: Array) -> Array:
+    """Return latents [B, K] followed by the condition with this code, [B, K + C]."""
+    if served.conditions is None:
+        return latents
+    return served.conditions.join(latents, np.array([code], np.int64).repeat(len(latents), axis=0))
 
 
 def read_codes(served: ServedModel, condition: Any, rows: int, budget: Budget) -> Codes | None:

@@ -23,7 +23,7 @@ from service.anomaly.verdicts import (
     score_array,
 )
 from service.codec.budget import Budget
-from service.codec.conditions import Codes
+from service.codec.conditions import Code, Codes
 from service.codec.partial_rows import parse_all_records
 from service.codec.request_body import JSON
 from service.codec.row_arrays import parse_array
@@ -36,13 +36,13 @@ from service.endpoints.completion import (
     Given,
     read_given,
     read_partial_rows,
-    require_no_conditions,
     require_one_field,
 )
 from service.endpoints.conditions import (
     features_of,
     read_codes,
     read_condition,
+    with_code,
     with_conditions,
     without_conditions,
 )
@@ -80,6 +80,7 @@ from service.schemas import (
 Array = npt.NDArray[np.float32]
 Spec = RequestSpec[Any, Any]  # the request that a handler accepts instead of its own, from a platform's endpoint
 LATENT_DRAWS = 1024  # number of draws from the prior that the standard deviations of the latents are estimated from
+MAX_DEVIATIONS = 1024  # the standard deviations are kept for at most this many conditions of a model
 MAX_STRIP_STEPS = 32  # for up to this many interpolation steps, the image is a single row of tiles
 
 
@@ -90,8 +91,8 @@ class InferenceEndpoints:
         self._service = service
         self._noise = NoiseSource()
         self._long_draw = asyncio.Lock()  # held while a thread draws noise
-        # For each model, the standard deviations [K] of latents that are drawn from its prior.
-        self._deviations: WeakKeyDictionary[ServedModel, Array] = WeakKeyDictionary()
+        # For each model and condition, the standard deviations [K] of latents that are drawn from its prior.
+        self._deviations: WeakKeyDictionary[ServedModel, dict[Code, Array]] = WeakKeyDictionary()
 
     async def encode(self, request: RequestContext, spec: Spec | None = None) -> HttpResponse:
         """Encode rows: return the posterior mean or a posterior sample, and the posterior standard deviation."""
@@ -199,18 +200,33 @@ class InferenceEndpoints:
     async def _sample_near(self, parsed: "ParsedRequest[SampleBody, Start]", point: "Point") -> HttpResponse:
         """Sample rows whose latents are near those of `point`."""
         seed, served = _seed(parsed.body.seed), parsed.served
-        deviation = self._deviations.get(served)
-        if deviation is None:
-            drawn = self._noise.draw(0, LATENT_DRAWS, served.manifest.latents)
-            (latents,) = await run_operation(self._service, parsed, operations.DRAW, *drawn)
-            deviation = self._deviations[served] = latents.std(axis=0)
+        code = read_condition(served, parsed.body.condition)
+        deviation = await self._deviation(parsed, code)
         (centre,) = await latents_of(self._service, parsed, [point])
         noise, choice, *row_noise = await self._draw(parsed, seed, served.manifest.width if _with_noise(parsed) else 0)
         latents = centre + np.float32(parsed.body.spread) * deviation * noise
+        joined = with_code(served, code, latents)
         operation = operations.SAMPLE_STANDARD_ROWS if row_noise else operations.SAMPLE_STANDARD
-        latents, outputs = await run_operation(self._service, parsed, operation, latents, choice, *row_noise)
+        _, outputs = await run_operation(self._service, parsed, operation, joined, choice, *row_noise)
         fields = {"latents": latents, "outputs": outputs, "seed": seed, **await _record_fields(parsed, outputs)}
+        if served.conditions is not None:
+            fields["conditions"] = served.conditions.describe(np.array([code])) * len(outputs)
         return await render_response(parsed, fields, outputs)
+
+    async def _deviation(self, parsed: "ParsedRequest[SampleBody, Start]", code: Code) -> Array:
+        """Return the standard deviations [K] of latents that are drawn from the prior for the condition `code`."""
+        served = parsed.served
+        known = self._deviations.setdefault(served, {})
+        deviation = known.get(code)
+        if deviation is None:
+            noise, choice = self._noise.draw(0, LATENT_DRAWS, served.manifest.latents)
+            (latents,) = await run_operation(
+                self._service, parsed, operations.DRAW, with_code(served, code, noise), choice
+            )
+            deviation = without_conditions(served, latents).std(axis=0)
+            if len(known) < MAX_DEVIATIONS:
+                known[code] = deviation
+        return deviation
 
     async def _complete(self, parsed: "ParsedRequest[SampleBody, Start]", given: Given) -> HttpResponse:
         """Sample rows that have the given values."""
@@ -411,7 +427,7 @@ def _read_start(served: ServedModel, body: SampleBody, may_contain_non_floats: b
     """Return what the samples start from.
 
     Raises:
-        NotSupported: the model knows conditions, and the samples start from given values or a point.
+        NotSupported: the model knows conditions, and the samples start from given values.
         InvalidField: two fields of the body conflict. See also `read_given` and `read_point`.
     """
     if body.near is None:
@@ -424,17 +440,16 @@ def _read_start(served: ServedModel, body: SampleBody, may_contain_non_floats: b
             )
         given = read_given(served, body, may_contain_non_floats)
         return read_codes(served, body.condition, body.n, budget) if given is None else given
-    require_no_conditions(served, "near")
+    read_condition(served, body.condition)
     for name, is_there in (
         ("given", body.given is not None),
         ("prior", body.prior == "standard"),
-        ("condition", body.condition is not None),
     ):
         if is_there:
             raise InvalidField(
-                f"samples near a point have no given values, prior or condition, got near and {name}",
+                f"samples near a point have no given values and no prior, got near and {name}",
                 pointer=f"/{name}",
-                expected="near alone",
+                expected="near without given and prior",
                 got=f"near and {name}",
                 hint=f"leave out {name} or near",
             )

@@ -15,6 +15,7 @@ import torch
 from models.artifact import Artifact, load
 from service.app import create_app
 from service.codec import npy
+from service.endpoints.inference import LATENT_DRAWS
 from service.inference.sampling import NoiseSource
 from service.settings import Settings
 from tests.service.running import post, running
@@ -109,6 +110,35 @@ def test_same_seed_gives_the_same_bytes_and_standard_prior_decodes_noise(client:
     np.testing.assert_allclose(answer["latents"], noise, rtol=1e-6)
     (outputs,) = run(model.module.decode, with_label(noise, 4))
     np.testing.assert_allclose(answer["outputs"], outputs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("label", [None, 3])
+def test_samples_near_a_row_are_encoded_and_decoded_with_the_condition(
+    client: httpx.Client, model: Artifact, label: int | None
+) -> None:
+    row = digits(1)
+    condition = {} if label is None else {"condition": {"label": str(label)}}
+    body = {"near": {"input": row[0].tolist()}, "n": COUNT, "seed": 6, "spread": 0.5, **condition}
+    answer = post(client, "/sample", body)
+    mean = run(model.module.encode, with_label(row, label))[0][0, :-10]
+    usual, choice = NoiseSource().draw(0, LATENT_DRAWS, model.manifest.latents)
+    drawn = run(model.module.draw, with_label(usual, label), choice)[0][:, :-10]
+    noise, _ = NoiseSource().draw(6, COUNT, model.manifest.latents)
+    latents = mean + 0.5 * drawn.std(axis=0) * noise
+    np.testing.assert_allclose(answer["latents"], latents, rtol=1e-3, atol=1e-4)
+    (outputs,) = run(model.module.decode, with_label(latents, label))
+    np.testing.assert_allclose(answer["outputs"], outputs, rtol=1e-3, atol=1e-4)
+    assert answer["conditions"] == [{} if label is None else {"label": str(label)}] * COUNT
+    assert post(client, "/sample", body) == answer
+
+
+def test_samples_near_a_row_take_one_condition_that_the_model_knows(client: httpx.Client) -> None:
+    near = {"near": {"input": digits(1)[0].tolist()}, "n": 2}
+    problem = refused(client, "/sample", near | {"condition": {"label": "11"}})
+    assert problem["pointer"] == "/condition/label"
+    assert "'9'" in problem["detail"]
+    problem = refused(client, "/sample", near | {"condition": [{"label": "1"}, {"label": "2"}]})
+    assert (problem["pointer"], problem["expected"]) == ("/condition", "an object with 'label'")
 
 
 @pytest.mark.parametrize("label", [None, 3])
@@ -319,7 +349,6 @@ def test_model_without_conditions_refuses_a_condition_and_answers_without_one(cl
     [
         ("/impute", {"inputs": [[None, *[0.5] * 63]]}),
         ("/sample", {"given": [None, *[0.5] * 63]}),
-        ("/sample", {"near": {"input": [0.5] * 64}}),
     ],
 )
 def test_conditional_model_does_not_complete_rows(client: httpx.Client, path: str, body: dict[str, Any]) -> None:
