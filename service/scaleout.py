@@ -13,11 +13,20 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
+from models.errors import ElboError
 from service.app import create_app
+from service.monitoring import logs
+from service.server.run import forbid_core_dumps
 from service.settings import Settings
 
 WAIT = "queue_seconds"  # the statistic that replicas report
 MAX_ONGOING_REQUESTS = 1000  # per replica; so many that admission control refuses requests before Ray Serve queues them
+
+
+class ScaleoutError(ElboError):
+    """A setting cannot work in replicas on Ray Serve."""
+
+    code = "scaleout_error"
 
 
 class Options(BaseModel):
@@ -73,6 +82,8 @@ class Replica:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        logs.configure(settings.log_level, settings.log_format)
+        forbid_core_dumps(settings)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application. Ray Serve runs its lifespan: it loads all models before the first request."""
@@ -93,12 +104,36 @@ class Replica:
         return {WAIT: float(self._app.state.service.batcher.expected_wait)}
 
 
+def settings_of_replicas() -> Settings:
+    """Return the settings in the ELBO_* variables.
+
+    Raises:
+        ScaleoutError: a setting cannot work in replicas on several machines.
+    """
+    settings = Settings()
+    if settings.repository is None and not settings.artifact_folder.is_absolute():
+        raise ScaleoutError(
+            f"ELBO_ARTIFACTS is the relative path {settings.artifact_folder}, and replicas run in another folder: set "
+            "it to an absolute path, which all machines mount, or to the URL of a remote repository"
+        )
+    if settings.state is not None:
+        raise ScaleoutError(
+            "ELBO_STATE is set, and replicas on several machines cannot share one memory of groups: unset it, or use "
+            "elbo serve for models that remember groups"
+        )
+    return settings
+
+
 def app(options: Options) -> Any:
     """Return the application for `serve run` and for the `import_path` of a Serve config file.
 
     The ELBO_* variables are read here. `serve run` calls this function in its own process, and `serve deploy` in a task
     on the cluster. The artifact folder must have the same path on all nodes.
+
+    Raises:
+        ScaleoutError: a setting cannot work in replicas.
     """
+    settings = settings_of_replicas()
     counting = {"queue_seconds": options.queue_seconds, "requests_per_replica": options.requests_per_replica}
     deployment = serve.deployment(
         name="elbo",
@@ -117,4 +152,4 @@ def app(options: Options) -> Any:
             policy=AutoscalingPolicy(policy_function=ReplicaCount, policy_kwargs=counting),
         ),
     )
-    return deployment(Replica).bind(Settings())
+    return deployment(Replica).bind(settings)

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "training.scoring": "models evaluation data errors",
     "training.train": "models publishing evaluation reports fitting data config errors progress",
     "training.sweep": "models train publishing evaluation config errors progress",
-    "training.ray_tasks": "scoring sweep",
+    "training.ray_tasks": "models.errors scoring sweep",
     "training.__main__": "elbo.cli",
     "elbo.errors": "models.errors",
     "elbo.options": "models.season",
@@ -83,7 +83,7 @@ MAY_IMPORT = {
         "models.artifact models.signatures access endpoints http mirroring monitoring anomaly inference errors "
         "settings freed_memory shared_memory"
     ),
-    "service.scaleout": "app settings",
+    "service.scaleout": "models.errors app monitoring server settings",
     "service.server": (
         "models.errors models.staging models.trial app inference endpoints http monitoring settings freed_memory "
         "shared_memory"

@@ -56,6 +56,7 @@ def test_scores_and_sweeps_on_ray_are_those_of_this_machine_although_a_node_is_k
     assert (found["parts"], found["rows"], found["faulty"], found["nodes"]) == (100, 200_000, 1, 1)
     assert 4 <= found["finished_at_kill"] < 100
     assert found["usage_statistics"] == "0"
+    assert "the process died 4 times (WorkerCrashedError" in found["poison"]
     options = ["--part-rows", "2000", "--artifacts", str(root)]
     assert in_process(capsys, "score", "hosts", str(data), str(tmp_path / "local"), *options)[0] == 2
     files = sorted(path.name for path in (tmp_path / "local").iterdir())
@@ -84,5 +85,6 @@ def test_replicas_of_ray_serve_answer_as_the_service_does(root: Path, tmp_path: 
         np.testing.assert_allclose(found[form], mean.numpy(), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found["anomaly"], score.numpy(), rtol=1e-4)
     assert found["replicas"] == {"RUNNING": 2}
+    assert found["refused"] == ["ELBO_ARTIFACTS", "ELBO_STATE"]
     # Two replicas with a mean wait of 0.4 s: eight have 0.1 s. 70 requests: five replicas have at most 16 each.
     assert (found["idle"], found["waiting"], found["busy"]) == (1, 8, 5)

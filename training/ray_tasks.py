@@ -8,10 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from models.errors import ElboError
 from training import sweep
 from training.scoring.job import Job, Part, Report, score_part
 from training.scoring.job import Show as ShowRows
 
+MAX_RETRIES = 3  # of a task whose node was lost or whose process died, for example for lack of memory
 TASKS_PER_CORE = 2  # submitted tasks per core: one runs and one waits, so that no core waits for the driver
 
 
@@ -37,11 +39,17 @@ def connected() -> Iterator[Any]:
         ray.shutdown()
 
 
+class TaskDied(ElboError):
+    """The process of a task died each time that Ray ran it."""
+
+    code = "task_died"
+
+
 def score_on_ray(job: Job, parts: Sequence[Part], workers: int | None, show: ShowRows) -> None:
     """Score the parts as tasks of Ray with one core each. Every process of Ray loads the artifact once.
 
-    If a node is lost, Ray runs its tasks again on another node. The artifact, the data and the folder of the job must
-    have the same paths on all nodes.
+    If a node is lost, Ray runs its tasks again on another node, each up to MAX_RETRIES times. The artifact, the data
+    and the folder of the job must have the same paths on all nodes.
 
     Args:
         job: the job.
@@ -51,9 +59,10 @@ def score_on_ray(job: Job, parts: Sequence[Part], workers: int | None, show: Sho
 
     Raises:
         ElboError: the first error of a task; see `score_part`.
+        TaskDied: the process of a task died each time.
     """
     with connected() as ray:
-        task = ray.remote(num_cpus=1, max_retries=-1, scheduling_strategy="SPREAD")(_score)
+        task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES, scheduling_strategy="SPREAD")(_score)
         waiting = list(reversed(parts))
         running: dict[Any, Part] = {}
         while waiting or running:
@@ -63,8 +72,8 @@ def score_on_ray(job: Job, parts: Sequence[Part], workers: int | None, show: Sho
                 running[task.remote(job, part)] = part
             ready, _ = ray.wait(list(running), num_returns=1)
             for reference in ready:
-                running.pop(reference)
-                show(_result(ray, reference).rows)
+                part = running.pop(reference)
+                show(_result(ray, reference, f"scoring the rows of {part.source} from row {part.first_row:,} on").rows)
 
 
 def train_on_ray(job: sweep.Sweep, trials: Sequence[sweep.Trial], show: sweep.Show) -> list[sweep.TrialResult]:
@@ -73,12 +82,17 @@ def train_on_ray(job: sweep.Sweep, trials: Sequence[sweep.Trial], show: sweep.Sh
     The data and the folder of the sweep must have the same paths on all nodes.
     """
     with connected() as ray:
-        task = ray.remote(num_cpus=1, max_retries=-1, scheduling_strategy="SPREAD")(_train)
+        task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES, scheduling_strategy="SPREAD")(_train)
         running = {task.remote(job, trial): trial for trial in trials}
         results = {}
         while running:
             (reference,), _ = ray.wait(list(running), num_returns=1)
-            results[running.pop(reference).index] = result = _result(ray, reference)
+            trial = running.pop(reference)
+            try:
+                result = _result(ray, reference, f"training {trial.label}")
+            except TaskDied as error:  # the other trials are not lost
+                result = sweep.TrialResult(trial, error=str(error))
+            results[trial.index] = result
             show(result)
     return [results[trial.index] for trial in trials]
 
@@ -91,9 +105,19 @@ def _train(job: sweep.Sweep, trial: sweep.Trial) -> sweep.TrialResult:
     return sweep.train_trial(job, trial)
 
 
-def _result(ray: Any, reference: Any) -> Any:
-    """Return the result of a finished task. If it failed, raise its own exception instead of Ray's RayTaskError."""
+def _result(ray: Any, reference: Any, work: str) -> Any:
+    """Return the result of a finished task. If it failed, raise its own exception instead of Ray's RayTaskError.
+
+    Raises:
+        TaskDied: the process of the task died each time, or its node was lost.
+    """
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
+    except ray.exceptions.RayError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise TaskDied(
+            f"{work}: the process died {MAX_RETRIES + 1} times ({type(error).__name__}: {reason}): give its machine "
+            "more memory, or make the parts smaller with --part-rows, then repeat the command"
+        ) from error

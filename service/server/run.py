@@ -52,9 +52,7 @@ def serve(settings: Settings) -> None:
         )
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))  # every connection is an open file
-    if settings.api_keys_file:
-        _, hard_limit = resource.getrlimit(resource.RLIMIT_CORE)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, hard_limit))  # a core dump would contain keys of requests
+    forbid_core_dumps(settings)
     if settings.tls_certificate:
         Certificate(settings.tls_certificate, settings.tls_key)  # reports an error before the models are loaded
     tracer_of(os.environ, lambda _outcome, _spans: None)  # reports an error before the models are loaded
@@ -76,6 +74,13 @@ def serve(settings: Settings) -> None:
                 Supervisor(settings, listener, trials, folder).run()
             else:
                 run_worker(settings, listener=listener, trials=trials, temporary_folder=folder)
+
+
+def forbid_core_dumps(settings: Settings) -> None:
+    """Let this process write no core dump if requests have API keys, because a dump would contain them."""
+    if settings.api_keys_file:
+        _, hard_limit = resource.getrlimit(resource.RLIMIT_CORE)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, hard_limit))
 
 
 @contextmanager

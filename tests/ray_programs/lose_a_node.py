@@ -11,14 +11,23 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from models.artifact import load
 from tests.ray_programs.cluster import two_nodes
 from tests.ray_programs.trials import TRIALS
 from tests.waiting import wait_until
-from training.ray_tasks import score_on_ray, train_on_ray
+from training.ray_tasks import TaskDied, score_on_ray, train_on_ray
+from training.scoring.job import Part
 from training.scoring.run import make_job, run_job
 from training.sweep import Sweep
+
+
+class Poison(Part):
+    """A part that kills the process of Ray that receives it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (1,)
 
 
 def count_workers() -> int:
@@ -32,15 +41,15 @@ def main(artifact_path: Path, data: str, output: Path, table: str, folder: Path)
     """Score `data`, and kill one of the two nodes as soon as four parts are finished. Then train the sweep."""
     artifact = load(artifact_path)
     job = make_job(artifact, "parquet", 0.05, 3, part_rows=2_000)
-    reports = output.with_name(f".{output.name}.partial") / "reports"
+    partial = output.with_name(f".{output.name}.partial")
     finished_at_kill = []
     with two_nodes() as (cluster, nodes):
 
         def kill() -> None:
-            while len(list(reports.glob("*.json"))) < 4:
+            while len(list(partial.glob("*/reports/*.json"))) < 4:
                 time.sleep(0.005)
             cluster.remove_node(nodes[1], allow_graceful=False)
-            finished_at_kill.append(len(list(reports.glob("*.json"))))
+            finished_at_kill.append(len(list(partial.glob("*/reports/*.json"))))
 
         killer = threading.Thread(target=kill, daemon=True)  # ends with this process if the job fails first
         killer.start()
@@ -49,6 +58,10 @@ def main(artifact_path: Path, data: str, output: Path, table: str, folder: Path)
         trained = train_on_ray(Sweep(table, 0, folder), TRIALS, lambda result: None)  # noqa: ARG005
         wait_until(lambda: count_workers() == 1, 60)  # Ray asks its nodes for a sign of life every few seconds
         workers = count_workers()
+        try:
+            score_on_ray(job, [Poison(0, data)], None, lambda rows: None)  # noqa: ARG005
+        except TaskDied as error:
+            poison = str(error)
     print(
         json.dumps(
             {
@@ -58,6 +71,7 @@ def main(artifact_path: Path, data: str, output: Path, table: str, folder: Path)
                 "finished_at_kill": finished_at_kill[0],
                 "nodes": workers,
                 "sweep": [{name: each.tolist() for name, each in result.measures.items()} for result in trained],
+                "poison": poison,
                 "usage_statistics": os.environ["RAY_USAGE_STATS_ENABLED"],
             }
         )

@@ -24,7 +24,7 @@ def main(artifacts: str, rows: np.ndarray) -> None:
     import ray
     from ray import serve
 
-    from service.scaleout import Options, ReplicaCount, app
+    from service.scaleout import Options, ReplicaCount, ScaleoutError, app
 
     port = free_port()
     ray.init("local", num_cpus=3, include_dashboard=False, logging_level="error", object_store_memory=100 << 20)
@@ -54,6 +54,13 @@ def main(artifacts: str, rows: np.ndarray) -> None:
             total_num_requests=requests,
         )
         found[name] = count(context)[0]
+    found["refused"] = []
+    for name, value in (("ELBO_ARTIFACTS", "artifacts"), ("ELBO_STATE", "/tmp/state")):
+        os.environ |= {"ELBO_ARTIFACTS": artifacts, name: value}
+        try:
+            app(Options())
+        except ScaleoutError as error:
+            found["refused"].append(str(error).split()[0])
     serve.shutdown()
     ray.shutdown()
     print(json.dumps(found))

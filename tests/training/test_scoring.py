@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from tests.commands import HEADER, in_process, train_hosts, two_factor_rows, wri
 from tests.data import ROOT
 from tests.preloaded import PreloadedProcess
 from tests.waiting import wait_until
+from training.errors import DataError
 from training.scoring.csv_parts import divide_csv
 from training.scoring.frames import largest
-from training.scoring.job import Job, Part, Show, load_once
+from training.scoring.job import Job, Part, Show, load_once, score_part
 from training.scoring.run import Engine, Outcome, make_job, run_job, score_locally
 
 pytestmark = pytest.mark.slow
@@ -150,12 +152,13 @@ def test_killed_job_continues_with_the_parts_that_are_not_finished(root: Path, t
     np.save(data, two_factor_rows(25_000, seed=1))
     options = ["--part-rows", "100", "--workers", "1", "--artifacts", str(root)]
     command = [sys.executable, "-m", "elbo", "score", "hosts", str(data), str(tmp_path / "out"), *options]
-    reports, parts = tmp_path / ".out.partial" / "reports", tmp_path / ".out.partial" / "parts"
+    hidden = tmp_path / ".out.partial"
     with PreloadedProcess(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        wait_until(lambda: len(list(reports.glob("*.json"))) > 20, seconds=60)
+        wait_until(lambda: len(list(hidden.glob("*/reports/*.json"))) > 20, seconds=60)
         os.kill(process.pid, signal.SIGKILL)
     assert not (tmp_path / "out").exists()
-    finished = [path.stem for path in reports.glob("*.json")]
+    finished = [path.stem for path in hidden.glob("*/reports/*.json")]
+    (parts,) = hidden.glob("*/parts")
     assert 20 < len(finished) < 250
     kept = {f"part-{number}.parquet": (parts / f"part-{number}.parquet").stat().st_mtime_ns for number in finished}
     time.sleep(0.01)
@@ -257,3 +260,98 @@ def test_process_loads_an_artifact_once_and_refuses_another_with_its_path(root: 
     assert load_once(job.artifact, job.digest) is load_once(job.artifact, job.digest)
     with pytest.raises(Exception, match="was replaced after the job began"):
         load_once(job.artifact, "0" * 64)
+
+
+@pytest.mark.parametrize("moment", ["before", "meanwhile"])
+def test_data_that_change_after_the_job_began_are_refused_although_they_have_as_many_rows(
+    moment: str, root: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "rows.npy"
+    np.save(data, two_factor_rows(200, seed=1))
+    artifact = load(root / "hosts" / "1" / "model.pt")
+
+    def change(_rows: int = 0) -> None:
+        np.save(data, two_factor_rows(200, seed=2))
+
+    def engine(job: Job, parts: Sequence[Part], workers: int | None, show: Show) -> None:
+        if moment == "before":
+            change()
+        score_locally(artifact, job, parts, workers, change if moment == "meanwhile" else show)
+
+    job = make_job(artifact, "parquet", 0.05, 1, part_rows=200)
+    with pytest.raises(DataError, match="was changed after the command began"):
+        run_job(job, artifact, str(data), tmp_path / "out", single=False, engine=engine)
+    assert not (tmp_path / "out").exists()
+
+
+def test_task_of_an_aborted_job_cannot_write_into_the_folder_of_the_next(root: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rows.npy"
+    np.save(data, two_factor_rows(200, seed=1))
+    artifact = load(root / "hosts" / "1" / "model.pt")
+    late: list[tuple[Job, Part]] = []
+
+    def abort(job: Job, parts: Sequence[Part], workers: int | None, show: Show) -> None:  # noqa: ARG001
+        late.append((job, parts[0]))
+        raise KeyboardInterrupt
+
+    def engine(job: Job, parts: Sequence[Part], workers: int | None, show: Show) -> None:
+        for old_job, old_part in late:
+            with pytest.raises(FileNotFoundError):
+                score_part(old_job, old_part, artifact)
+        score_locally(artifact, job, parts, workers, show)
+
+    def run(explain: int, engine: Engine) -> Outcome:
+        job = make_job(artifact, "parquet", 0.05, explain)
+        return run_job(job, artifact, str(data), tmp_path / "out", single=False, engine=engine)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(1, abort)
+    run(2, engine)
+    assert "feature_2" in pl.read_parquet(tmp_path / "out").columns
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("columns", "output", "message"),
+    [
+        ([pl.Series([[1, 2]] * 30)], "out.csv", "the rows cannot be written as csv"),
+        ([pl.Series([1] * 30), pl.Series(["x"] * 30)], "out.parquet", "the parts cannot be joined into one file"),
+    ],
+    ids=["lists in CSV", "two types"],
+)
+def test_columns_that_the_output_cannot_hold_are_reported(
+    columns: list[pl.Series], output: str, message: str, tmp_path: Path, score: Score
+) -> None:
+    (tmp_path / "data").mkdir()
+    for number, column in enumerate(columns):
+        table(30).with_columns(request=column).write_parquet(tmp_path / "data" / f"{number}.parquet")
+    code, _, err = score(tmp_path / "data", tmp_path / output, "--id", "request")
+    assert (code, message in err) == (2, True), err
+    assert not (tmp_path / output).exists()
+
+
+def test_archive_with_the_suffix_of_an_array_is_scored_as_one_part(tmp_path: Path, score: Score) -> None:
+    rows = two_factor_rows(300, seed=1)
+    with (tmp_path / "rows.npy").open("wb") as file:
+        np.savez(file, x=rows)
+    assert score(tmp_path / "rows.npy", tmp_path / "out.parquet", "--part-rows", "100")[0] == 0
+    assert pl.read_parquet(tmp_path / "out.parquet")["row"].to_list() == list(range(300))
+
+
+def test_faulty_rows_of_a_part_are_written_batch_by_batch(root: Path, tmp_path: Path) -> None:
+    x = two_factor_rows(100_000, seed=1).astype(np.float32)
+    x[:, 0] = np.inf
+    np.save(tmp_path / "rows.npy", x)
+    artifact = load(root / "hosts" / "1" / "model.pt")
+    job = replace(make_job(artifact, "parquet", 0.05, 1, part_rows=10_000), folder=tmp_path)
+    for name in ("parts", "faults", "reports"):
+        (tmp_path / name).mkdir()
+    sizes = []
+
+    def show(_rows: int) -> None:
+        sizes.append(sum(path.stat().st_size for path in (tmp_path / "faults").iterdir()))
+
+    report = score_part(job, Part(0, str(tmp_path / "rows.npy")), artifact, show)
+    (file,) = (tmp_path / "faults").iterdir()
+    assert report.faulty == 100_000 == file.read_bytes().count(b"\n")
+    assert sizes[len(sizes) // 2] > file.stat().st_size / 3

@@ -1,15 +1,22 @@
 """`elbo train --sweep`: all combinations are trained, and the best is published only if it is better."""
 
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from models.artifact import load
 from models.manifest import read_manifest
 from tests.commands import in_process, two_factor_rows, write
+from training import sweep
+from training.config import TrainConfig
 from training.errors import FitError
-from training.sweep import parse_sweep
+from training.evaluation.model_selection import Measures, significant_wins, wins_minus_losses
+from training.sweep import Trial, TrialResult, _best, parse_sweep, run_sweep, train_locally
 
 pytestmark = pytest.mark.slow
 
@@ -93,3 +100,47 @@ def test_options_that_are_not_for_a_sweep_are_refused(
     assert code != 0
     assert message in err
     assert list((tmp_path / "artifacts").glob("hosts/*")) == []
+
+
+def results(count: int, seed: int) -> list[TrialResult]:
+    """Return trials whose measures on 40 rows differ by chance, and by a quality of each trial."""
+    random = torch.Generator().manual_seed(seed)
+    config = TrainConfig(model="pca", name="hosts")
+    found = []
+    for index in range(count):
+        names = ("reconstruction_error", "detection") if index % 5 else ("reconstruction_error",)
+        values = {name: torch.randn(40, generator=random) + torch.randn((), generator=random) for name in names}
+        found.append(TrialResult(Trial(index, {"seed": str(index)}, config), measures=values))
+    return found
+
+
+def test_best_of_many_trials_is_that_of_all_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(5):
+        trained = results(60, seed)
+        wins = significant_wins({each.trial.label: each.measures for each in trained})
+        assert _best(trained) is max(trained, key=lambda each: wins_minus_losses(wins, each.trial.label))
+    compared = []
+
+    def record_count(found: Mapping[str, Measures]) -> list[tuple[str, str, str]]:
+        compared.append(len(found))
+        return []
+
+    monkeypatch.setattr(sweep, "significant_wins", record_count)
+    _best(results(1000, 9))
+    assert compared[0] <= 40  # instead of a thousand
+
+
+def test_served_model_that_cannot_be_compared_is_found_before_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write(tmp_path / "train.csv", two_factor_rows(200, seed=0))
+    artifacts = tmp_path / "artifacts"
+    options = ["train", data, "--model", "pca", "--name", "hosts", "--artifacts", str(artifacts)]
+    assert in_process(capsys, *options, "--runs", str(tmp_path / "runs"))[0] == 0
+    artifact = load(artifacts / "hosts" / "1" / "model.pt")
+    without_score = replace(artifact, module=torch.jit.script(torch.nn.Identity()))
+    monkeypatch.setattr(sweep, "load", lambda _path: without_score)
+    trials = [Trial(0, {"latents": "1"}, TrainConfig(model="pca", name="hosts", latents=1))]
+    found = run_sweep(trials, data, artifacts, tmp_path, train_locally)
+    assert found.reason == "the served version was not compared, because it cannot be loaded or takes other inputs"
+    assert (artifacts / "hosts" / "2" / "model.pt").exists()

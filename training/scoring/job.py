@@ -7,25 +7,26 @@ continues with the parts without one.
 
 import json
 import os
+import stat
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 import polars as pl
 import torch
 
 from models.artifact import Artifact, load
-from models.errors import ArtifactCorrupt
+from models.errors import ArtifactCorrupt, printable
 from models.manifest import read_digest
 from training.data.readers import SourcePart
 from training.data.row_stream import RowStream, stream_for_model
 from training.errors import DataError
-from training.scoring.frames import FaultyRow, score_batches
+from training.scoring.frames import FaultyRow, ScoredBatch, score_batches
 
 BATCH_ROWS = 16_384  # rows per call of the model; larger batches are no faster
 REPORTS, FAULTS, PARTS = "reports", "faults", "parts"  # the folders of a job
@@ -42,6 +43,7 @@ class Part:
     source_part: SourcePart | None = None  # the place in the source; None for the whole source
     first_row: int = 0  # number of the first row in the source
     rows: int | None = None  # number of rows; None if unknown
+    fingerprint: tuple[int, int] | None = None  # of the source, when the job began; None: not compared
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,15 @@ class Report:
                 f"{faults} lists them, and {others}"
             )
 
+    def count(self, batch: ScoredBatch) -> None:
+        """Add the counts of the next rows."""
+        self.rows += batch.rows
+        self.anomalies += batch.anomalies
+        self.faulty += len(batch.faulty)
+        if batch.faulty and self.first_fault is None:
+            self.first_fault = f"row {batch.faulty[0].row}: {batch.faulty[0].detail}"
+        self.pixel_warning = self.pixel_warning or batch.pixel_warning
+
     def add(self, other: "Report") -> None:
         """Add the report on the next part."""
         self.rows += other.rows
@@ -156,44 +167,74 @@ def score_part(job: Job, part: Part, artifact: Artifact | None = None, show: Sho
 
     Raises:
         ArtifactError: the artifact cannot be loaded, or was replaced since the job began.
-        DataError: the source is damaged, or the part no longer has the number of rows that it had when the job began.
+        DataError: the source is damaged, or was changed after the job began; or a column cannot be written.
         OSError: the disk is full, or the folder cannot be written to.
     """
     torch.set_num_threads(1)  # parts are scored in parallel, and scores must not depend on the number of cores
     artifact = artifact or load_once(job.artifact, job.digest)
-    report, faulty = Report(), []
+    _require_unchanged(part)
+    report = Report()
     writer = _PartWriter(job, part)
     stream = job.open(artifact, part)
     file = Path(part.source).name if job.names_files else None
     options = job.alpha, job.explain, job.extrapolated
-    for batch in score_batches(artifact, stream, *options, first_row=part.first_row, file=file):
-        report.rows += batch.rows
-        report.anomalies += batch.anomalies
-        faulty += batch.faulty
-        report.pixel_warning = report.pixel_warning or batch.pixel_warning
-        writer.add(batch.frame)
-        if show is not None:
-            show(batch.rows)
-    if part.rows is not None and report.rows != part.rows:
-        raise DataError(
-            f"{part.source}: expected {part.rows:,} rows from row {part.first_row:,} on, got {report.rows:,}: the file "
-            "was changed while it was scored; repeat the command"
-        )
-    report.files = writer.finish()
-    if faulty:
-        report.faulty, first = len(faulty), faulty[0]
-        report.first_fault = f"row {first.row}: {first.detail}"
-        with written(job.folder / FAULTS / f"{part.index:06}.ndjson") as path:
-            path.write_bytes(b"".join(_fault_lines(part, faulty)))
+    with ExitStack() as files:
+        faults = _FaultWriter(job.folder / FAULTS / f"{part.index:06}.ndjson", part.source, files)
+        for batch in score_batches(artifact, stream, *options, first_row=part.first_row, file=file):
+            report.count(batch)
+            faults.add(batch.faulty)
+            writer.add(batch.frame)
+            if show is not None:
+                show(batch.rows)
+        _require_unchanged(part)
+        if part.rows is not None and report.rows != part.rows:
+            raise DataError(
+                f"{part.source}: expected {part.rows:,} rows from row {part.first_row:,} on, got {report.rows:,}: the "
+                "file was changed while it was scored; repeat the command"
+            )
+        report.files = writer.finish()
     with written(job.report_path(part)) as path:
         path.write_text(json.dumps(asdict(report)))
     return report
 
 
-def _fault_lines(part: Part, faulty: list[FaultyRow]) -> Iterator[bytes]:
-    for row in faulty:
-        fields: dict[str, Any] = {"source": part.source, "row": row.row, **row.ids, "detail": row.detail}
-        yield orjson.dumps(fields, default=str, option=orjson.OPT_APPEND_NEWLINE)
+def fingerprint_of(source: str) -> tuple[int, int]:
+    """Return the size in bytes and the time of the last change in ns of a source; 0 and 0 if it is no file."""
+    try:
+        status = Path(source).stat()
+    except OSError:  # such as "digits"
+        return 0, 0
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else (0, 0)
+
+
+def _require_unchanged(part: Part) -> None:
+    if part.fingerprint is not None and part.fingerprint != fingerprint_of(part.source):
+        raise DataError(f"{part.source} was changed after the command began: repeat the command")
+
+
+class _FaultWriter:
+    """Writes the faulty rows of one part. The file exists only if there are any.
+
+    Args:
+        path: the file, which appears at the end of the block `files`.
+        source: the source of the rows.
+        files: closes the file.
+    """
+
+    def __init__(self, path: Path, source: str, files: ExitStack) -> None:
+        self._path, self._source, self._files = path, source, files
+        self._file: BinaryIO | None = None
+
+    def add(self, rows: Sequence[FaultyRow]) -> None:
+        """Write rows."""
+        if not rows:
+            return
+        if self._file is None:
+            temporary = self._files.enter_context(written(self._path))
+            self._file = self._files.enter_context(temporary.open("wb"))
+        for row in rows:
+            fields: dict[str, Any] = {"source": self._source, "row": row.row, **row.ids, "detail": row.detail}
+            self._file.write(orjson.dumps(fields, default=str, option=orjson.OPT_APPEND_NEWLINE))
 
 
 class _PartWriter:
@@ -229,13 +270,31 @@ class _PartWriter:
 
 
 def write_frame(frame: pl.DataFrame, path: Path, format_: str) -> None:
-    """Write a frame as a file. In CSV, truth values are 0 and 1, as in `elbo score --format csv`."""
-    if format_ == "parquet":
-        frame.write_parquet(path)
-    elif format_ == "csv":
-        frame.with_columns(pl.col(pl.Boolean).cast(pl.Int8)).write_csv(path)
-    else:
-        frame.write_ndjson(path)
+    """Write a frame as a file. In CSV, truth values are 0 and 1, as in `elbo score --format csv`.
+
+    Raises:
+        DataError: the format has no values of the type of a column, such as lists in CSV.
+    """
+    with polars_errors_as_data_error(f"the rows cannot be written as {format_}"):
+        if format_ == "parquet":
+            frame.write_parquet(path)
+        elif format_ == "csv":
+            frame.with_columns(pl.col(pl.Boolean).cast(pl.Int8)).write_csv(path)
+        else:
+            frame.write_ndjson(path)
+
+
+@contextmanager
+def polars_errors_as_data_error(what: str) -> Iterator[None]:
+    """Turn errors of polars about types into a DataError that begins with `what`."""
+    try:
+        yield
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise DataError(
+            f"{what} ({printable(reason)[:200]}): convert the columns of --id, --time and --group in DATA to numbers "
+            "or text, the same in all files, or choose another format"
+        ) from error
 
 
 @contextmanager

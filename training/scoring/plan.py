@@ -8,7 +8,7 @@ from training.data.readers import SourcePart
 from training.data.row_stream import RowStream
 from training.errors import DataError
 from training.scoring.csv_parts import divide_csv
-from training.scoring.job import Job, Part
+from training.scoring.job import Job, Part, fingerprint_of
 
 PART_BYTES = 8 << 20  # the size of a part, in bytes of float32 values
 MIN_PART_ROWS, MAX_PART_ROWS = 1024, 250_000
@@ -61,8 +61,9 @@ def plan(job: Job, artifact: Artifact, sources: Sequence[str]) -> list[Part]:
                 f"{source}: expected the columns of times and groups of {sources[0]} ({expected}), got {got}: give all "
                 "files of the folder the same columns, or score the files one by one"
             )
+        fingerprint = fingerprint_of(source)
         for source_part, first_row, rows in _divide(job, artifact, stream):
-            parts.append(Part(len(parts), source, source_part, first_row, rows))
+            parts.append(Part(len(parts), source, source_part, first_row, rows, fingerprint))
     return parts
 
 
@@ -74,7 +75,8 @@ def _divide(job: Job, artifact: Artifact, stream: RowStream) -> Iterator[tuple[S
     """
     path = Path(stream.source)
     suffix = path.suffix.lower()
-    if suffix not in DIVISIBLE or artifact.manifest.window is not None or not path.is_file():
+    is_divisible = suffix in DIVISIBLE and path.is_file() and not (suffix == ".npy" and _is_archive(path))
+    if not is_divisible or artifact.manifest.window is not None:
         yield None, 0, None
         return
     if suffix != ".csv":
@@ -92,3 +94,9 @@ def _divide(job: Job, artifact: Artifact, stream: RowStream) -> Iterator[tuple[S
         return
     for part in divided:
         yield SourcePart(part.start, part.stop, part.first_line), part.first_row, part.rows
+
+
+def _is_archive(path: Path) -> bool:
+    """Return whether a file is a zip archive, as files of numpy.savez are."""
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"

@@ -1,10 +1,13 @@
 """Run a job of `elbo score`: plan or continue it, score its parts, and rename the output to its final path.
 
-A job has a hidden folder beside the output, `.OUTPUT.partial`. When all parts are finished, the output appears by one
-rename. If the process is killed, the folder stays, and the same command continues with the parts that are not finished.
+A job has a folder `.OUTPUT.partial/HASH` beside the output, where HASH is that of its options and data. When all parts
+are finished, the output appears by one rename. If the process is killed, the folder stays, and the same command
+continues with the parts that are not finished. A command with other options or data removes the folder. Tasks of Ray
+that outlive their command therefore cannot write into the folder of another job.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -23,7 +26,20 @@ from models.manifest import read_digest
 from training.data.readers import SourcePart
 from training.errors import DataError
 from training.scoring.frames import output_columns
-from training.scoring.job import FAULTS, PARTS, REPORTS, Job, Part, Report, Show, finished, score_part, written
+from training.scoring.job import (
+    FAULTS,
+    PARTS,
+    REPORTS,
+    Job,
+    Part,
+    Report,
+    Show,
+    fingerprint_of,
+    finished,
+    polars_errors_as_data_error,
+    score_part,
+    written,
+)
 from training.scoring.plan import default_part_rows, plan, sources_of
 
 FORMATS = ("parquet", "csv", "ndjson")
@@ -102,7 +118,7 @@ def run_job(
         except DataError:
             folder.rmdir()
             raise
-        parts = _open_plan(job, artifact, sources)
+        job, parts = _open_plan(job, artifact, sources)
         open_parts = [part for part in parts if finished(job, part) is None]
         counter = _Counter(show)
         counter.add(sum(report.rows for part in parts if (report := finished(job, part)) is not None))
@@ -113,8 +129,8 @@ def run_job(
             assert report is not None, "an engine returns when all parts are finished"
             total.add(report)
         faults = _publish(job, total, parts, output, single)
-        (folder / PLAN).unlink()  # first: if this process is killed here, no job continues with half of the folder
-        shutil.rmtree(folder)
+        (job.folder / PLAN).unlink()  # first: if this process is killed here, no job continues with half of the folder
+        shutil.rmtree(folder, ignore_errors=True)  # a task of Ray that runs twice may write a file meanwhile
     return Outcome(total, len(parts), len(parts) - len(open_parts), faults)
 
 
@@ -198,41 +214,37 @@ def _locked(folder: Path, output: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _open_plan(job: Job, artifact: Artifact, sources: Sequence[str]) -> list[Part]:
-    """Return the parts of the job: those of an earlier process, if it had the same options and data, or else new ones.
+def _open_plan(job: Job, artifact: Artifact, sources: Sequence[str]) -> tuple[Job, list[Part]]:
+    """Return the job, with the folder of its own in `job.folder`, and its parts.
 
-    New parts replace everything in the folder of the job.
+    The parts are those of an earlier process, if it had the same options and data. Otherwise, they are new, and all
+    other folders in `job.folder` are removed.
     """
-    identity = json.loads(json.dumps({"job": asdict(job), "sources": _fingerprints(sources)}, default=str))
+    fingerprints = [(source, *fingerprint_of(source)) for source in sources]
+    identity = json.dumps({"job": asdict(job), "sources": fingerprints}, default=str)
+    shared = job.folder
+    job = replace(job, folder=shared / hashlib.sha256(identity.encode()).hexdigest()[:16])
     path = job.folder / PLAN
     if path.exists() and (job.folder / PARTS).is_dir():  # an output that is a folder was PARTS: it has been renamed
-        known = json.loads(path.read_bytes())
-        if known["identity"] == identity:
-            return [_part(each) for each in known["parts"]]
-    for entry in job.folder.iterdir():
+        return job, [_part(each) for each in json.loads(path.read_bytes())]
+    for entry in shared.iterdir():
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     try:
         parts = plan(job, artifact, sources)
         output_columns(artifact.manifest, job.explain, job.open(artifact, parts[0]).passed_on, job.names_files)
     except BaseException:
-        job.folder.rmdir()
+        shared.rmdir()
         raise
     for name in (PARTS, REPORTS, FAULTS):
-        (job.folder / name).mkdir()
+        (job.folder / name).mkdir(parents=True)
     with written(path) as temporary:
-        temporary.write_text(json.dumps({"identity": identity, "parts": [asdict(part) for part in parts]}))
-    return parts
+        temporary.write_text(json.dumps([asdict(part) for part in parts]))
+    return job, parts
 
 
 def _part(fields: dict[str, Any]) -> Part:
-    place = fields.pop("source_part")
-    return Part(**fields, source_part=None if place is None else SourcePart(**place))
-
-
-def _fingerprints(sources: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Return the path, the size in bytes and the time of change in ns of each source; 0 and 0 if it is no file."""
-    stats = [(source, Path(source).stat() if Path(source).is_file() else None) for source in sources]
-    return [(source, stat.st_size if stat else 0, stat.st_mtime_ns if stat else 0) for source, stat in stats]
+    place, fingerprint = fields.pop("source_part"), tuple(fields.pop("fingerprint"))
+    return Part(**fields, source_part=None if place is None else SourcePart(**place), fingerprint=fingerprint)
 
 
 def _publish(job: Job, total: Report, parts: Sequence[Part], output: Path, single: bool) -> Path | None:
@@ -264,7 +276,8 @@ def _publish(job: Job, total: Report, parts: Sequence[Part], output: Path, singl
 def _join_parts(files: Sequence[Path], path: Path, format_: str) -> None:
     """Write the rows of `files` into one file. The memory does not depend on the number of rows."""
     if format_ == "parquet":
-        pl.scan_parquet(list(files), glob=False).sink_parquet(path, row_group_size=100_000)
+        with polars_errors_as_data_error("the parts cannot be joined into one file"):
+            pl.scan_parquet(list(files), glob=False).sink_parquet(path, row_group_size=100_000)
         return
     _join(files, path, has_header=format_ == "csv")
 
