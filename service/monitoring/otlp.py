@@ -40,6 +40,9 @@ class Exporter(OTLPSpanExporter):
         described = [_attribute(name, str(value)) for name, value in resource.attributes.items()]
         self._described = ResourceMessage(attributes=described)
         self._scope = InstrumentationScope(name="elbo")
+        # The public method `export` takes only spans of the SDK. So pyproject.toml bounds the version of the package,
+        # and another version that lacks this private method is refused when the server starts.
+        self._send = self._client.export
 
     def send(self, spans: Sequence[Span]) -> bool:
         """Send spans, and return whether the collector has accepted them.
@@ -50,7 +53,7 @@ class Exporter(OTLPSpanExporter):
         message = ExportTraceServiceRequest(
             resource_spans=[ResourceSpans(resource=self._described, scope_spans=[scope])]
         )
-        return bool(self._client.export(message.SerializeToString()).success)
+        return bool(self._send(message.SerializeToString()).success)
 
 
 def create_exporter() -> tuple[Callable[[Sequence[Any]], bool], Callable[[], None]]:

@@ -79,7 +79,8 @@ class Tracer:
         count: counts spans by outcome, one of OUTCOMES. The thread counts EXPORTED and EXPORT_FAILED.
         max_requests: how many requests the queue holds.
         batch_requests: the spans of at most this many requests are sent together.
-        delay: after this many seconds, or when a batch is full, the thread sends batches until the queue is empty.
+        delay: when a batch is full, the thread sends full batches. After this many seconds without one, it sends all
+            requests in the queue.
         stop: lets `export` no longer pause and try again.
     """
 
@@ -124,7 +125,7 @@ class Tracer:
             trace_id = getrandbits(64) << 64 | (low or 1)
             record.trace_id = f"{trace_id:032x}"
         if len(self._queue) >= self._max_requests:
-            self._count(QUEUE_FULL, SPANS_PER_REQUEST if record.compute else 1)
+            self._count(QUEUE_FULL, _count_spans(record))
             return True
         self._queue.append(SampledRequest(record, trace_id, parent_id))
         if self._thread is None:
@@ -150,24 +151,42 @@ class Tracer:
 
     def _run(self) -> None:
         while not self._is_closing:
-            self._wake.wait(self._delay)
+            is_full = self._wake.wait(self._delay)
             self._wake.clear()
-            while self._queue:
-                self._send_batch()
+            # Under load, a few requests end while a batch is sent: they wait for a full batch, or for the next delay.
+            remaining = len(self._queue)
+            while remaining >= self._batch_requests or (remaining and not is_full):
+                sent = self._send_batch()
+                remaining = len(self._queue) if is_full else remaining - sent
         while self._queue:
             self._send_batch()
 
-    def _send_batch(self) -> None:
+    def _send_batch(self) -> int:
+        """Send the spans of the oldest requests in the queue, up to `batch_requests`. Return the number of requests."""
         clock_offset = time() - perf_counter()
+        requests = [self._queue.popleft() for _ in range(min(self._batch_requests, len(self._queue)))]
         spans: list[Any] = []
+        error: Exception | None = None
+        for request in requests:
+            try:
+                spans += self._make(request, clock_offset)
+            except Exception as raised:  # noqa: BLE001 - logged below, once a batch
+                error = raised
+                self._count(EXPORT_FAILED, _count_spans(request.record))
+        is_sent = False
         try:
-            for _ in range(min(self._batch_requests, len(self._queue))):
-                spans += self._make(self._queue.popleft(), clock_offset)
             is_sent = self._export(spans)
-        except Exception:
-            log.exception("failed to send spans")
-            is_sent = False
+        except Exception as raised:  # noqa: BLE001
+            error = raised
+        if error is not None:
+            log.error("failed to send spans", exc_info=error)
         self._count(EXPORTED if is_sent else EXPORT_FAILED, len(spans))
+        return len(requests)
+
+
+def _count_spans(record: RequestRecord) -> int:
+    """Return the number of spans of a request: its own, and those of its steps."""
+    return SPANS_PER_REQUEST if record.compute else 1
 
 
 def read_traceparent(header: bytes) -> Parent | None:
@@ -220,6 +239,11 @@ def tracer_of(environment: Mapping[str, str], count: Count) -> Tracer | None:
         ) from error
     try:
         export, stop = create_exporter()
+    except AttributeError as error:
+        raise TracingError(
+            "the installed opentelemetry-exporter-otlp-proto-http cannot be used: install the version that the extra "
+            "tracing of elbo requires, or set OTEL_SDK_DISABLED=true"
+        ) from error
     except (OSError, ValueError) as error:
         raise TracingError(f"a variable OTEL_EXPORTER_OTLP_* is not valid: {error}") from error
     max_requests = max(1, _number(environment, "OTEL_BSP_MAX_QUEUE_SIZE", 2048) // SPANS_PER_REQUEST)

@@ -9,10 +9,12 @@ request for the index has If-None-Match, so the web server sends the index only 
 
 import errno
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
@@ -315,7 +317,7 @@ class HttpStorage:
         ):
             if known and response.status_code == 304:
                 return known[1]
-            content = b"".join(self._blocks(response, path, MAX_INDEX_BYTES))
+            content = b"".join(self._blocks(response, path, MAX_INDEX_BYTES, monotonic() + TOTAL_SECONDS))
             tag = response.headers.get("etag")
         if tag:
             self._read[path] = tag, content
@@ -333,7 +335,7 @@ class HttpStorage:
                     raise Interrupted
                 file.write(block)
 
-    def _blocks(self, response: Any, path: str, limit: int) -> Iterator[bytes]:
+    def _blocks(self, response: Any, path: str, limit: int, deadline: float = math.inf) -> Iterator[bytes]:
         if response.status_code == 404:
             raise RepositoryFileMissing(f"{self._location} has no {path}")
         if response.status_code != 200:
@@ -344,6 +346,8 @@ class HttpStorage:
         for block in response.iter_bytes(BLOCK_BYTES):
             received += len(block)
             _require_size(self._location, path, received, limit)
+            if monotonic() > deadline:
+                raise RepositoryUnavailable(f"{self._location} did not send {path} within {TOTAL_SECONDS:g} s")
             yield block
 
     def list_files(self) -> dict[str, FileEntry]:

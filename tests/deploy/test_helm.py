@@ -142,6 +142,7 @@ def test_lint_of_helm_finds_no_fault() -> None:
         ((*CLAIM, "artifacts.url=s3://b"), "got claim and url"),
         (("artifacts.claim=models",), "the server has no API keys"),
         ((*CLAIM, "apiKeys.file=a", "apiKeys.existingSecret=b"), "set one of apiKeys.existingSecret"),
+        (("artifacts.claim=models", "apiKeys.file=a", "serviceMonitor.enabled=true"), "needs serviceMonitor.keySecret"),
         ((*CLAIM, "replica=3"), "replica"),
         ((*CLAIM, "settings.port=9000"), "port"),
         ((*CLAIM, "autoscaling.metric=latency"), "metric"),

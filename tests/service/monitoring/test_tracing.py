@@ -12,6 +12,7 @@ from service.monitoring.tracing import (
     EXPORT_FAILED,
     EXPORTED,
     QUEUE_FULL,
+    SPANS_PER_REQUEST,
     Sampler,
     Tracer,
     TracingError,
@@ -184,3 +185,59 @@ def test_spans_that_the_collector_refuses_are_counted_as_lost_and_later_ones_are
     wait_until(lambda: counts[EXPORTED] == 1)
     made.close()
     assert counts == {EXPORT_FAILED: 1, EXPORTED: 1}
+
+
+def test_requests_that_end_while_a_batch_is_sent_wait_for_a_full_batch() -> None:
+    sizes: list[int] = []
+    arriving = iter(range(10))
+
+    def export(spans: Sequence[Any]) -> bool:
+        sizes.append(len(spans))
+        for _ in range(3):  # requests end meanwhile
+            if next(arriving, None) is not None:
+                made.finish(record())
+        return True
+
+    made, _, _ = tracer(export=export, batch_requests=20, delay=60.0)
+    for _ in range(20):
+        made.finish(record())
+    wait_until(lambda: sizes)
+    wait_until(lambda: made.queued_requests == 3)
+    made.close()
+    assert sizes[0] == 20
+    assert sizes[1] == 3  # sent by `close`, not while the server runs
+
+
+def test_requests_whose_spans_cannot_be_made_are_counted_and_the_others_are_sent(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    counts: Counter[str] = Counter()
+    sent: list[Any] = []
+
+    def make(request: Any, _offset: float) -> list[Any]:
+        if request.record.path == "/broken":
+            raise ValueError("broken")
+        return [request] * SPANS_PER_REQUEST
+
+    def export(spans: Sequence[Any]) -> bool:
+        sent.extend(spans)
+        return True
+
+    def count(outcome: str, spans: int) -> None:
+        counts[outcome] += spans
+
+    made = Tracer(ALWAYS, export, make, count, delay=60.0)
+    for path in ("/a", "/broken", "/b", "/broken"):
+        found = record()
+        found.path = path
+        made.finish(found)
+    made.close()
+    assert counts == {EXPORTED: 2 * SPANS_PER_REQUEST, EXPORT_FAILED: 2 * SPANS_PER_REQUEST}
+    assert [each.record.path for each in sent[::SPANS_PER_REQUEST]] == ["/a", "/b"]
+    assert sum("failed to send spans" in each.message for each in caplog.records) == 1
+
+
+def test_exporter_without_the_method_that_sends_bytes_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("opentelemetry.exporter.otlp.common.http._OTLPHTTPClient.export")
+    with pytest.raises(TracingError, match="install the version that the extra tracing"):
+        tracer_of({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}, lambda *_: None)

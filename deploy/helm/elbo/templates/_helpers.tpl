@@ -63,4 +63,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- if not (or .Values.insecure (include "elbo.keysSecret" .)) -}}
 {{- fail "the server has no API keys: set apiKeys.existingSecret or apiKeys.file, or, if everybody who can reach the Service may use the server, insecure=true" -}}
 {{- end -}}
+{{- with .Values.serviceMonitor -}}
+{{- if and .enabled (include "elbo.keysSecret" $) (not (and .keySecret.name .keySecret.key)) -}}
+{{- fail "serviceMonitor.enabled needs serviceMonitor.keySecret.name and serviceMonitor.keySecret.key, because the server has API keys: make a key with elbo key add prometheus --scope metrics, and put it into a Secret" -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
