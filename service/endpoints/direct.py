@@ -18,7 +18,7 @@ import orjson
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
-from service.access.control import AccessControl, GrantedKey
+from service.access.control import NAMES_OF_HEADERS, AccessControl, GrantedKey
 from service.access.scopes import Scope
 from service.anomaly.inputs import InputRows, with_default_alpha
 from service.anomaly.verdicts import Scores, decide, largest
@@ -67,6 +67,10 @@ FEW_FEATURES = 32  # a row with at most this many features is written as a whole
 NUMBER_BYTES = 12  # of a number in the JSON of most clients
 # Headers that change what a request means, and that a direct request therefore must not have.
 UNUSUAL = frozenset((b"content-encoding", b"expect", b"origin", b"transfer-encoding", b"upgrade"))
+# Everything in a head that a route depends on, besides the path and the query
+ROUTE_HEADERS = (b"host", b"content-type", b"accept", b"x-request-timeout", *NAMES_OF_HEADERS)
+MAX_ROUTES = 1024  # that are remembered
+MAX_ROUTE_BYTES = 2048  # of the query and the headers of a route; a larger one is not remembered
 SPECS: dict[str, RequestSpec[Any, Any]] = {
     "/encode": ENCODE, "/decode": DECODE, "/reconstruct": RECONSTRUCT, "/anomaly": ANOMALY,
 }  # fmt: skip
@@ -77,7 +81,7 @@ _HEAD = (
 
 
 class Route:
-    """What the head of a request says: the endpoint, the options and the formats.
+    """What the heads of some requests say: the endpoint, the options and the formats.
 
     Args:
         endpoint: the path.
@@ -85,17 +89,11 @@ class Route:
         accept: the Accept header.
         is_npy: whether the body is npy, not JSON.
         path: the path for the access log, with ELBO_ROOT_PATH.
-        forwarded: the X-Forwarded-For header; None if there is none.
-        request_id: the X-Request-Id header; None for a new one per request.
         timeout: the seconds in the header X-Request-Timeout, or ELBO_REQUEST_TIMEOUT.
-        traceparent: the header of this name; empty if there is none.
         key: the API key in the head; None if the server has no keys.
     """
 
-    __slots__ = (
-        "accept", "endpoint", "forwarded", "is_npy", "key", "model", "path", "plan", "query", "request_id", "timeout",
-        "traceparent",
-    )  # fmt: skip
+    __slots__ = ("accept", "endpoint", "is_npy", "key", "model", "path", "plan", "query", "timeout")
 
     def __init__(
         self,
@@ -104,22 +102,16 @@ class Route:
         accept: str,
         is_npy: bool,
         path: str,
-        forwarded: str | None,
-        request_id: str | None,
         timeout: float,
-        traceparent: bytes = b"",
         key: GrantedKey | None = None,
     ) -> None:
-        self.traceparent = traceparent
-        self.key = key
         self.endpoint = endpoint
         self.query = query
         self.accept = accept
         self.is_npy = is_npy
         self.path = path
-        self.forwarded = forwarded
-        self.request_id = request_id
         self.timeout = timeout
+        self.key = key
         self.model: Callable[[], ServedModel | None] = _no_model  # a weak reference to the model of `plan`
         self.plan: Plan | None = None  # how this model answers; None if it needs a task
 
@@ -419,45 +411,57 @@ class DirectInference:
         self._batcher = service.batcher
         self._batcher.after_batch = self._respond
         self._heads = ResponseHeads()
+        self._routes: dict[tuple[object, ...], Route] = {}
         self._in_progress = 0  # jobs in the batcher
         self._waiting: deque[DirectRequest] = deque()  # requests whose bodies have not been read yet
         self._is_start_scheduled = False
         self._next_turn = 0.0  # from this time of the `perf_counter` clock on, `go_on` does something
         self._finished: list[DirectJob] = []  # jobs with a result, whose responses are not written yet
 
-    def route(self, path: str, query: bytes, headers: tuple[Header, ...]) -> Route | None:
-        """Return what the head says, or None if the request needs a task."""
-        by_name = dict(headers)
+    def route(self, path: str, query: bytes, headers: dict[bytes, bytes]) -> Route | None:
+        """Return what the head says, or None if the request needs a task.
+
+        Heads that differ only in other headers than ROUTE_HEADERS share one route, and so its plan.
+        """
         endpoint = path.removeprefix(self._root_path)  # a proxy may have removed it already
-        if endpoint not in SPECS or len(by_name) != len(headers) or not UNUSUAL.isdisjoint(by_name):
+        if endpoint not in SPECS or not UNUSUAL.isdisjoint(headers) or b"host" not in headers:
             return None
-        if any(len(value) > MAX_HEADER for value in by_name.values()) or b"host" not in by_name:
+        if max(map(len, headers.values())) > MAX_HEADER:
             return None
-        media_type = media_type_of(by_name.get(b"content-type", b"").decode("latin-1"))
+        values = [headers.get(name) for name in ROUTE_HEADERS]
+        key = (endpoint, query, *values)
+        route = self._routes.get(key)
+        if route is None:
+            route = self._new_route(endpoint, query, headers)
+            if route is None or len(query) + sum([len(value) for value in values if value]) > MAX_ROUTE_BYTES:
+                return route
+            if len(self._routes) >= MAX_ROUTES:
+                self._routes.clear()
+            self._routes[key] = route
+        return route
+
+    def _new_route(self, endpoint: str, query: bytes, headers: dict[bytes, bytes]) -> Route | None:
+        """Return what `query` and ROUTE_HEADERS say, or None if the request needs a task."""
+        media_type = media_type_of(headers.get(b"content-type", b"").decode("latin-1"))
         if media_type not in (JSON, npy.MEDIA_TYPE):
             return None
         try:
-            timeout = float(by_name.get(b"x-request-timeout", self._service.settings.request_timeout))
+            timeout = float(headers.get(b"x-request-timeout", self._service.settings.request_timeout))
             parsed = parse_query(query)
             if self._allowed_hosts:
-                self._allowed_hosts.check(endpoint, by_name[b"host"].decode("latin-1"))
-            key = self._keys.find(by_name) if self._keys else None
+                self._allowed_hosts.check(endpoint, headers[b"host"].decode("latin-1"))
+            key = self._keys.find(headers) if self._keys else None
         except (ValueError, ServiceError):
             return None
         if not 0 < timeout < math.inf:
             return None
-        accept = by_name.get(b"accept", b"*/*").decode("latin-1")
-        forwarded = by_name.get(b"x-forwarded-for")
         return Route(
             endpoint,
             parsed,
-            accept,
+            headers.get(b"accept", b"*/*").decode("latin-1"),
             is_npy=media_type == npy.MEDIA_TYPE,
             path=self._root_path + endpoint,
-            forwarded=None if forwarded is None else forwarded.decode("latin-1"),
-            request_id=valid_request_id(by_name.get(b"x-request-id", b"")),
             timeout=timeout,
-            traceparent=by_name.get(b"traceparent", b""),
             key=key,
         )
 
@@ -745,12 +749,12 @@ class DirectInference:
 
     def _record(self, request: DirectRequest, now: float) -> RequestRecord:
         """Return the record of a request that ends now."""
-        route = request.head.route
-        client = client_host(request.connection, route.forwarded)
-        request_id = route.request_id or new_request_id()
+        route, headers = request.head.route, request.head.by_name
+        client = client_host(request.connection, headers.get(b"x-forwarded-for"))
+        request_id = valid_request_id(headers.get(b"x-request-id", b"")) or new_request_id()
         record = RequestRecord(request_id, "POST", route.path, client, request.started, route.endpoint)
         record.total = now - request.started
-        record.traceparent = route.traceparent
+        record.traceparent = headers.get(b"traceparent", b"")
         if request.key:
             record.key = request.key.name
         return record
@@ -764,13 +768,13 @@ def _all_numbers(
     return np.concatenate(columns, axis=1, dtype=np.float32)
 
 
-def client_host(connection: Any, forwarded: str | None) -> str | None:
+def client_host(connection: Any, forwarded: bytes | None) -> str | None:
     """Return the address of the client, which a trusted proxy states in X-Forwarded-For, as uvicorn finds it."""
     host = connection.client[0] if connection.client else None
     if forwarded is None or not isinstance(connection.app, ProxyHeadersMiddleware):
         return host
     trusted = connection.app.trusted_hosts
-    return (trusted.get_trusted_client_address(forwarded)[0] or host) if host in trusted else host
+    return (trusted.get_trusted_client_address(forwarded.decode("latin-1"))[0] or host) if host in trusted else host
 
 
 def start_task(request: DirectRequest) -> None:

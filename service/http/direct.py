@@ -7,7 +7,8 @@ request takes the way through the middleware. So does a direct request that turn
 it from the beginning, and reports its errors.
 
 Most clients send the same head again and again, except for the Content-Length. The protocol recognises such a head
-without parsing it: a head that the parser has accepted is accepted again.
+without parsing it: a head that the parser has accepted is accepted again. A head with a header that differs in each
+request, such as X-Request-Id, is parsed each time.
 """
 
 import re
@@ -23,6 +24,7 @@ HELD_SECONDS = 0.05  # how long a request is held for the rest of its body; a ta
 MAX_HEAD_BYTES = 2048  # a longer head is parsed each time
 _LENGTH = re.compile(rb"\r\ncontent-length: ([0-9]{1,7})\r\n", re.IGNORECASE)
 _CLOSE = (b"connection", b"close")
+CHANGING_HEADERS = frozenset((b"traceparent", b"x-request-id"))  # most clients and proxies send new values each time
 
 Header = tuple[bytes, bytes]
 Content = tuple[bytes | memoryview, ...]  # the parts of a body
@@ -41,6 +43,7 @@ class DirectHead:
         path: the path, decoded.
         url: the path and the query as they were sent.
         headers: the headers. The value of Content-Length is that of the first request with this head.
+        by_name: the values of these headers by name. Each name occurs once.
         length: the Content-Length of that request.
         route: what the handler has made of them.
     """
@@ -48,6 +51,7 @@ class DirectHead:
     path: str
     url: bytes
     headers: tuple[Header, ...]
+    by_name: dict[bytes, bytes]
     length: int
     route: Any
 
@@ -55,7 +59,7 @@ class DirectHead:
 class DirectHandler(Protocol):
     """Answers direct requests."""
 
-    def route(self, path: str, query: bytes, headers: tuple[Header, ...]) -> Any:
+    def route(self, path: str, query: bytes, headers: dict[bytes, bytes]) -> Any:
         """Return what `start` needs to know of a POST request with this head, or None if it needs a task."""
 
     def max_body(self, route: Any) -> int:
@@ -170,9 +174,9 @@ class DirectHeads:
     def remember(self, data: bytes, head: DirectHead) -> None:
         """Remember the head at the start of `data`, which the parser has accepted.
 
-        A head with a traceparent is different in every request, so it would only displace heads that repeat.
+        A head with one of CHANGING_HEADERS would only displace heads that repeat.
         """
-        if any(name == b"traceparent" for name, _ in head.headers):
+        if not CHANGING_HEADERS.isdisjoint(head.by_name):
             return
         size = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES) + 4
         length = _LENGTH.search(data, 0, size)
@@ -185,14 +189,15 @@ class DirectHeads:
     def read(self, url: bytes, headers: list[Header]) -> DirectHead | None:
         """Return the head of a POST request of HTTP/1.1 that the parser has read, or None if it needs a task."""
         path, _, query = url.partition(b"?")
-        text = next((value for name, value in headers if name == b"content-length"), b"")
-        if b"%" in path or b"#" in url or not url.isascii() or not text.isdigit():
+        by_name = dict(headers)
+        text = by_name.get(b"content-length", b"")
+        if b"%" in path or b"#" in url or not url.isascii() or not text.isdigit() or len(by_name) != len(headers):
             return None
-        length, kept = int(text), tuple(headers)
-        route = self.handler.route(path.decode(), query, kept)
+        length = int(text)
+        route = self.handler.route(path.decode(), query, by_name)
         if route is None or length > min(self._max_body_bytes, self.handler.max_body(route)):
             return None
-        return DirectHead(path.decode(), url, kept, length, route)
+        return DirectHead(path.decode(), url, tuple(headers), by_name, length, route)
 
 
 class ResponseHeads:

@@ -5,6 +5,7 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import httpx
 import numpy as np
@@ -21,11 +22,12 @@ NPY_TYPE = "application/x-npy"
 
 
 class Recorder:
-    """The paths of the direct requests that have been answered, and the address of the server."""
+    """The paths of the direct requests that have been answered, and the address and the protocol of the server."""
 
     def __init__(self) -> None:
         self.answered: list[str] = []
         self.port = 0
+        self.protocol: Any
         self.client: httpx.Client
 
     def send(self, *pieces: bytes) -> bytes:
@@ -52,6 +54,7 @@ def recording(settings: Settings) -> Iterator[Recorder]:
     app = create_app(settings)
     with pytest.MonkeyPatch.context() as patch, running(app, app.state.protocol) as client:
         patch.setattr(DirectRequest, "write", record)
+        recorder.protocol = app.state.protocol
         recorder.port, recorder.client = client.base_url.port or 0, client
         yield recorder
 

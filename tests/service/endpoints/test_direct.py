@@ -12,9 +12,19 @@ from typing import Any
 import pytest
 
 from service.codec import npy
-from service.endpoints.direct import MAX_IN_PROGRESS
+from service.endpoints.direct import MAX_IN_PROGRESS, MAX_ROUTE_BYTES, MAX_ROUTES
 from service.settings import Settings
-from tests.service.direct_requests import NPY_TYPE, Recorder, as_json, for_task, recording, request, rows, without_times
+from tests.service.direct_requests import (
+    JSON_TYPE,
+    NPY_TYPE,
+    Recorder,
+    as_json,
+    for_task,
+    recording,
+    request,
+    rows,
+    without_times,
+)
 from tests.service.gate import Gate
 from tests.service.scrape import scrape, total
 from tests.service.serving import serving, until
@@ -90,6 +100,32 @@ def test_unusual_request_in_one_read_gets_the_response_of_a_task(server: Recorde
     assert server.answered == []
     remove_id = rb'"request_id":"[^"]*"'
     assert re.sub(remove_id, b"", without_times(in_one_read)) == re.sub(remove_id, b"", without_times(by_task))
+
+
+def test_requests_with_other_ids_share_a_route_and_each_gets_its_own_id_back(server: Recorder) -> None:
+    found = [server.send(request("/encode?model=hosts", as_json(rows(1, 4)), f"X-Request-Id: {i}")) for i in range(3)]
+    assert [re.findall(rb"x-request-id: ([^\r]*)", response) for response in found] == [[b"0"], [b"1"], [b"2"]]
+    heads = server.protocol.keywords["direct"]
+
+    def route(**headers: str) -> object:
+        lines = {"host": "elbo", "content-type": JSON_TYPE, "content-length": "9", **headers}
+        head = heads.read(b"/encode?model=hosts", [(name.encode(), value.encode()) for name, value in lines.items()])
+        return head.route
+
+    assert route(**{"x-request-id": "a"}) is route(**{"x-forwarded-for": "10.0.0.1", "content-length": "8"})
+    others = [{"accept": NPY_TYPE}, {"content-type": NPY_TYPE}, {"x-request-timeout": "3"}, {"host": "other"}]
+    assert len({id(route(**headers)) for headers in ({}, *others)}) == 5
+
+
+def test_memory_for_routes_is_bounded(server: Recorder) -> None:
+    heads = server.protocol.keywords["direct"]
+    headers = [(b"content-type", JSON_TYPE.encode()), (b"content-length", b"9")]
+    for number in range(MAX_ROUTES + 10):
+        heads.read(b"/encode?model=hosts", [*headers, (b"host", b"elbo%d" % number)])
+    assert 0 < len(heads.handler._routes) <= MAX_ROUTES
+    before = len(heads.handler._routes)
+    heads.read(b"/encode?model=hosts", [*headers, (b"host", b"e" * MAX_ROUTE_BYTES)])
+    assert len(heads.handler._routes) == before
 
 
 def test_pipelined_requests_in_one_read_get_their_responses_in_order(server: Recorder) -> None:

@@ -38,9 +38,12 @@ def request_with(*more: tuple[bytes, bytes]) -> tuple[bytes, list[tuple[bytes, b
     [
         ((b"accept", b"*/*"), True),
         ((b"traceparent", b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"), False),
+        ((b"x-request-id", b"7f3c"), False),
     ],
 )
-def test_head_with_a_traceparent_is_not_remembered(header: tuple[bytes, bytes], is_remembered: bool) -> None:
+def test_head_with_a_header_that_differs_in_each_request_is_not_remembered(
+    header: tuple[bytes, bytes], is_remembered: bool
+) -> None:
     heads = DirectHeads(Answering(), max_body_bytes=1000)
     data, headers = request_with(header)
     head = heads.read(b"/anomaly", headers)
