@@ -55,7 +55,7 @@ def main(artifacts: str, rows: np.ndarray) -> None:
         )
         found[name] = count(context)[0]
     found["refused"] = []
-    for name, value in (("ELBO_ARTIFACTS", "artifacts"), ("ELBO_STATE", "/tmp/state")):
+    for name, value in (("ELBO_ARTIFACTS", "artifacts"), ("ELBO_STATE", "state")):
         os.environ |= {"ELBO_ARTIFACTS": artifacts, name: value}
         try:
             app(Options())
