@@ -1,6 +1,7 @@
 """Fixtures for all tests, folders that several processes share, and `require`, which skips a test on some machines."""
 
 import fcntl
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -48,6 +49,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
     slow_files.update(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: item.path not in slow_files)  # a stable sort: the tests of a file stay together
+
+
+def pytest_collection_finish() -> None:
+    """Let the searches for garbage skip the ten thousand collected tests, which stay until the end."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -18,7 +18,7 @@ from models.artifact import load
 from models.manifest import read_manifest
 from tests.commands import HEADER, Rows, command, in_process, two_factor_rows, write
 from tests.data import ROOT
-from tests.preloaded import PreloadedProcess
+from tests.preloaded import PreloadedProcess, run_preloaded
 from training.config import AUTO_KINDS, DEMONSTRATIONS, TrainConfig
 from training.data.table import split_rows
 
@@ -132,8 +132,11 @@ def test_command_without_the_packages_for_training_prints_one_line(
     places = {"ARTIFACTS": tmp_path, "TABLE": root / "train.csv", "TABLE_MODEL": root / "hosts/1/model.pt"}
     words = [str(places.get(word, word)) for word in arguments.split()]
     absent = ("polars", "sklearn", "scipy", "threadpoolctl", "matplotlib", "onnx")  # not in the image that serves
-    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); from elbo import cli; cli.main({words})"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    code = (
+        f"import sys; absent = {absent}; loaded = [name for name in sys.modules if name.partition('.')[0] in absent]; "
+        f"sys.modules.update(dict.fromkeys([*absent, *loaded])); from elbo import cli; cli.main({words})"
+    )
+    run = run_preloaded([sys.executable, "-c", code], cwd=ROOT, text=True)
     assert (run.returncode, run.stdout) == (1, "")
     assert run.stderr == (
         f"elbo: error: this command needs the package {package}: install Elbo with pip install 'elbo[train]', "

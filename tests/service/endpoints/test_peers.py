@@ -100,6 +100,14 @@ def peers(client: httpx.Client, model: str, **query: Any) -> Record:
     return answer
 
 
+@pytest.fixture(scope="module")
+def idle_client(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """Yield a client of a server to which no test sends rows of hosts."""
+    state = tmp_path_factory.mktemp("idle") / "state"
+    with running(create_app(settings_of(models, state, default_model="scaled"))) as found:
+        yield found
+
+
 @pytest.fixture
 def client(models: Path, tmp_path: Path) -> Iterator[httpx.Client]:
     with running(create_app(settings_of(models, tmp_path / "state", default_model="scaled"))) as found:
@@ -144,10 +152,10 @@ def test_host_that_is_as_busy_at_night_as_by_day_is_usual_for_its_own_past_but_n
 
 @MODELS
 def test_description_of_a_model_names_the_columns_of_its_groups_and_says_whether_rows_are_scaled(
-    client: httpx.Client, model: str
+    idle_client: httpx.Client, model: str
 ) -> None:
-    described = client.get(f"/models/{model}").json()
-    schema = client.get("/openapi.json").json()
+    described = idle_client.get(f"/models/{model}").json()
+    schema = idle_client.get("/openapi.json").json()
     jsonschema.validate(
         described,
         {"$ref": "#/components/schemas/ModelDetail", "components": schema["components"]},
@@ -273,8 +281,8 @@ def test_comparison_of_too_few_hosts_is_refused_with_the_number_of_hosts(client:
         ("top=3", "no field top"),
     ],
 )
-def test_invalid_option_is_refused(client: httpx.Client, query: str, part: str) -> None:
-    answer = client.get(f"/models/scaled/peers?{query}")
+def test_invalid_option_is_refused(idle_client: httpx.Client, query: str, part: str) -> None:
+    answer = idle_client.get(f"/models/scaled/peers?{query}")
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_field")
     assert part in answer.json()["detail"]
 
@@ -314,9 +322,9 @@ def test_comparison_needs_a_key_with_the_scope_metrics(models: Path, tmp_path: P
     ],
 )
 def test_model_scaled_by_group_refuses_requests_about_rows_without_a_group(
-    client: httpx.Client, path: str, body: Record
+    idle_client: httpx.Client, path: str, body: Record
 ) -> None:
-    response = client.post(path, json=body, params={"model": "scaled"})
+    response = idle_client.post(path, json=body, params={"model": "scaled"})
     assert (response.status_code, response.json()["code"]) == (409, "not_supported"), response.text
     assert "without" in response.json()["hint"]
     assert "--scale-by-group" in response.json()["hint"]

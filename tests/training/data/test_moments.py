@@ -164,7 +164,7 @@ for x in (random.standard_normal((3000, 300)), random.randint(0, 256, (3000, 300
             text=True,
             check=True,
         ).stdout
-        for threads in ("1", "2", "4")
+        for threads in ("1", "4")
     ]
     assert outputs[0].count("\n") == 2
-    assert outputs[0] == outputs[1] == outputs[2]
+    assert outputs[0] == outputs[1]
