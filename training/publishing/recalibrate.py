@@ -56,6 +56,7 @@ from training.fitting.feature_baseline import scale_for_baseline
 from training.fitting.policy import SCALING_REFUSAL, ceiling, fit_policy, fit_usual_score, set_calibration, valid_range
 from training.progress import SlowProgress
 from training.publishing.exhibits import calibration_json
+from training.publishing.gap_recalibration import refit_gap_scores, split_for_gaps
 from training.publishing.onnx_export import export
 from training.publishing.publish import software_versions
 from training.reports.model_card import card
@@ -108,10 +109,7 @@ def recalibrate(
         ArtifactUnwritable: the new version cannot be written to `root`.
     """
     artifact.require_writable(root, model_name(parent))
-    if table.pixel_warning:
-        raise DataError(
-            f"{table.source}: {table.pixel_warning}; calibrated on these rows, the model would flag nothing"
-        )
+    _refuse_pixels(table)
     _refuse_options(parent, policy, incident_rows)
     normal, notes = _normal_rows(table)
     kept = _keep(policy or _policy_of(parent), table, normal)
@@ -124,6 +122,8 @@ def recalibrate(
     windows = windows_for_model(table.x, table.timeline, parent.manifest, table.source)
     normal = _judged_once(table, windows, normal)
     chosen = np.sort(np.random.RandomState(0).permutation(normal)[:MAX_HELD_OUT_ROWS])
+    gaps = split_for_gaps(parent.module, table, chosen, alpha)
+    chosen, notes = gaps.calibration, [*notes, *gaps.notes]
     _refuse_few(table, len(chosen), alpha)
     scores = _scores(parent.module, parent.device, table, windows, chosen)
     notes = [*table.notes, *table.warnings, *notes, *_compare_with_old(parent, table, scores, alpha)]
@@ -131,11 +131,17 @@ def recalibrate(
         _refuse_if_all_flagged(parent, table, scores, alpha)
     module = artifact.thaw(parent)
     twin = None if parent.twin is None else parent.twin.graphs
+    rescore = partial(_scores, parent.module, parent.device)
     if kept is None or kept.policy.features == _features_of(parent):
-        _replace(module, parent, torch.from_numpy(scores))  # latents and scores stay, so the twin is still valid
-        rescore = partial(_scores, parent.module, parent.device)
+        if refit_gap_scores(module, table, gaps):
+            rescore = partial(_scores, module, torch.device("cpu"))
+            scores = rescore(table, windows, chosen)
+        _replace(
+            module, parent, torch.from_numpy(scores)
+        )  # complete rows keep their scores, so the twin stays valid
     else:
         model = _with_policy(module, parent, kept.policy)
+        refit_gap_scores(model, table, gaps)
         rescore = partial(_scores, model, torch.device("cpu"))
         scores = rescore(table, windows, chosen)
         set_calibration(model.pipeline if isinstance(model, Windowed) else model, torch.from_numpy(scores))
@@ -160,6 +166,14 @@ def recalibrate(
     if warning is not None:
         notes.append(warning)
     return Recalibrated(path, manifest, notes)
+
+
+def _refuse_pixels(table: Table) -> None:
+    """Raise DataError if the pixels of `table` are in another range than those of the training."""
+    if table.pixel_warning:
+        raise DataError(
+            f"{table.source}: {table.pixel_warning}; calibrated on these rows, the model would flag nothing"
+        )
 
 
 def _refuse_options(parent: Artifact, policy: Policy | None, incident_rows: int | None) -> None:
