@@ -152,6 +152,7 @@ bench-serve: $(READY) $(SERVERS:%=$(PEERS)-%/.ready) ## Measure serving against 
 bench-anomaly: $(READY) $(PEERS)/.ready ## Measure anomaly scores, calibration and explanations, as in benchmarks/*/results/*.md
 	@$(VENV)/bin/python benchmarks/anomaly/score_ranking.py $(OPTIONS)
 	@$(VENV)/bin/python benchmarks/anomaly/score_ranking.py --robust $(OPTIONS)
+	@$(VENV)/bin/python benchmarks/anomaly/score_variants.py $(OPTIONS)
 	@$(VENV)/bin/python benchmarks/anomaly/calibration.py
 	@$(VENV)/bin/python benchmarks/anomaly/cross_calibration.py
 	@$(VENV)/bin/python benchmarks/anomaly/server_metrics.py

@@ -136,9 +136,7 @@ def recalibrate(
         if refit_gap_scores(module, table, gaps):
             rescore = partial(_scores, module, torch.device("cpu"))
             scores = rescore(table, windows, chosen)
-        _replace(
-            module, parent, torch.from_numpy(scores)
-        )  # complete rows keep their scores, so the twin stays valid
+        _replace(module, parent, torch.from_numpy(scores))  # complete rows keep their scores, so the twin stays valid
     else:
         model = _with_policy(module, parent, kept.policy)
         refit_gap_scores(model, table, gaps)
