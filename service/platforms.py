@@ -13,6 +13,7 @@ SAGEMAKER_MODELS = Path("/opt/ml/model")  # where SageMaker unpacks model.tar.gz
 SAGEMAKER_PORT = "8080"
 SAGEMAKER_BIND_TO_PORT = "SAGEMAKER_BIND_TO_PORT"  # set for the containers of an inference pipeline
 VERTEX_PORT = "AIP_HTTP_PORT"
+PLATFORM_NAMES = {"sagemaker": "Amazon SageMaker", "vertex": "Google Vertex AI"}
 
 
 def settings_of(environment: Mapping[str, str], platform: str | None = None) -> dict[str, Any]:

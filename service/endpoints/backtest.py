@@ -84,7 +84,7 @@ class BacktestEndpoint:
             for inputs_of_part in replayer.inputs(joined):
                 of_part = []
                 for operation, places in (runs := replayer.runs(inputs_of_part)):
-                    service.admission.check(rows=len(places), is_queued=True)
+                    parsed.request.ticket.check(len(places))
                     result = await service.batcher.run(
                         served, operation, inputs_of_part[places], deadline=parsed.deadline
                     )

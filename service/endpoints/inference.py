@@ -1,6 +1,5 @@
 """The POST endpoints: encode, decode, reconstruct, sample, interpolate, anomaly."""
 
-import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -90,7 +89,6 @@ class InferenceEndpoints:
     def __init__(self, service: ServiceContext) -> None:
         self._service = service
         self._noise = NoiseSource()
-        self._long_draw = asyncio.Lock()  # held while a thread draws noise
         # For each model and condition, the standard deviations [K] of latents that are drawn from its prior.
         self._deviations: WeakKeyDictionary[ServedModel, dict[Code, Array]] = WeakKeyDictionary()
 
@@ -167,8 +165,8 @@ class InferenceEndpoints:
         They are the noise of the latents [B, K], or with `codes` [B, K + C], the choices of components [B], and, unless
         `row_width` is 0, the noise of the rows [B, row_width].
 
-        Long draws run one at a time, and each begins only if the queue has room for its rows. If many large requests
-        arrive at once, most are refused before they cost time and memory.
+        Long draws run one at a time, because they need the turn. If many large requests arrive at once, most are
+        refused before they cost time and memory.
 
         Raises:
             Overloaded: admission control refuses the rows.
@@ -193,9 +191,7 @@ class InferenceEndpoints:
         if cost <= offload.MAX_LOOP_NS:
             return await run_in_thread_if_long(draw, cost)
         await take_turn(parsed, rows)
-        async with self._long_draw:
-            self._service.admission.check(rows=rows, is_queued=True)
-            return await run_in_thread_if_long(draw, cost, frees_lock=True)
+        return await run_in_thread_if_long(draw, cost, frees_lock=True)
 
     async def _sample_near(self, parsed: "ParsedRequest[SampleBody, Start]", point: "Point") -> HttpResponse:
         """Sample rows whose latents are near those of `point`."""

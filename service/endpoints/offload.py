@@ -10,9 +10,11 @@ other requests have their turn in between.
 
 import asyncio
 import math
+import os
+import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import TypeVar
 
 from service.codec.budget import Budget, TurnOver
@@ -21,6 +23,9 @@ from service.codec.long_work import long_work
 T = TypeVar("T")
 MAX_LOOP_NS = 2_000_000  # maximum time for which requests may block one pass of the event loop, in nanoseconds
 SHORT_NS = MAX_LOOP_NS // 40  # work of at most this long is not counted: 64 requests at once take at most 3 ms
+
+PATIENT_THREADS = 2
+PATIENT_NICENESS = 5  # added to the niceness: on a busy core, such a thread gets a third of the event loop's time
 
 SMALL_BODY = 2048  # bytes; reading so small a body takes at most 2 ms, unless it is compressed or a picture
 FEW_ROWS = 64  # describing the errors of so few rows takes at most 3 ms
@@ -77,6 +82,18 @@ class _LoopPass:
 _loop_pass = _LoopPass()
 
 
+def _lower_priority() -> None:
+    """Let this thread wait for a core while another thread needs it."""
+    if sys.platform == "linux":  # elsewhere, the priority is that of the whole process
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + PATIENT_NICENESS)
+
+
+# For work that frees the interpreter lock. Work that holds the lock keeps its priority: while such a thread waited for
+# a core, the event loop would wait for the lock, for 50 to 110 ms when this was tried.
+_patient_threads = ThreadPoolExecutor(PATIENT_THREADS, "patient", _lower_priority)
+
+
 def take_loop_time(loop: asyncio.AbstractEventLoop, estimated_ns: float) -> bool:
     """Return whether there is time for short work in the current pass of `loop`. The time then counts as taken."""
     return estimated_ns <= SHORT_NS or _loop_pass.take(loop, estimated_ns)
@@ -91,10 +108,12 @@ async def run_in_thread_if_long(work: Callable[[], T], estimated_ns: float, *, f
         work: a function without arguments. If it takes more than a few milliseconds, it calls `pause_if_due`.
         estimated_ns: the estimated time, in nanoseconds.
         frees_lock: whether `work` spends almost all of its time in calls that free the interpreter lock. Such work
-            delays no other thread, and waits for none.
+            does not wait for other long work, and on Linux its thread has a low priority.
     """
     if estimated_ns > MAX_LOOP_NS:
-        return await asyncio.to_thread(work if frees_lock else partial(_run_as_long_work, work))
+        if frees_lock:
+            return await asyncio.get_running_loop().run_in_executor(_patient_threads, work)
+        return await asyncio.to_thread(_run_as_long_work, work)
     if estimated_ns > SHORT_NS:
         await _loop_pass.wait(estimated_ns)
     return work()

@@ -295,7 +295,7 @@ async def run_operation(
     rows = len(inputs[0])
     if rows > service.admission.max_small_rows:
         await take_turn(parsed, rows)
-    service.admission.check(rows=rows, is_queued=True)
+    parsed.request.ticket.check(rows)
     watch = DisconnectWatch(parsed.request)
     try:
         result = await service.batcher.run(

@@ -103,7 +103,7 @@ class AdmissionControl:
         self.unread = UnreadResponses(max_held_bytes / 4, exported_unread)
         self.work_slots = asyncio.Semaphore(WORK_SLOTS)
         self.turn = asyncio.Lock()
-        self._rows_without_turn = 0  # rows of the requests that wait for `turn`
+        self._rows_ahead = 0  # rows of large requests that are accepted, but not yet in the batcher
         self._exported_bytes: SharedNumber = [0.0] if exported_bytes is None else exported_bytes
         self._batcher = batcher
         self._max_rows = max_rows
@@ -128,7 +128,7 @@ class AdmissionControl:
             limit = self._max_rows
             if self.max_small_rows < rows <= self._max_rows_of_large:
                 limit = self._max_rows_of_large
-            excess = self._batcher.pending_rows + self._rows_without_turn + rows - limit
+            excess = self._batcher.pending_rows + self._rows_ahead + rows - limit
             if excess > 0:
                 seconds = self._batcher.backlog.seconds_for(excess)
                 expected = f"at most {limit} pending rows"
@@ -157,7 +157,7 @@ class AdmissionControl:
             raise self._too_long(wait).error()
 
     async def acquire_turn(self, rows: int, deadline: float, response_bytes: int = 0) -> None:
-        """Acquire `turn` for a request of `rows` rows, which count as pending while they wait.
+        """Acquire `turn` for a request of `rows` rows. They count as pending until `leave_to_batcher` is called.
 
         The turn begins when there is room for a response of about `response_bytes` bytes. Without this wait, the server
         would compute a response beside a large one that a client still reads, and hold the memory of both.
@@ -168,7 +168,7 @@ class AdmissionControl:
             DeadlineExceeded: the turn did not come before `deadline`.
         """
         self.check(rows=rows, is_queued=True)
-        self._rows_without_turn += rows
+        self._rows_ahead += rows
         try:
             async with asyncio.timeout(max(0.0, deadline - perf_counter())):
                 await self.turn.acquire()
@@ -177,10 +177,15 @@ class AdmissionControl:
                 except BaseException:
                     self.turn.release()
                     raise
-        except TimeoutError:
-            raise timed_out() from None
-        finally:
-            self._rows_without_turn -= rows
+        except BaseException as error:
+            self._rows_ahead -= rows
+            if isinstance(error, TimeoutError):
+                raise timed_out() from None
+            raise
+
+    def leave_to_batcher(self, rows: int) -> None:
+        """Count `rows` rows of a request that has the turn no longer: from now on, the batcher counts them."""
+        self._rows_ahead -= rows
 
     async def _wait_for_room(self, size: int) -> None:
         """Wait until a response of `size` bytes fits, at most until every client that reads slowly counts as slow."""
@@ -229,7 +234,9 @@ class Ticket:
     downloads therefore delay no other request.
     """
 
-    __slots__ = ("_admission", "_has_slot", "_has_turn", "_is_large", "_is_released", "held_bytes", "is_queued")
+    __slots__ = (
+        "_admission", "_has_slot", "_has_turn", "_is_large", "_is_released", "_rows_ahead", "held_bytes", "is_queued",
+    )  # fmt: skip
 
     def __init__(self, admission: AdmissionControl) -> None:
         self._admission = admission
@@ -237,6 +244,7 @@ class Ticket:
         self._has_turn = False
         self._is_large = False
         self._is_released = False
+        self._rows_ahead = 0  # rows that count as pending although the batcher does not have them
         self.is_queued = False
         self.held_bytes = 0
 
@@ -281,14 +289,31 @@ class Ticket:
         self.mark_large()
         await self._admission.acquire_turn(rows, deadline, response_bytes)
         self._has_turn = True
+        self._rows_ahead = rows
         if self._is_released:  # meanwhile
             self.release()
+
+    def check(self, rows: int) -> None:
+        """Raise Overloaded if the server refuses to run `rows` rows of this request now. The batcher gets them next.
+
+        A request that has the turn is not refused: the rows that wait behind it would count against it. Clients that
+        always try again would then fill the queue, and no large request would ever get a response.
+        """
+        if self._has_turn:
+            self._leave_to_batcher()
+        else:
+            self._admission.check(rows=rows, is_queued=True)
+
+    def _leave_to_batcher(self) -> None:
+        self._admission.leave_to_batcher(self._rows_ahead)
+        self._rows_ahead = 0
 
     def release(self) -> None:
         """Give up the place in the queue, the work slot and the turn. A second call does nothing."""
         self._is_released = True
         if self._has_turn:
             self._has_turn = False
+            self._leave_to_batcher()
             self._admission.turn.release()
         if self._is_large:
             self._is_large = False

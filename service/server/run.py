@@ -17,6 +17,7 @@ from models.errors import ElboError
 from models.staging import staging_folder
 from service.monitoring import logs
 from service.monitoring.tracing import tracer_of
+from service.platforms import PLATFORM_NAMES
 from service.server import standard_streams, torch_start
 from service.server.hangup import Hangup
 from service.server.tls import Certificate
@@ -140,7 +141,13 @@ def require_keys_if_public(listener: socket.socket, settings: Settings) -> None:
             "with elbo key add NAME --scope infer and set ELBO_API_KEYS_FILE, or listen on 127.0.0.1 (ELBO_HOST), or, "
             "if everybody who can reach the address may use the server, add --insecure (ELBO_INSECURE=1)"
         )
-    log.warning("everybody who can reach %s can use the server, because it has no API keys (ELBO_INSECURE)", address)
+    reason = "ELBO_INSECURE"
+    if settings.platform in PLATFORM_NAMES and not os.environ.get("ELBO_INSECURE"):
+        reason = (
+            f"{PLATFORM_NAMES[settings.platform]} was recognised, and decides who can reach the server; to require "
+            "keys, set ELBO_INSECURE=0 and ELBO_API_KEYS_FILE"
+        )
+    log.warning("everybody who can reach %s can use the server, because it has no API keys (%s)", address, reason)
 
 
 def bind(host: str, port: int) -> socket.socket:

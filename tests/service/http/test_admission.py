@@ -237,11 +237,17 @@ def test_rows_that_wait_for_their_turn_count_as_pending() -> None:
             admission = admission_for(batcher, max_rows=100)
             first, second, third = (admission.ticket() for _ in range(3))
             await first.take_turn(70, perf_counter() + 10)
+            with pytest.raises(Overloaded, match="too many rows are pending"):
+                await second.take_turn(70, perf_counter() + 10)  # the batcher will soon have 70 rows of the first
+            first.check(70)
             turn = asyncio.create_task(second.take_turn(70, perf_counter() + 10))
             await asyncio.sleep(0)
             with pytest.raises(Overloaded, match="too many rows are pending"):
                 await third.take_turn(9, perf_counter() + 10)
             assert admission.refusal(rows=8, is_queued=True) is None
+            first.check(70)  # has the turn, so the rows behind it do not count against it
+            with pytest.raises(Overloaded, match="too many rows are pending"):
+                third.check(9)
             first.release()
             await turn
             second.release()

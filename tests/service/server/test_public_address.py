@@ -50,6 +50,27 @@ def test_loopback_address_needs_no_keys(host: str) -> None:
     check(host)
 
 
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"ELBO_INSECURE": "1"}, "(ELBO_INSECURE)"),
+        ({"AIP_HTTP_PORT": "8080"}, "Google Vertex AI was recognised"),
+        ({"SAGEMAKER_BIND_TO_PORT": "8080"}, "Amazon SageMaker was recognised"),
+        ({"SAGEMAKER_BIND_TO_PORT": "8080", "ELBO_INSECURE": "1"}, "(ELBO_INSECURE)"),
+    ],
+)
+def test_warning_of_a_server_without_keys_tells_why_it_needs_none(
+    variables: dict[str, str], reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    check("0.0.0.0")
+    (message,) = caplog.messages
+    assert "everybody who can reach 0.0.0.0 can use the server" in message
+    assert reason in message
+    assert ("set ELBO_INSECURE=0" in message) == ("ELBO_INSECURE" not in variables)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("command", [["-m", "service"], ["-c", "from elbo import cli; cli.main(['serve'])"]])
