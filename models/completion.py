@@ -253,6 +253,9 @@ class Chains(nn.Module):
     spread: Tensor
     low: Tensor
     high: Tensor
+    shares: Tensor
+    width: Tensor
+    slopes: Tensor
     chain_places: Tensor
     state_places: Tensor
 
@@ -268,6 +271,7 @@ class Chains(nn.Module):
         high: Tensor,
     ) -> None:
         super().__init__()
+        self.set_widths(torch.tensor([0.0, 1.0]), torch.ones(2))
         self.register_buffer("deviation", deviation)
         self.register_buffer("candidate_noise", candidate_noise)
         self.register_buffer("candidate_choice", candidate_choice)
@@ -282,6 +286,25 @@ class Chains(nn.Module):
         # of [0, 1], one part for each state.
         self.register_buffer("chain_places", (torch.arange(chains) + 0.5) / chains)  # [C]
         self.register_buffer("state_places", torch.arange(1, states) / states)  # [C KEPT_STEPS - 1]
+
+    @torch.jit.unused
+    def set_widths(self, shares: Tensor, widths: Tensor) -> None:
+        """Set the factors of `spread`, `low` and `high` of rows by their shares of missing values.
+
+        Args:
+            shares: shares of missing values of a row, ascending, [L].
+            widths: the factor at each share, [L]. It is interpolated between the shares, and constant beyond.
+        """
+        self.register_buffer("shares", shares)
+        self.register_buffer("width", widths[:1])
+        self.register_buffer("slopes", widths.diff() / shares.diff())  # [L - 1]
+
+    def width_of(self, missing: Tensor) -> Tensor:
+        """Return the factor of the intervals of each row, [B, 1], given which values are missing, [B, D]."""
+        share = missing.to(self.width.dtype).mean(dim=1, keepdim=True)  # [B, 1]
+        within = (share.clamp(max=self.shares[-1]) - self.shares[:-1]).clamp(min=0.0)  # [B, L - 1]
+        within = torch.minimum(within, self.shares[1:] - self.shares[:-1])
+        return self.width + (within * self.slopes).sum(dim=1, keepdim=True)
 
 
 class ChainsFromRows(Chains):
@@ -319,7 +342,8 @@ class CompletingNetwork(CompletingPipeline):
 
     The encoder only approximates the posterior, so the distribution of the chains is not exact. The deviations and the
     intervals of `impute` are therefore calibrated: on rows that did not train the networks, 90 % of the values that
-    were taken out are within their intervals.
+    were taken out are within their intervals. The chains overestimate the deviation of rows with few missing values, so
+    the intervals are calibrated for several shares of missing values.
 
     The noise of `impute` and `score_gaps` is a part of the artifact, so equal rows get equal results.
 
@@ -348,6 +372,7 @@ class CompletingNetwork(CompletingPipeline):
         """Estimate the missing values of rows x [B, D], which are NaN. See `CompletingPipeline.impute`."""
         missing = x.isnan()  # [B, D]
         mean, deviation = self.estimate(x)  # [B, D], [B, D]
+        deviation = self.chains.width_of(missing) * deviation  # [B, D]
         filled = torch.where(missing, self.scaling.inverse(mean), x)  # [B, D]
         low = torch.where(missing, self.scaling.inverse(mean + self.chains.low * deviation), x)
         high = torch.where(missing, self.scaling.inverse(mean + self.chains.high * deviation), x)
@@ -478,6 +503,7 @@ class CompletingAdopted(CompletingNetwork):
         """
         missing = x.isnan()  # [B, D]
         mean, deviation = self.estimate(x)  # [B, D], [B, D]
+        deviation = self.chains.width_of(missing) * deviation  # [B, D]
         spread = self.chains.spread * deviation  # [B, D]
         scaled = (self.scaling.inverse(mean + spread) - self.scaling.inverse(mean - spread)).abs() / 2.0  # [B, D]
         first = self.scaling.inverse(mean + self.chains.low * deviation)  # [B, D]

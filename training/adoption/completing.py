@@ -11,7 +11,7 @@ from models.artifact import MAX_COMPLETED_VALUES
 from models.completion import CHAINS, FIRST_STEPS, KEPT_STEPS, SCORED_STEPS
 from models.core import Core
 from models.pipeline import Pipeline
-from training.fitting.completion import CALIBRATED_ROWS, GAP_LEVELS, GAP_ROWS, with_completion
+from training.fitting.completion import CALIBRATED_ROWS, GAP_LEVELS, GAP_ROWS, MISSING_SHARES, with_completion
 from training.fitting.prepared_data import PreparedData
 
 # Operators that a method which completes rows may have; an artifact could have three times as many. Loading an LSTM of
@@ -22,7 +22,8 @@ MAX_WORK = 5e11  # floating-point operations for the calibration of the completi
 MIN_ROWS = 60  # rows that calibrate the completion; with fewer, its intervals are too uncertain
 MOST_ROWS = GAP_ROWS  # rows that are completed at once; a server completes at most ELBO_MAX_BATCH_ROWS, 256 by default
 MAX_BYTES = 1 << 29  # memory for the largest tensor while rows are completed
-ROW_RUNS = CHAINS * (FIRST_STEPS + KEPT_STEPS + GAP_LEVELS * (SCORED_STEPS + 1))  # runs to calibrate with one row
+# How often the network runs, at most, to calibrate the completion with one row.
+ROW_RUNS = CHAINS * (len(MISSING_SHARES) * (FIRST_STEPS + KEPT_STEPS) + GAP_LEVELS * (SCORED_STEPS + 1))
 
 
 def with_completion_if_possible(pipeline: Pipeline, data: PreparedData, seed: int) -> tuple[Pipeline, str | None]:

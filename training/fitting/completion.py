@@ -1,6 +1,7 @@
 """Fit the parts of a model that complete rows and score rows with missing values: see `models.completion`."""
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -32,10 +33,15 @@ from training.fitting.prepared_data import PreparedData
 from training.random_streams import VALIDATION, random_stream
 
 MIN_DEVIATION = 0.01  # smallest noise of a feature around the decoder's output, in model units; less is mostly rounding
+NORMAL_END = 1.6448536269514722  # a normal variable exceeds it with probability 0.05
+LEAST_END = 0.05  # smallest distance of an end of an interval from the mean, in standard deviations
 INTERVAL = 0.9  # share of the missing values that are within their intervals
-MISSING_SHARES = (0.1, 0.2, 0.3, 0.5)  # shares of the values that are taken out of calibration rows, in turn
-CALIBRATED_ROWS = 400  # at most this many rows calibrate the intervals; each takes about a millisecond
+MISSING_SHARES = (0.1, 0.2, 0.3, 0.5)  # shares of the values that are taken out of calibration rows
+CALIBRATED_ROWS = 400  # at most this many rows calibrate the intervals at each share; each takes about a millisecond
+LEAST_CALIBRATED_ROWS = 100  # at least this many rows, if there are so many
+CALIBRATED_VALUES = 1_000  # with more than the fewest rows, at most so many values are taken out of them at each share
 BATCH = 4096  # complete rows per forward pass
+Array = npt.NDArray[np.float64]
 LEAST_VALUES = 60  # a feature with fewer values has no interval of its own; of 60 values, 2 lie beyond each end
 GAP_LEVELS = 4  # numbers of missing values, up to half of the features, for which the scale of the scores is fitted
 GAP_ROWS = 500  # at most this many rows fit the scale of the scores at each level
@@ -80,7 +86,7 @@ def with_completion(pipeline: Pipeline, held_out: Tensor, calibration: Tensor, s
         else:
             network = CompletingNetwork(*parts, chains=chains).eval()
         completing = network
-        _calibrate(network, calibration[:CALIBRATED_ROWS], seed)
+        _calibrate(network, calibration, seed)
     # If calibration rows have missing values, `gap_scores` changes their scores. To keep these scores exchangeable with
     # those of new rows, `gap_scores` is then fitted to held-out rows.
     has_gaps = bool(calibration.isnan().any())
@@ -145,33 +151,69 @@ def _balanced_noise(width: int, random: torch.Generator) -> Tensor:
     return (noise - noise.mean(dim=0)) / noise.std(dim=0, correction=0)
 
 
-def _calibrate(pipeline: CompletingNetwork, rows: Tensor, seed: int) -> None:
-    """Take values out of `rows` [M, D], estimate them, and set the spread and the intervals by the errors."""
-    random, width = random_stream(seed, VALIDATION), rows.shape[1]
-    shares = torch.tensor(MISSING_SHARES)[torch.arange(len(rows)) % len(MISSING_SHARES)]  # [M]
-    column_of = columns_of_features(width, sizes_of(pipeline))  # [D]
-    taken = torch.rand(len(rows), int(column_of[-1]) + 1, generator=random) < shares.unsqueeze(1)  # [M, columns]
-    taken[taken.all(dim=1), 0] = False  # a row without known values could not be estimated from anything
-    taken = taken[:, column_of]  # [M, D]
-    gaps = torch.where(taken, torch.nan, rows)
-    with torch.no_grad():
-        estimates = [pipeline.estimate(part) for part in gaps.split(max(1, MAX_COMPLETED_VALUES // width))]
-        mean, deviation = (torch.cat(parts) for parts in zip(*estimates, strict=True))  # [M, D], [M, D]
-        error = ((pipeline.scaling(rows) - mean) / deviation).double().numpy()  # [M, D]
-    counted = (taken & ~rows.isnan()).numpy()  # [M, D]
-    together = error[counted]
-    if not len(together):
+def _calibrate(pipeline: CompletingNetwork, calibration: Tensor, seed: int) -> None:
+    """Take values out of rows `calibration` [M, D], estimate them, and set the spread and the intervals by the errors.
+
+    The interval of a value is [low, high] of its feature times the width of the share of missing values of its row. The
+    widths are conformal quantiles: at each share, 90 % of the values are within their intervals.
+    """
+    columns_of = columns_of_features(calibration.shape[1], sizes_of(pipeline)).numpy()  # [D]
+    found = [_errors(pipeline, calibration, share, seed + index) for index, share in enumerate(MISSING_SHARES)]
+    errors = [error for error, _ in found]  # each [M, D], NaN for a value that was not taken out
+    if not all(np.isfinite(error).any() for error in errors):
         return
-    columns = [error[counted[:, column], column] for column in range(width)]
+    first = [_quantile(np.abs(error[np.isfinite(error)]), INTERVAL) / NORMAL_END for error in errors]
+    joined = np.concatenate([error / width for error, width in zip(errors, first, strict=True)])  # [N, D]
+    together = joined[np.isfinite(joined)]
+    columns = [column[np.isfinite(column)] for column in joined.T]
     columns = [column if len(column) >= LEAST_VALUES else together for column in columns]
     chains = pipeline.chains
     chains.spread = torch.tensor([np.sqrt(np.mean(column**2)) for column in columns]).float().clamp(min=1e-3)
     tail = (1.0 - INTERVAL) / 2.0
-    chains.low = torch.tensor([-_quantile(-column, 1.0 - tail) for column in columns]).float()
-    chains.high = torch.tensor([_quantile(column, 1.0 - tail) for column in columns]).float()
+    low = np.array([_quantile(-column, 1.0 - tail) for column in columns]).clip(min=LEAST_END)  # [D], below the mean
+    high = np.array([_quantile(column, 1.0 - tail) for column in columns]).clip(min=LEAST_END)  # [D]
+    chains.low, chains.high = -torch.from_numpy(low).float(), torch.from_numpy(high).float()
+    is_number = np.bincount(columns_of)[columns_of] == 1  # [D]
+    if not is_number.any():
+        is_number = np.ones(len(low), bool)
+    # How far each value is from the mean, relative to the end of its interval. The interval of width w contains it if
+    # this is at most w.
+    distances = [np.maximum(error / high, -error / low)[:, is_number] for error in errors]
+    finite = [each[np.isfinite(each)] for each in distances]
+    if all(len(each) for each in finite):
+        shares = torch.tensor([share for _, share in found])
+        chains.set_widths(shares, torch.tensor([max(_quantile(each, INTERVAL), 1e-3) for each in finite]).float())
 
 
-def _quantile(values: "np.ndarray[tuple[int], np.dtype[np.float64]]", level: float) -> float:
+def _errors(pipeline: CompletingNetwork, calibration: Tensor, share: float, seed: int) -> tuple[Array, float]:
+    """Return the errors of the estimates if this share of the values is taken out of rows `calibration` [M, D].
+
+    Returns:
+        errors: in the standard deviations of the chains, [N, D]; NaN for a value that was not taken out.
+        share: the share of the values of these rows that is missing.
+    """
+    random, width = random_stream(seed, VALIDATION), calibration.shape[1]
+    needed = round(CALIBRATED_VALUES / (share * width))
+    rows = calibration[: min(CALIBRATED_ROWS, max(LEAST_CALIBRATED_ROWS, needed))]  # [N, D]
+    column_of = columns_of_features(width, sizes_of(pipeline))  # [D]
+    columns = int(column_of[-1]) + 1
+    taken = torch.rand(len(rows), columns, generator=random) < share  # [N, columns]
+    # A row without known values could not be estimated from anything, and one without missing values has no errors.
+    taken[taken.all(dim=1), 0] = False
+    empty = ~taken.any(dim=1)
+    if columns > 1:
+        taken[empty, torch.randint(columns, (int(empty.sum()),), generator=random)] = True
+    taken = taken[:, column_of]  # [N, D]
+    gaps = torch.where(taken, torch.nan, rows)
+    with torch.no_grad():
+        estimates = [pipeline.estimate(part) for part in gaps.split(max(1, MAX_COMPLETED_VALUES // width))]
+        mean, deviation = (torch.cat(parts) for parts in zip(*estimates, strict=True))  # [N, D], [N, D]
+        errors = ((pipeline.scaling(rows) - mean) / deviation).double()  # [N, D]
+    errors = torch.where(taken & ~rows.isnan(), errors, torch.nan)
+    return errors.numpy(), float(gaps.isnan().float().mean())
+
+
+def _quantile(values: Array, level: float) -> float:
     """Return the smallest of `values` that a new value exceeds with a probability of at most 1 - level (Vovk 2005).
 
     If there are too few values for this level, return the largest one.
