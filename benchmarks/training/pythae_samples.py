@@ -1,9 +1,11 @@
 """Train pythae's VAE with the networks of Elbo, and draw samples with pythae's samplers, for `samples.py`.
 
-`python benchmarks/training/pythae_samples.py IMAGES FOLDER DRAWS OPTIONS [--quick]` loads the images x [N, H, W] in the
-npz file IMAGES. OPTIONS are the options of Elbo's model, in JSON. The script writes DRAWS samples of each sampler to a
-file in FOLDER, with values from 0 to 255, and prints a line of JSON for each sampler. All other output goes to standard
-error. With --quick, it trains for two epochs and uses two samplers.
+    python benchmarks/training/pythae_samples.py IMAGES FOLDER DRAWS OPTIONS [--quick] [SAMPLER …]
+
+The script loads the images x [N, H, W] in the npz file IMAGES. OPTIONS are the options of Elbo's model, in JSON. The
+script writes DRAWS samples of each sampler to a file in FOLDER, with values from 0 to 255, and prints a line of JSON
+for each sampler. All other output goes to standard error. SAMPLER is a name in SAMPLERS; by default, all of them are
+used. With --quick, the script trains for two epochs and uses two samplers.
 
 pythae's loss is the KL term plus half the squared error, or plus the cross entropy if OPTIONS have a Bernoulli
 likelihood. Its trainer keeps the model with the lowest held-out loss.
@@ -42,6 +44,7 @@ from training.fitting.architecture import build_decoder, build_encoder
 HELD_OUT_SHARE = 0.1
 STEPS = 3_000  # unless the options set the epochs: DEFAULT_STEPS of `training/fitting/trainer.py`
 LEARNING_RATE = 1e-3  # ten times pythae's default
+SAMPLER_EPOCHS = 100  # pythae's default for samplers that are networks; fewer if the options set fewer for the VAE
 SAMPLERS = {
     "prior N(0, I)": (NormalSampler, None),
     "mixture of 10 Gaussians": (GaussianMixtureSampler, GaussianMixtureSamplerConfig(n_components=10)),
@@ -92,6 +95,7 @@ def main() -> None:
     torch.manual_seed(0)
     source, folder, draws, options = sys.argv[1:5]
     quick = "--quick" in sys.argv
+    names = [each for each in sys.argv[5:] if each != "--quick"] or list(SAMPLERS)[: 2 if quick else None]
     images = torch.from_numpy(np.load(source)["x"].astype(np.float32) / np.float32(255.0))[:, None]  # [N, 1, H, W]
     images = images[torch.randperm(len(images))]
     config = TrainConfig.model_validate({"name": "pythae"} | json.loads(options))
@@ -116,15 +120,18 @@ def main() -> None:
     started = process_time()
     BaseTrainer(model, *(BaseDataset(x, torch.zeros(len(x))) for x in (fit, held_out)), settings).train()
     trained = process_time() - started
-    for index, (title, (sampler, sampler_config)) in enumerate(SAMPLERS.items()):
-        if quick and index > 1:
-            break
+    for index, title in enumerate(names):
+        sampler, sampler_config = SAMPLERS[title]
         started = process_time()
         fitted = sampler(model, sampler_config) if sampler_config else sampler(model)
         if isinstance(fitted, GaussianMixtureSampler):
             fitted.fit(fit)
         elif sampler_config:
-            fitted.fit(fit, held_out)
+            fitted.fit(
+                fit,
+                held_out,
+                BaseTrainerConfig(output_dir=folder, num_epochs=min(SAMPLER_EPOCHS, config.epochs or SAMPLER_EPOCHS)),
+            )
         minutes = (trained + process_time() - started) / 60.0
         rows = fitted.sample(num_samples=int(draws), batch_size=500).detach().numpy() * 255.0
         np.save(path := Path(folder, f"samples-{index}.npy"), rows)

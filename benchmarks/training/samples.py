@@ -2,7 +2,8 @@
 
     python benchmarks/training/samples.py                  # `make bench-train` also installs pythae
     python benchmarks/training/samples.py --data mnist     # at most an hour of one core for each model
-    python benchmarks/training/samples.py --only pca vae   # some of the models, without pythae
+    python benchmarks/training/samples.py --only pca vae   # some of the models
+    python benchmarks/training/samples.py --keep FOLDER    # keep the models there, and reuse those that are there
     python benchmarks/training/samples.py --smoke          # two models of the digits, a few steps
 
 The digits are those of scikit-learn: half of them train the models, and the other half are the held-out rows. MNIST has
@@ -29,7 +30,8 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import process_time
@@ -44,6 +46,7 @@ from torch.nn import functional
 from benchmarks.data import ROOT, describe_machine, load_labelled_images
 from benchmarks.training.training_speed import ONE_CORE
 from models import artifact
+from models.manifest import FILE_NAME
 from training.config import TrainConfig
 from training.data.conditions import draw_conditions
 from training.data.table import read_table
@@ -61,10 +64,13 @@ from training.train import train
 
 SEED = 0
 NEAREST_AMONG = 20_000  # the nearest training row is sought among at most this many
+PEER = "pythae"  # its name among the models of --only
+SAMPLER_LINES = "samplers.jsonl"  # the file in which --keep describes pythae's samples
 CLASSIFIER_STEPS = 4_000  # optimiser steps of the classifier
 Images = npt.NDArray[np.float32]
 
 CONV = {"network": "conv", "hidden": (32, 64), "dense": (256,), "likelihood": "bernoulli", "learning_rate": 3e-3}
+MLP = {"network": "mlp", "hidden": (512, 256), "dense": (), "likelihood": "bernoulli", "learning_rate": 2e-3}
 DIGITS: dict[str, dict[str, Any]] = {
     "pca": {"model": "pca"},
     "ae": {"model": "ae"},
@@ -135,11 +141,19 @@ class Classifier(nn.Module):
         return logits
 
 
-def train_classifier(images: LabelledImages, steps: int) -> Classifier:
-    """Return a classifier that is trained on the labels of the images, for `steps` optimiser steps."""
+def train_classifier(images: LabelledImages, steps: int, keep: Path | None = None) -> Classifier:
+    """Return a classifier that is trained on the labels of the images, for `steps` optimiser steps.
+
+    With `keep`, its weights are kept in this folder, and read from there if they are there already.
+    """
     torch.manual_seed(SEED)
     height, width = images.x.shape[1:]
     classifier = Classifier((height, width))
+    classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # a third faster
+    weights = None if keep is None else keep / "classifier.pt"
+    if weights is not None and weights.exists():
+        classifier.load_state_dict(torch.load(weights, weights_only=True))
+        return classifier.eval()
     optimiser = torch.optim.Adam(classifier.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, steps)
     x, labels = torch.from_numpy(images.rows), torch.from_numpy(images.labels)
@@ -150,6 +164,8 @@ def train_classifier(images: LabelledImages, steps: int) -> Classifier:
         loss.backward()
         optimiser.step()
         schedule.step()
+    if weights is not None:
+        torch.save(classifier.state_dict(), weights)
     return classifier.eval()
 
 
@@ -160,14 +176,21 @@ def classify(classifier: Classifier, rows: Images) -> tuple[npt.NDArray[np.int64
     return torch.cat([part.indices for part in found]).numpy(), torch.cat([part.values for part in found]).numpy()
 
 
-def draw_with_elbo(options: dict[str, Any], images: LabelledImages, held_out: LabelledImages, *, quiet: bool) -> Drawn:
-    """Train a model with `options` of `elbo train` on `images`, and return its samples as /sample serves them."""
-    with tempfile.TemporaryDirectory() as folder:
-        np.savez(source := Path(folder, "images.npz"), x=images.x, y=images.labels)
-        config = TrainConfig.model_validate({"name": "samples", "seed": SEED} | options)
-        table, started = read_table(str(source), condition=config.condition), process_time()
-        path = train(config, table, Path(folder), SilentReporter() if quiet else PlainReporter())
-        minutes = (process_time() - started) / 60.0
+def draw_with_elbo(
+    options: dict[str, Any], images: LabelledImages, held_out: LabelledImages, *, quiet: bool, keep: Path | None = None
+) -> Drawn:
+    """Train a model with `options` of `elbo train` on `images`, and return its samples as /sample serves them.
+
+    With `keep`, the artifact is kept in this folder. A model that is there already is not trained again.
+    """
+    with tempfile.TemporaryDirectory() if keep is None else nullcontext(str(keep)) as folder:
+        path, minutes = Path(folder, "samples", "1", FILE_NAME), None
+        if not path.exists():
+            np.savez(source := Path(folder, "images.npz"), x=images.x, y=images.labels)
+            config = TrainConfig.model_validate({"name": "samples", "seed": SEED} | options)
+            table, started = read_table(str(source), condition=config.condition), process_time()
+            path = train(config, table, Path(folder), SilentReporter() if quiet else PlainReporter())
+            minutes = (process_time() - started) / 60.0
         model = artifact.load(path)
     conditions = model.manifest.conditions
     condition, asked, inputs = None, None, held_out.rows
@@ -185,7 +208,14 @@ def draw_with_elbo(options: dict[str, Any], images: LabelledImages, held_out: La
 
 
 def draw_with_pythae(
-    options: dict[str, Any], images: LabelledImages, held_out: LabelledImages, python: str, *, quick: bool
+    options: dict[str, Any],
+    images: LabelledImages,
+    held_out: LabelledImages,
+    python: str,
+    *,
+    quick: bool,
+    samplers: Sequence[str] = (),
+    keep: Path | None = None,
 ) -> Iterator[tuple[str, Drawn]]:
     """Train pythae's VAE with the networks of `options`, and yield the samples of each of its samplers.
 
@@ -195,28 +225,43 @@ def draw_with_pythae(
         held_out: the held-out rows. Only their number matters.
         python: the interpreter of the environment with pythae.
         quick: train only for two epochs, and use only two samplers.
+        samplers: the samplers to use, of SAMPLERS in `pythae_samples.py`; by default all.
+        keep: folder in which the samples are kept. If they are there already, the model is not trained again.
 
     Raises:
         RuntimeError: pythae is missing or fails. The message gives the reason.
     """
-    script = str(Path(__file__).with_name("pythae_samples.py"))
-    with tempfile.TemporaryDirectory() as folder:
+    script, count = str(Path(__file__).with_name("pythae_samples.py")), len(held_out.x)
+    if keep is not None and (keep / SAMPLER_LINES).exists():
+        for line in (keep / SAMPLER_LINES).read_text().splitlines():
+            found = json.loads(line)
+            yield found["sampler"], Drawn(np.load(keep / found["path"]).reshape(count, -1), found["minutes"])
+        return
+    with tempfile.TemporaryDirectory() if keep is None else nullcontext(str(keep)) as folder:
         np.savez(source := Path(folder, "images.npz"), x=images.x)
-        command = [python, script, str(source), folder, str(len(held_out.x)), json.dumps(options)]
+        command, lines = [python, script, str(source), folder, str(count), json.dumps(options)], []
         if not Path(python).exists():
             raise RuntimeError(f"{python} does not exist: run make bench-train, or give --peers")
-        done = subprocess.run(
-            command + ["--quick"] * quick,
-            check=False,
-            env={**os.environ, **ONE_CORE, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise RuntimeError(done.stderr.strip().splitlines()[-1])
-        for line in done.stdout.splitlines():
-            found = json.loads(line)
-            yield found["sampler"], Drawn(np.load(found["path"]).reshape(len(held_out.x), -1), found["minutes"])
+        with (
+            Path(folder, "errors.txt").open("w+") as errors,
+            subprocess.Popen(
+                command + ["--quick"] * quick + list(samplers),
+                env={**os.environ, **ONE_CORE, "PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            ) as process,
+        ):
+            assert process.stdout is not None
+            for line in process.stdout:
+                found = json.loads(line)
+                found["path"] = Path(found["path"]).name
+                lines.append(json.dumps(found))
+                yield found["sampler"], Drawn(np.load(Path(folder, found["path"])).reshape(count, -1), found["minutes"])
+            if process.wait():
+                errors.seek(0)
+                raise RuntimeError(errors.read().strip().splitlines()[-1])
+        Path(folder, SAMPLER_LINES).write_text("\n".join(lines))
 
 
 class Judge:
@@ -226,11 +271,12 @@ class Judge:
         images: the training rows.
         held_out: the rows with which samples are compared.
         steps: optimiser steps of the classifier.
+        keep: folder in which the classifier is kept; see `train_classifier`.
     """
 
-    def __init__(self, images: LabelledImages, held_out: LabelledImages, steps: int) -> None:
+    def __init__(self, images: LabelledImages, held_out: LabelledImages, steps: int, keep: Path | None = None) -> None:
         self._held_out = held_out
-        self._classifier = train_classifier(images, steps)
+        self._classifier = train_classifier(images, steps, keep)
         self._training = np.random.RandomState(SEED).permutation(images.rows)[:NEAREST_AMONG].astype(np.float64)
         classes, sure = classify(self._classifier, held_out.rows)
         print(f"The classifier is right for {(classes == held_out.labels).mean():.2%} of the held-out rows.\n")
@@ -274,9 +320,55 @@ def load(name: str) -> tuple[LabelledImages, LabelledImages]:
 
 def main() -> None:
     """Train the models and print the table."""
+    options = read_options()
+    torch.set_num_threads(1)
+    images, held_out = load(options.data)
+    models = choose_models(options)
+    print(describe_machine("torch"), end="\n\n", flush=True)
+    if options.keep:
+        options.keep.mkdir(parents=True, exist_ok=True)
+    judge = Judge(images, held_out, options.classifier_steps, options.keep)
+    for title, model in models.items():
+        if title in options.only:
+            if keep := options.keep and options.keep / title:
+                keep.mkdir(exist_ok=True)
+            drawn = draw_with_elbo(model, images, held_out, quiet=options.smoke, keep=keep)
+            judge.print_line(f"Elbo, {title}", drawn)
+    if PEER not in options.only:
+        return
+    if keep := options.keep and options.keep / PEER:
+        keep.mkdir(exist_ok=True)
+    pythae = draw_with_pythae(
+        models["vae"], images, held_out, options.peers, quick=options.smoke, samplers=options.samplers, keep=keep
+    )
+    try:
+        for sampler, drawn in pythae:
+            judge.print_line(f"pythae, vae, {sampler}", drawn)
+    except RuntimeError as error:
+        print(f"| pythae | missing: {error} | | | | | |")
+
+
+def choose_models(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return the options of `elbo train` for each model that the command line chose."""
+    models = {title: dict(model) for title, model in (MNIST if options.data == "mnist" else DIGITS).items()}
+    for model in models.values():
+        if options.epochs and model["model"] != "pca":
+            model["epochs"] = options.epochs
+        if options.mlp and model.get("network") == "conv":
+            model.update({key: MLP[key] for key in model.keys() & MLP.keys()})
+    return models
+
+
+def read_options() -> argparse.Namespace:
+    """Return the options of the command line. `only` has the models to train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=["digits", "mnist"], default="digits", help="the images (default: digits)")
-    parser.add_argument("--only", nargs="+", choices=DIGITS, help="some of Elbo's models, without pythae")
+    parser.add_argument("--only", nargs="+", choices=[*DIGITS, PEER], help="some of the models (default: all)")
+    parser.add_argument("--epochs", type=int, help="train the networks for so many epochs")
+    parser.add_argument("--mlp", action="store_true", help="MNIST: perceptrons, which train seven times as fast")
+    parser.add_argument("--classifier-steps", type=int, default=CLASSIFIER_STEPS, metavar="STEPS")
+    parser.add_argument("--samplers", nargs="+", default=[], metavar="NAME", help="some of pythae's samplers")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the models, and reuse those that are there")
     parser.add_argument("--smoke", action="store_true", help="two models of the digits, a few steps")
     parser.add_argument(
         "--peers",
@@ -285,30 +377,13 @@ def main() -> None:
         help="interpreter with pythae (default that of make bench-train)",
     )
     options = parser.parse_args()
-    models = MNIST if options.data == "mnist" else DIGITS
-    chosen = {"pca", "conditional"} if options.smoke else set(models)
-    if options.only:
-        chosen = set(options.only)
-        if unknown := chosen - set(models):
-            parser.error(
-                f"--data {options.data} has no model {', '.join(unknown)}: expected some of {', '.join(models)}"
-            )
-    torch.set_num_threads(1)
-    images, held_out = load(options.data)
-    print(describe_machine("torch"), end="\n\n")
-    judge = Judge(images, held_out, 50 if options.smoke else CLASSIFIER_STEPS)
-    for title, model in models.items():
-        if title in chosen:
-            few = {"epochs": 2} if options.smoke and model["model"] != "pca" else {}
-            drawn = draw_with_elbo(model | few, images, held_out, quiet=options.smoke)
-            judge.print_line(f"Elbo, {title}", drawn)
-    if options.only:
-        return
-    try:
-        for sampler, drawn in draw_with_pythae(models["vae"], images, held_out, options.peers, quick=options.smoke):
-            judge.print_line(f"pythae, vae, {sampler}", drawn)
-    except RuntimeError as error:
-        print(f"| pythae | missing: {error} | | | | | |")
+    known = [*(MNIST if options.data == "mnist" else DIGITS), PEER]
+    if options.smoke:
+        options.epochs, options.classifier_steps = 2, 50
+    options.only = options.only or (["pca", "conditional", PEER] if options.smoke else known)
+    if unknown := set(options.only) - set(known):
+        parser.error(f"--data {options.data} has no model {', '.join(unknown)}: expected some of {', '.join(known)}")
+    return options
 
 
 if __name__ == "__main__":
