@@ -477,7 +477,17 @@ def _train_config(arguments: dict[str, Any]) -> "TrainConfig":
     options = {key: value for key, value in arguments.items() if value is not None}
     if options.get("calibration") is None:
         options["calibration"] = _default(TrainConfig.model_fields["calibration"])
-    for key in {"hidden", "dense", "drop", "keep", "label", "category", "season", "condition"} & options.keys():
+    for key in {
+        "hidden",
+        "dense",
+        "drop",
+        "keep",
+        "label",
+        "category",
+        "bounds",
+        "season",
+        "condition",
+    } & options.keys():
         text = options[key]
         options[key] = [] if text == "none" else next(csv.reader([text], skipinitialspace=True), [])
     if "size" in options:

@@ -34,6 +34,7 @@ COLUMN_OPTIONS = (
     "keep",
     "label",
     "category",
+    "bounds",
     "season",
     "condition",
 )  # lists, for which one string may be given

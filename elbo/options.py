@@ -37,6 +37,7 @@ class Options(TypedDict, total=False):
     keep: Sequence[str] | str
     label: Sequence[str] | str
     category: Sequence[str] | str
+    bounds: Sequence[str] | str
     time: str | None
     group: str | None
     split: Literal["newest", "blocks"]

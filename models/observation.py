@@ -30,6 +30,11 @@ class Observation(nn.Module):
         """Return noisy rows [B, D] for decoded rows x_hat [B, D] and standard normal noise [B, D]."""
         return self.add_noise(x_hat, noise)
 
+    def settle(self, x: Tensor) -> Tensor:
+        """Return rows x [B, D] within the bounds of the features, with whole numbers rounded."""
+        within = x.clamp(self.low, self.high)
+        return torch.where(self.whole, within.round(), within)
+
     def add_noise(self, x_hat: Tensor, noise: Tensor) -> Tensor:
         """Return what `forward` returns. A class with another `forward` can call it: TorchScript has no `super`."""
         deviation = noise @ self.factor.T if self.factor.dim() == 2 else noise * self.factor

@@ -28,10 +28,31 @@ AUTO_KINDS: tuple[Kind, ...] = ("pca", "ae", "vae")  # the kinds that auto compa
 CONDITIONAL_KINDS = ("ae", "vae")  # the kinds that can know the condition of a row
 NEW_OPTIONS = (  # options that earlier releases do not know
     "time", "group", "split", "window", "season", "time_zone", "scale_by_group", "incident_rows", "condition",
-    "calibration", "category",
+    "calibration", "category", "bounds",
 )  # fmt: skip
 AUTO_CROSS_ROWS = 500  # --calibration auto is cross for tables of at most this many distinct rows
 WIDTHS = {"mlp": (256, 128), "conv": (32, 64)}  # default hidden widths; for tables, see fitting/defaults.py
+
+
+def read_bounds(entry: str) -> tuple[str, float, float]:
+    """Return the name of the column in an entry of --bounds, and its smallest and largest value.
+
+    An end that is absent is infinite: it does not change the range of the training rows.
+
+    Raises:
+        ValueError: the entry is not of the form name=low:high.
+    """
+    name, _, ends = entry.rpartition("=")
+    first, colon, last = ends.partition(":")
+    try:
+        low, high = float(first or "-inf"), float(last or "inf")
+    except ValueError:
+        colon, low, high = "", 0.0, 0.0
+    if not (name and colon and low < high):
+        raise ValueError(
+            f"expected a column with its smallest and its largest value, such as load=0:100, got {entry!r}"
+        )
+    return name, low, high
 
 
 class TrainConfig(BaseModel):
@@ -150,6 +171,11 @@ class TrainConfig(BaseModel):
         description="columns of numbers that are names, such as codes or ports: each value is a level of a category. "
         "Columns of text are categories without this option",
     )
+    bounds: tuple[str, ...] = Field(
+        (),
+        description="the smallest and the largest value of columns of numbers, such as 'load=0:100' or 'errors=0:': "
+        "samples and imputed values stay within; default: the range of the training rows",
+    )
     time: str | None = Field(
         None,
         description="column with the time of each row (ISO 8601, or Unix time in s, ms, us or ns): split the rows by "
@@ -232,6 +258,14 @@ class TrainConfig(BaseModel):
     )
     compile: bool = Field(False, description="compile the networks with torch.compile: slower start, faster steps")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device on which the networks train")
+
+    @field_validator("bounds")
+    @classmethod
+    def _check_bounds(cls, bounds: tuple[str, ...]) -> tuple[str, ...]:
+        names = [read_bounds(entry)[0] for entry in bounds]
+        if len(set(names)) < len(names):
+            raise ValueError("expected each column once")
+        return bounds
 
     @field_validator("group")
     @classmethod

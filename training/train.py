@@ -20,7 +20,7 @@ from models.manifest import Manifest
 from models.pipeline import Pipeline
 from models.policy_rules import Policy
 from models.windowed import Windowed
-from training.config import AUTO_KINDS, TrainConfig
+from training.config import AUTO_KINDS, TrainConfig, read_bounds
 from training.data.readers import InMemory, format_option
 from training.data.table import Table, read_table
 from training.errors import FitError
@@ -224,6 +224,7 @@ def _check_options(config: TrainConfig, table: Table, policy: Policy | None) -> 
     if config.condition and policy is not None:
         raise FitError("--policy is not for a model with --condition: leave one of them out")
     _refuse_categories(config, table)
+    _refuse_bounds(config, table)
     return with_calibration(config, table)
 
 
@@ -241,6 +242,23 @@ def _refuse_categories(config: TrainConfig, table: Table) -> None:
             raise FitError(
                 f"{option} is not for tables with columns of text ({join_names(names)}): add "
                 f"{format_option('--drop', names)}, or leave {option} out"
+            )
+
+
+def _refuse_bounds(config: TrainConfig, table: Table) -> None:
+    """Raise FitError if --bounds names a column that is not a feature with numbers, or if there is a window."""
+    if not config.bounds:
+        return
+    if config.window:
+        raise FitError(
+            "--bounds is not for a model with --window, which judges summaries of rows: leave one of them out"
+        )
+    levels = sum(len(category.levels) for category in table.categories)
+    known = table.names[: len(table.names) - levels]
+    for name, _, _ in map(read_bounds, config.bounds):
+        if name not in known:
+            raise FitError(
+                f"--bounds names {name!r}, which is no feature with numbers: expected {join_names(known, 20)}"
             )
 
 

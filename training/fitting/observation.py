@@ -1,5 +1,8 @@
 """Fit the observation noise: how rows scatter around the decoder's output."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,7 @@ from models.pca import PCA
 from models.prior import Prior
 from models.scaling import Scaling
 from models.vae import VAE
+from training.config import read_bounds
 from training.fitting.prepared_data import PreparedData
 from training.fitting.prior import covariance_of
 from training.random_streams import VALIDATION, random_stream
@@ -30,6 +34,20 @@ def fit_observation(core: Core, prior: Prior, scaling: Scaling, data: PreparedDa
     the fit rows.
     """
     return _observation(core, _noise_covariance(core, prior, scaling, data), scaling, data)
+
+
+def set_bounds(observation: Observation, bounds: Sequence[str], names: Sequence[str]) -> None:
+    """Set the bounds of `observation` to those of the option --bounds. An infinite end stays as it is.
+
+    Args:
+        names: the names of the features.
+    """
+    for name, low, high in map(read_bounds, bounds):
+        column = names.index(name)
+        if low > -math.inf:
+            observation.low[column] = low
+        if high < math.inf:
+            observation.high[column] = high
 
 
 def fit_row_observation(

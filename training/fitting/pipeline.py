@@ -28,7 +28,7 @@ from training.fitting.distributed import ProcessGroup
 from training.fitting.explanation import fit_explanation
 from training.fitting.heavy_tailed import count_axes, fit_heavy_tailed_ensemble, fit_heavy_tailed_pca, with_heavy_tails
 from training.fitting.level_correction import fit_level_correction
-from training.fitting.observation import fit_observation
+from training.fitting.observation import fit_observation, set_bounds
 from training.fitting.pca import fit_pca, pca_from_moments, spectrum_from_moments
 from training.fitting.policy import fit_policy, fit_usual_score, score_rows, set_calibration
 from training.fitting.prepared_data import MAX_COVARIANCE_FEATURES, PreparedData
@@ -120,7 +120,9 @@ def fit_pipeline(
             )
         )
         # Samples of a model with a window are rows, not summaries: see `fit_windowed`.
-        observation = None if data.windows else fit_observation(core, prior, scaling, data)
+        if data.windows is None:
+            observation = fit_observation(core, prior, scaling, data)
+            set_bounds(observation, config.bounds, data.table.names)
     reporter.stage("calibrating")
     calibration_inputs = to_core(data.calibration_inputs)
     correction = None if known is None else fit_level_correction(core, calibration_inputs, levels)
