@@ -85,8 +85,8 @@ MAY_IMPORT = {
     ),
     "service.scaleout": "models.errors app monitoring server settings",
     "service.server": (
-        "models.errors models.staging models.trial app inference endpoints http monitoring settings freed_memory "
-        "shared_memory"
+        "models.errors models.staging models.trial app inference endpoints http monitoring settings platforms "
+        "freed_memory shared_memory"
     ),
     "service.__main__": "models.errors server settings",
 }
