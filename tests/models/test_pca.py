@@ -11,6 +11,7 @@ from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA as Reference
 
 from models.pca import PCA
+from models.whitening import Whitening
 from tests.data import mnist
 from training.errors import FitError
 from training.fitting.pca import fit_pca
@@ -146,3 +147,26 @@ def test_fit_with_too_many_latents_raises_an_error_that_names_the_largest_number
 ) -> None:
     with pytest.raises(FitError, match="lower --latents to 3"):
         fitted(np.random.RandomState(0).standard_normal(shape), latents)
+
+
+def test_score_under_a_whitening_is_the_mahalanobis_distance_of_its_covariance_and_t2_that_of_the_latents() -> None:
+    random = np.random.RandomState(0)
+    features, latents = 6, 2
+    x, factors = random.normal(size=(50, features)), random.normal(size=(features, features))
+    basis = np.linalg.qr(random.normal(size=(features, features)))[0].T  # rows; the first are the components
+    mean, covariance = random.normal(size=features), factors @ factors.T + np.eye(features)
+    rotated = basis @ covariance @ basis.T
+    factor = np.linalg.inv(np.linalg.cholesky(rotated)) @ basis
+    components, eigenvalues = torch.from_numpy(basis[:latents]), torch.tensor([2.0, 1.0], dtype=torch.float64)
+    whitening = Whitening(torch.from_numpy(mean), torch.from_numpy(factor))
+    pca = PCA(torch.from_numpy(mean), components, eigenvalues, torch.tensor(0.5).double(), whitening=whitening)
+    score, parts, x_hat = (tensor.numpy() for tensor in pca.score(torch.from_numpy(x)))
+
+    def distances(rows: Array, matrix: Array) -> Array:
+        return np.asarray(np.einsum("bi,ij,bj->b", rows, np.linalg.inv(matrix), rows))
+
+    scores = (x - mean) @ basis[:latents].T  # [B, K]
+    assert score == pytest.approx(distances(x - mean, covariance))
+    assert parts[:, 0] == pytest.approx(distances(scores, rotated[:latents, :latents]))
+    assert parts.sum(axis=1) == pytest.approx(score)
+    assert x_hat == pytest.approx(scores @ basis[:latents] + mean)

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from models.artifact import Artifact
-from service.errors import NotReady
+from service.errors import DeadlineExceeded, NotReady
 from service.inference.backend_selection import select_backend
+from service.inference.batch_queue import BatchQueue, BatchResult, BatchRun, FutureJob, Job, check_delay
 from service.inference.operations import ENCODE, SAMPLE, Operation, reconstruct
 from tests.service.batching import BareModel, Batches, random_rows, reconstruction, running_batcher
 from tests.service.gate import Gate
@@ -307,5 +308,57 @@ def test_results_are_correct_if_half_of_300_requests_are_cancelled_at_random(vae
             np.testing.assert_allclose(result.outputs[0], reconstruction(vae, x), atol=1e-6)
         cancelled = [result for result in outcomes if isinstance(result, BaseException)]
         assert all(isinstance(result, asyncio.CancelledError) for result in cancelled)
+
+    run(scenario)
+
+
+def future_job(deadline: float = 1e9, on_delay: Callable[[], None] | None = None) -> FutureJob:
+    result: asyncio.Future[BatchResult] = asyncio.get_running_loop().create_future()
+    return FutureJob((random_rows(1),), result, deadline, on_delay)
+
+
+def test_delayed_job_is_reported_once_and_fails_only_after_its_deadline() -> None:
+    async def scenario() -> None:
+        calls: list[str] = []
+        job = future_job(on_delay=lambda: calls.append("delayed"))
+        job.deadline = job.queued_at + 2.0
+        check_delay(job, job.queued_at + 0.5, delay=0.5)
+        assert not calls
+        for waited in (0.6, 0.7, 1.9):
+            check_delay(job, job.queued_at + waited, delay=0.5)
+        assert calls == ["delayed"]
+        assert not job.is_over
+        check_delay(job, job.queued_at + 2.0, delay=0.5)
+        with pytest.raises(DeadlineExceeded, match=r"not ready after 2 s") as caught:
+            await job.result
+        assert "X-Request-Timeout" in str(caught.value.hint)
+        check_delay(job, job.queued_at + 3.0, delay=0.5)  # the job is over
+
+    run(scenario)
+
+
+class UnobservedJob(Job):
+    """A job whose result nobody reads, with the attributes that `Job` sets."""
+
+    __slots__ = ()
+    is_over = False
+
+    def finish(self, run: BatchRun, start: int) -> None:
+        """Ignore the results."""
+
+    def fail(self, error: BaseException) -> None:
+        """Ignore the error."""
+
+
+def test_jobs_of_different_classes_share_a_batch(vae: BareModel) -> None:
+    async def scenario() -> None:
+        queue = BatchQueue(max_batch_rows=8, max_batch_bytes=2**20)
+        jobs = [future_job(), UnobservedJob((random_rows(2),), 1e9, 0.0)]
+        for job in jobs:
+            queue.put(vae, RECONSTRUCT, job)
+        batch = queue.take()
+        assert batch is not None
+        assert (batch.jobs, batch.rows) == (jobs, 3)
+        assert queue.is_empty
 
     run(scenario)
