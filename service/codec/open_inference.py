@@ -38,6 +38,10 @@ _DATATYPES = {
     "FP16": "<f2", "FP32": "<f4", "FP64": "<f8", "INT8": "|i1", "INT16": "<i2", "INT32": "<i4", "INT64": "<i8",
     "UINT8": "|u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8", "BF16": "<u2",
 }  # fmt: skip
+BYTES = "BYTES"  # the datatype of texts
+LENGTH_BYTES = 4  # before each text in binary form
+TEXT_BYTES = 256  # memory of a short text, and of its place in the condition of a row
+CHECKED_TEXTS = 1024  # the time is checked after this many texts
 _OUTPUT_DATATYPES = {"float32": "FP32", "bool": "BOOL"}
 
 Numbers = npt.NDArray[Any]
@@ -56,7 +60,7 @@ class InferenceRequest(NamedTuple):
     Args:
         id: the request's id, which the response repeats; None if it has none.
         parameters: the parameters of the request.
-        inputs: the inputs by name, of any real dtype.
+        inputs: the inputs of numbers by name, of any real dtype.
         outputs: the requested outputs; None if the request names none, and so asks for all.
         is_binary: whether the outputs shall be binary if the request does not say so for each.
     """
@@ -66,6 +70,14 @@ class InferenceRequest(NamedTuple):
     inputs: dict[str, Numbers]
     outputs: tuple[RequestedOutput, ...] | None
     is_binary: bool
+    texts: "dict[str, Texts]" = {}  # noqa: RUF012 - nobody changes it; the inputs of the datatype BYTES, by name
+
+
+class Texts(NamedTuple):
+    """An input of texts: one for each row, or one for all rows."""
+
+    values: list[str]
+    shape: list[int]
 
 
 class _Head(NamedTuple):
@@ -102,12 +114,16 @@ def read_request(body: bytes, header_length: bytes | None, budget: Budget = NO_L
         head = _read_head(document, data)
     request_id, parameters, outputs, is_binary, document, data = head
     inputs: dict[str, Numbers] = {}
+    texts: dict[str, Texts] = {}
     offset = length
     for index, (name, tensor) in enumerate(_tensors(document, "inputs")):
         pointer = f"/inputs/{index}"
-        if name in inputs:
+        if name in inputs or name in texts:
             raise InvalidField(f"the input {name!r} is given twice", pointer=pointer, expected="each input once")
-        inputs[name], offset = _read_tensor(tensor, pointer, text, body, offset, data, budget)
+        if tensor.get("datatype") == BYTES:
+            texts[name], offset = _read_texts(tensor, pointer, text, body, offset, data, budget)
+        else:
+            inputs[name], offset = _read_tensor(tensor, pointer, text, body, offset, data, budget)
     if offset != len(body):
         raise InvalidField(
             f"{len(body) - offset} bytes follow the last binary input",
@@ -115,7 +131,7 @@ def read_request(body: bytes, header_length: bytes | None, budget: Budget = NO_L
             got=f"{len(body)} bytes",
             hint="the sum of all binary_data_size must be the number of bytes after the JSON object",
         )
-    return InferenceRequest(request_id, parameters, inputs, outputs, is_binary)
+    return InferenceRequest(request_id, parameters, inputs, outputs, is_binary, texts)
 
 
 def _read_head(document: dict[str, Any], data: Mapping[str, slice]) -> _Head:
@@ -224,11 +240,31 @@ def _read_tensor(
     budget: Budget,
 ) -> tuple[Numbers, int]:
     """Return the numbers of an input, and where the binary numbers of the next one begin. Raises InvalidField."""
-    shape, datatype = tensor.get("shape"), tensor.get("datatype")
+    datatype = tensor.get("datatype")
+    if type(datatype) is not str or datatype not in _DATATYPES:
+        raise _wrong(f"{pointer}/datatype", f"one of {', '.join((*_DATATYPES, BYTES))}", datatype)
+    shape, data, size = _read_place(tensor, pointer, budget)
+    if data is None:
+        array = _binary_numbers(shape, datatype, size, pointer, body, offset)
+        return array, offset + math.prod(shape) * np.dtype(_DATATYPES[datatype]).itemsize
+    if datatype == "BF16":
+        raise InvalidField("BF16 numbers must be binary", pointer=f"{pointer}/data", expected="binary_data_size")
+    pointer = f"{pointer}/data"
+    if type(data) is str and data in places:
+        return _read_long_list(text, places[data], shape, pointer, budget), offset
+    return _shaped(_numbers(data, pointer), shape, pointer), offset
+
+
+def _read_place(tensor: dict[str, Any], pointer: str, budget: Budget) -> tuple[list[int], Any, Any]:
+    """Return the shape of an input, and its field `data` or its parameter `binary_data_size`.
+
+    Raises:
+        InvalidField: the shape is not valid, or the input has none or both of the two.
+        TooManyRows: the input has more rows than a request may have.
+    """
+    shape = tensor.get("shape")
     if type(shape) is not list or not is_possible(shape):
         raise _wrong(f"{pointer}/shape", f"a list of at most {MAX_DIMENSIONS} lengths", shape)
-    if type(datatype) is not str or datatype not in _DATATYPES:
-        raise _wrong(f"{pointer}/datatype", f"one of {', '.join(_DATATYPES)}", datatype)
     parameters = _object(tensor.get("parameters"), f"{pointer}/parameters")
     if "shared_memory_region" in parameters:
         raise InvalidField(
@@ -249,15 +285,78 @@ def _read_tensor(
             pointer=pointer,
             expected="data or binary_data_size",
         )
+    return shape, data, size
+
+
+def _read_texts(
+    tensor: dict[str, Any],
+    pointer: str,
+    text: bytes,
+    body: bytes,
+    offset: int,
+    places: Mapping[str, slice],
+    budget: Budget,
+) -> tuple[Texts, int]:
+    """Return the texts of an input, and where the binary values of the next one begin. Raises InvalidField."""
+    shape, data, size = _read_place(tensor, pointer, budget)
+    if len(shape) > 2 or shape[1:] not in ([], [1]):
+        raise _wrong(f"{pointer}/shape", "[N] or [N, 1]", shape)
+    count = math.prod(shape)
+    budget.take_bytes(TEXT_BYTES * count)
     if data is None:
-        array = _binary_numbers(shape, datatype, size, pointer, body, offset)
-        return array, offset + math.prod(shape) * np.dtype(_DATATYPES[datatype]).itemsize
-    if datatype == "BF16":
-        raise InvalidField("BF16 numbers must be binary", pointer=f"{pointer}/data", expected="binary_data_size")
+        values, offset = _binary_texts(count, size, pointer, body, offset, budget)
+        return Texts(values, shape), offset
     pointer = f"{pointer}/data"
     if type(data) is str and data in places:
-        return _read_long_list(text, places[data], shape, pointer, budget), offset
-    return _shaped(_numbers(data, pointer), shape, pointer), offset
+        content = b"[%b]" % text[places[data]]
+        require_few_values(content, budget)
+        data = loads_value(content)
+    given: list[Any] = data if type(data) is list else [data]
+    while given and type(given[0]) is list and all(type(value) is list for value in given):
+        given = list(chain.from_iterable(given))
+    for value in given:
+        if type(value) is not str:
+            raise _wrong(pointer, "a list of texts", value)
+    if len(given) != count:
+        raise InvalidField(
+            f"the shape is {shape}, but data has {len(given)} texts",
+            pointer=pointer,
+            expected=f"{count} texts",
+            got=str(len(given)),
+        )
+    return Texts(given, shape), offset
+
+
+def _binary_texts(
+    count: int, size: Any, pointer: str, body: bytes, offset: int, budget: Budget
+) -> tuple[list[str], int]:
+    """Return `count` texts that begin at `offset`, and where they end. Each follows its length, 4 bytes little-endian.
+
+    Raises:
+        InvalidField: they do not have `size` bytes, or are not UTF-8.
+    """
+    end = offset + size if type(size) is int and size >= 0 else -1
+    values: list[str] = []
+    place = offset
+    while len(values) < count and place + LENGTH_BYTES <= end <= len(body):
+        if len(values) % CHECKED_TEXTS == 0:
+            budget.check_time()
+        start = place + LENGTH_BYTES
+        place = start + int.from_bytes(body[place:start], "little")
+        if place > end:
+            break
+        try:
+            values.append(body[start:place].decode())
+        except UnicodeDecodeError as error:
+            raise InvalidField(f"text {len(values)} is not UTF-8", pointer=pointer, expected="UTF-8") from error
+    if len(values) != count or place != end:
+        raise InvalidField(
+            f"the {describe_value(size)} bytes of the input are not {count} texts",
+            pointer=f"{pointer}/parameters/binary_data_size",
+            expected=f"{count} texts, each after its length in {LENGTH_BYTES} bytes",
+            got=f"{len(values)} texts",
+        )
+    return values, end
 
 
 def _binary_numbers(shape: list[int], datatype: str, size: Any, pointer: str, body: bytes, offset: int) -> Numbers:

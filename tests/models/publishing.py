@@ -7,8 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from models import artifact
-from models.manifest import FORMAT_VERSION, Window
+from models.manifest import FORMAT_VERSION, ConditionColumn, Conditions, Window
 from tests.data import ROOT
+from tests.models import conditional
 from tests.models.builders import batch, manifest, pipeline
 from tests.models.windows import SCALES, N, windowed, windows
 from tests.preloaded import run_preloaded
@@ -84,3 +85,20 @@ def publish_windowed(root: Path, kind: str, name: str = "model") -> Path:
     ]
     update = {"window": Window(rows=N, scales=list(SCALES)), "features": features}
     return artifact.publish(module, description.model_copy(update=update), root, export(model, *inputs[:2]))
+
+
+def publish_conditional(root: Path, name: str = "model", kind: str = "vae") -> Path:
+    """Publish a conditional model of `kind` as `name`@1 under `root`; return the path of the artifact.
+
+    Its columns of conditions are a and b. Their levels are the numbers from 0.
+    """
+    model, inputs = conditional.conditional(kind), conditional.batch()
+    module = artifact.script(model)
+    plain = manifest(name, artifact.weights_sha256(model), artifact.record_golden(module, *inputs))
+    columns = [
+        ConditionColumn(name=column, levels=[str(level) for level in range(count)])
+        for column, count in zip("ab", conditional.LEVELS, strict=True)
+    ]
+    conditions = Conditions(columns=columns, combinations=[[0, 0]], shares=[1.0])
+    update = {"conditions": conditions, "latents": conditional.L, "parts": ["first", "second", "correction"]}
+    return artifact.publish(module, plain.model_copy(update=update), root)

@@ -99,8 +99,9 @@ def outputs_of(manifest: Manifest) -> tuple[str, ...]:
 
 
 def output_shapes(manifest: Manifest) -> Mapping[str, list[int]]:
-    """Return the lengths of each output after the number of rows."""
-    lengths = {"D": [manifest.width], "K": [manifest.latents], "P": [len(manifest.parts)], "": []}
+    """Return the lengths of each output after the number of rows. The latents of a row end with its condition."""
+    latents = manifest.latents + manifest.condition_width
+    lengths = {"D": [manifest.width], "K": [latents], "P": [len(manifest.parts)], "": []}
     return {name: lengths[SHAPES[name]] for name in outputs_of(manifest)}
 
 

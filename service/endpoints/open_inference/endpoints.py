@@ -11,6 +11,7 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
+from models.errors import join_names
 from service.anomaly.inputs import InputRows, with_default_alpha
 from service.codec import npy
 from service.codec import open_inference as codec
@@ -231,6 +232,8 @@ def read_for_model(model: ProtocolModel, asked: codec.InferenceRequest, max_rows
     wanted = asked.outputs or tuple(codec.RequestedOutput(name, asked.is_binary) for name in model.outputs)
     require_outputs(model, [output.name for output in wanted])
     array = _the_input(model, asked)
+    if asked.texts:
+        options["condition"] = _condition_of_texts(asked, options, 0 if array is None else len(array))
     if model.method:
         spec: RequestSpec[Any, Any] = SAMPLE if array is None else DECODE
         fields = options if array is None else {"latents": array, **options}
@@ -275,13 +278,49 @@ def _in_terms_of_input(model: ProtocolModel, error: InvalidRows) -> InvalidRows:
 def _the_input(model: ProtocolModel, asked: codec.InferenceRequest) -> npt.NDArray[Any] | None:
     """Return the input of the request; None if the model takes none. Raises InvalidField."""
     known = [model.input] if model.input else []
-    got = ", ".join(asked.inputs)[:100] or "none"
-    if list(asked.inputs) != known:
+    got = ", ".join([*asked.inputs, *asked.texts])[:100] or "none"
+    if list(asked.inputs) != known or not asked.texts.keys() <= set(model.condition_inputs):
         expected = f"the input {model.input}" if model.input else "no input"
+        if model.condition_inputs:
+            expected += f" and, as BYTES, {join_names(list(model.condition_inputs))}"
         raise InvalidField(
             f"{model.name} takes {expected}, got {got}", pointer="/inputs", expected=model.input or "none", got=got
         )
     return asked.inputs[model.input] if model.input else None
+
+
+def _condition_of_texts(
+    asked: codec.InferenceRequest, options: dict[str, Any], rows: int
+) -> dict[str, str | None] | list[dict[str, str | None]]:
+    """Return the condition that the inputs of texts give: one for all rows, or a list with one per row.
+
+    An empty text is an unknown level.
+
+    Raises:
+        InvalidField: the parameter `condition` is given, too, or an input has another number of texts than rows.
+    """
+    if "condition" in options:
+        names = ", ".join(asked.texts)
+        raise InvalidField(
+            f"the condition is given twice, as the parameter `condition` and as the input {names}",
+            pointer="/parameters/condition",
+            expected="one of them",
+        )
+    for index, (name, texts) in enumerate(asked.texts.items()):
+        if texts.shape not in ([rows], [rows, 1], [1], [1, 1]):
+            raise InvalidField(
+                f"the input {name} has the shape {texts.shape} for {rows} rows",
+                pointer=f"/inputs/{index + len(asked.inputs)}/shape",
+                expected=f"[{rows}, 1], or [1, 1] for one condition of all rows",
+                got=str(texts.shape),
+            )
+    if all(len(texts.values) == 1 for texts in asked.texts.values()):
+        return {name: texts.values[0] or None for name, texts in asked.texts.items()}
+    columns = [texts.values * rows if len(texts.values) == 1 else texts.values for texts in asked.texts.values()]
+    return [
+        {name: text or None for name, text in zip(asked.texts, of_row, strict=True)}
+        for of_row in zip(*columns, strict=True)
+    ]
 
 
 def _read_parameters(model: ProtocolModel, parameters: dict[str, Any]) -> tuple[dict[str, Any], float | None]:

@@ -5,6 +5,9 @@ Each served model is up to three models of the protocol:
 - `NAME` takes rows. Its outputs are those of /reconstruct, /encode and /anomaly.
 - `NAME:decode` takes latents, and gives rows.
 - `NAME:sample` takes nothing, and gives new rows and their latents.
+
+If a model knows conditions, `NAME` and `NAME:decode` also take optional inputs of texts, one for each column of
+conditions.
 """
 
 from collections.abc import Callable
@@ -99,6 +102,14 @@ class ProtocolModel(NamedTuple):
         return {DECODE: LATENTS, SAMPLE: None}.get(self.method, ROWS)
 
     @property
+    def condition_inputs(self) -> tuple[str, ...]:
+        """The names of the optional inputs that give the conditions of rows or latents, as texts."""
+        known = self.served.conditions
+        if known is None or self.method == SAMPLE:
+            return ()
+        return tuple(name for name in known.names if name != self.input)
+
+    @property
     def input_shape(self) -> list[int]:
         """The lengths of the input, after the number of rows."""
         if self.method == DECODE:
@@ -146,6 +157,7 @@ def describe(service: ServiceContext, model: ProtocolModel) -> dict[str, Any]:
     """Return the metadata of `model`, as in `ModelMetadata`."""
     versions = service.registry.catalogue.models.get(model.served.name, {model.served.version: model.served})
     inputs = [{"name": model.input, "datatype": "FP32", "shape": [-1, *model.input_shape]}] if model.input else []
+    inputs += [{"name": name, "datatype": "BYTES", "shape": [-1, 1]} for name in model.condition_inputs]
     return {
         "name": model.name,
         "versions": [str(version) for version in sorted(versions)],

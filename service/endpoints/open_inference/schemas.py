@@ -8,13 +8,16 @@ from service.schemas import drop_null_defaults
 
 _LENGTHS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": 8}
 _SHAPE = {"type": "array", "items": {"type": "integer"}}
-_DATA = {"type": "array", "items": {"anyOf": [{"type": ["number", "boolean", "null"]}, {"type": "array", "items": {}}]}}
+_DATA = {
+    "type": "array",
+    "items": {"anyOf": [{"type": ["number", "boolean", "string", "null"]}, {"type": "array", "items": {}}]},
+}
 Lengths = Annotated[Any, WithJsonSchema(_LENGTHS)]
 Shape = Annotated[Any, WithJsonSchema(_SHAPE)]
 Data = Annotated[Any, WithJsonSchema(_DATA)]
 Parameters = Annotated[Any, WithJsonSchema({"type": ["object", "null"]})]
 Datatype = Literal[
-    "FP16", "FP32", "FP64", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64", "BF16"
+    "FP16", "FP32", "FP64", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64", "BF16", "BYTES"
 ]  # fmt: skip
 
 
@@ -78,13 +81,15 @@ class ModelMetadata(ProtocolBody):
 class InferenceInput(ProtocolBody):
     """An input tensor."""
 
-    name: str = Field(description="`x`, or `z` for decoding")
+    name: str = Field(description="`x`, or `z` for decoding; or a column of conditions, of the datatype BYTES")
     shape: Lengths
-    datatype: Datatype = Field(description="converted to FP32")
+    datatype: Datatype = Field(description="numbers are converted to FP32")
     parameters: Parameters = Field(
         None, description="`binary_data_size`: number of bytes of the input after the JSON object, in place of `data`"
     )
-    data: Data = Field(None, description="the numbers in row-major order, flat or nested; null for a missing value")
+    data: Data = Field(
+        None, description="the numbers or texts in row-major order, flat or nested; null for a missing number"
+    )
 
 
 class RequestedOutput(ProtocolBody):

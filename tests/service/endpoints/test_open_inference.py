@@ -16,8 +16,9 @@ import torch
 from service.app import create_app
 from service.inference.sampling import NoiseSource
 from service.settings import Settings
+from tests.models import conditional
 from tests.models.builders import B, D, K, batch, pipeline
-from tests.models.publishing import publish, publish_windowed
+from tests.models.publishing import publish, publish_conditional, publish_windowed
 from tests.models.windows import N, windowed
 from tests.service.access.keys import KeySet
 from tests.service.gate import Gate
@@ -32,12 +33,13 @@ MAX_ROWS = 5000
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return an artifact folder with pca@1, the VAE vae@1 and vae@2, and the model windows@1."""
+    """Return an artifact folder with pca@1, the VAE vae@1 and vae@2, windows@1, and the conditional model kinds@1."""
     root = tmp_path_factory.mktemp("artifacts")
     publish(root, "pca", "pca")
     for _ in range(2):
         publish(root, "vae-gaussian", "vae")
     publish_windowed(root, "pca", "windows")
+    publish_conditional(root, "kinds")
     return root
 
 
@@ -280,7 +282,8 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     ({"inputs": [GOOD | {"data": [["a"] * D]}]}, 'list of numbers, got "a"'),
     ({"inputs": [GOOD | {"data": [[None] * D]}]}, "x/0"),
     ({"inputs": [GOOD | {"data": [[1e39] * D]}]}, "x/0/0"),
-    ({"inputs": [GOOD | {"datatype": "BYTES"}]}, "datatype should be one of FP16"),
+    ({"inputs": [GOOD | {"datatype": "BOOL"}]}, "datatype should be one of FP16"),
+    ({"inputs": [GOOD | {"datatype": "BYTES"}]}, "shape should be [N] or [N, 1]"),
     ({"inputs": [GOOD | {"datatype": "BF16"}]}, "BF16 numbers must be binary"),
     ({"inputs": [GOOD | {"data": None}]}, "needs either data or binary_data_size, got neither"),
     ({"inputs": [GOOD | {"parameters": {"binary_data_size": 4 * D}}]}, "got both"),
@@ -413,3 +416,82 @@ def test_full_queue_gives_429_and_a_passed_timeout_504(root: Path) -> None:
         assert int(refused.headers["retry-after"]) >= 1
 
     asyncio.run(scenario())
+
+
+LEVELS = [("0", "1"), ("2", ""), ("", "0")]
+
+
+def texts(name: str, values: list[str], shape: list[int] | None = None) -> dict[str, Any]:
+    return {"name": name, "shape": shape or [len(values), 1], "datatype": "BYTES", "data": values}
+
+
+def rows_with_levels() -> tuple[Array, Array]:
+    """Return rows [3, D], and the rows with LEVELS, as the module takes them."""
+    x = conditional.batch()[0][:3, : conditional.D]
+    codes = [[int(level) if level else None for level in levels] for levels in LEVELS]
+    return x.numpy(), torch.cat((x, torch.stack([conditional.condition(*each) for each in codes])), dim=1).numpy()
+
+
+def test_inputs_of_texts_give_each_row_its_condition(client: httpx.Client) -> None:
+    x, known = rows_with_levels()
+    module = conditional.conditional("vae")
+    with torch.inference_mode():
+        mean, score = module.encode(torch.from_numpy(known))[0], module.score(torch.from_numpy(known))[0]
+    named = [list(column) for column in zip(*LEVELS, strict=True)]
+    inputs = [tensor(x), *(texts(name, values) for name, values in zip("ab", named, strict=True))]
+    found = infer(client, "kinds", {"inputs": inputs, "outputs": outputs("mean", "score")})
+    np.testing.assert_allclose(found["mean"], mean[:, : conditional.L], atol=1e-5)
+    np.testing.assert_allclose(found["score"], score, rtol=1e-4)
+    encoded = [b"".join(len(each).to_bytes(4, "little") + each.encode() for each in values) for values in named]
+    columns = [(name, "BYTES", np.frombuffer(each, np.uint8)) for name, each in zip("ab", encoded, strict=True)]
+    body, headers = as_binary(("x", "FP32", x), *columns, outputs=outputs("mean", binary_data=True))
+    head = json.loads(body[: int(headers["inference-header-content-length"])])
+    for described in head["inputs"][1:]:
+        described["shape"] = [3, 1]
+    text = json.dumps(head).encode()
+    body = text + body[int(headers["inference-header-content-length"]) :]
+    headers["inference-header-content-length"] = str(len(text))
+    binary = read_binary(client.post("/v2/models/kinds/infer", content=body, headers=headers))
+    np.testing.assert_array_equal(binary["mean"], found["mean"].astype(np.float32))
+    short = client.post("/v2/models/kinds/infer", content=body[:-1], headers=headers)
+    assert (short.status_code, "are not 3 texts" in short.json()["error"]) == (422, True)
+
+
+def test_one_text_and_the_parameter_give_all_rows_the_same_condition(client: httpx.Client) -> None:
+    x, _ = rows_with_levels()
+    wanted = outputs("mean", "p_value")
+    found = infer(client, "kinds", {"inputs": [tensor(x), texts("a", ["1"])], "outputs": wanted})
+    for condition in ({"a": "1"}, '{"a": "1"}', [{"a": "1"}] * 3):
+        other = infer(
+            client, "kinds", {"inputs": [tensor(x)], "outputs": wanted, "parameters": {"condition": condition}}
+        )
+        for name in ("mean", "p_value"):
+            np.testing.assert_array_equal(other[name], found[name])
+
+
+def test_metadata_list_the_inputs_of_texts_of_a_conditional_model(client: httpx.Client) -> None:
+    for model, name, width in (("kinds", "x", conditional.D), ("kinds:decode", "z", conditional.L)):
+        columns = [{"name": column, "datatype": "BYTES", "shape": [-1, 1]} for column in "ab"]
+        expected = [{"name": name, "datatype": "FP32", "shape": [-1, width]}, *columns]
+        assert client.get(f"/v2/models/{model}").json()["inputs"] == expected
+    assert client.get("/v2/models/kinds:sample").json()["inputs"] == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"inputs": [texts("c", ["0"])]}, "takes the input x and, as BYTES, a, b, got x, c"),
+        ({"inputs": [texts("a", ["7"])]}, "'a' has no level \"7\": expected '0', '1', '2'"),
+        ({"inputs": [texts("a", ["0", "1"])]}, "has the shape [2, 1] for 3 rows"),
+        ({"inputs": [texts("a", ["0"], [1, 1, 1])]}, "shape should be [N] or [N, 1]"),
+        ({"inputs": [texts("a", ["0"], [3, 1])]}, "the shape is [3, 1], but data has 1 texts"),
+        ({"inputs": [{**texts("a", []), "data": [1, 2, 3], "shape": [3]}]}, "data should be a list of texts"),
+        ({"inputs": [texts("a", ["0"])], "parameters": {"condition": {"b": "0"}}}, "the condition is given twice"),
+        ({"inputs": [texts("a", ["0"]), texts("a", ["0"])]}, "the input 'a' is given twice"),
+    ],
+)
+def test_texts_that_are_no_conditions_are_refused(client: httpx.Client, fields: dict[str, Any], words: str) -> None:
+    x, _ = rows_with_levels()
+    body = {**fields, "inputs": [tensor(x), *fields["inputs"]]}
+    answer = client.post("/v2/models/kinds/infer", json=body)
+    assert (answer.status_code, words in answer.json()["error"]) == (422, True), answer.text

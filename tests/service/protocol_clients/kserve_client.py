@@ -36,6 +36,17 @@ async def main(server: str, rows: str) -> None:
         found["decode"] = decoded.outputs[0].as_numpy().tolist()
         drawn = InferRequest("vae:sample", [], parameters={"seed": 5, "n": 2})
         found["sample"] = (await client.infer(url, drawn, "vae:sample")).outputs[0].as_numpy().tolist()
+        latents = InferInput("z", [2, 2], "FP32", data=[[0.0] * 2] * 2)
+        one = InferRequest("kinds:decode", [latents], parameters={"condition": '{"b": "1"}'})
+        answer = await client.infer(url, one, "kinds:decode")
+        found["conditions"] = {"parameter": answer.outputs[0].as_numpy().tolist()}
+        for form, is_binary in (("binary", True), ("json", False)):
+            levels = InferInput("b", [2, 1], "BYTES")
+            levels.set_data_from_numpy(np.array([["0"], ["1"]], object), binary_data=is_binary)
+            latents = InferInput("z", [2, 2], "FP32")
+            latents.set_data_from_numpy(np.zeros((2, 2), np.float32), binary_data=is_binary)
+            answer = await client.infer(url, InferRequest("kinds:decode", [latents, levels]), "kinds:decode")
+            found["conditions"][form] = answer.outputs[0].as_numpy().tolist()
         try:
             await client.infer(url, InferRequest("vae", [latents]), "vae")
         except httpx.HTTPStatusError as error:

@@ -37,6 +37,18 @@ async def main(url: str, rows: str) -> None:
         found["decode"] = (await client.infer("vae:decode", [latents])).as_numpy("x_hat").tolist()
         sample = await client.infer("vae:sample", [], parameters={"seed": 5, "n": 2})
         found["sample"] = sample.as_numpy("x").tolist()
+        latents = InferInput("z", [2, 2], "FP32")
+        latents.set_data_from_numpy(np.zeros((2, 2), np.float32))
+        levels = InferInput("b", [2, 1], "BYTES")
+        found["conditions"] = {
+            "parameter": (await client.infer("kinds:decode", [latents], parameters={"condition": '{"b": "1"}'}))
+            .as_numpy("x_hat")
+            .tolist()
+        }
+        for form, is_binary in (("binary", True), ("json", False)):
+            levels.set_data_from_numpy(np.array([["0"], ["1"]], object), binary_data=is_binary)
+            answer = await client.infer("kinds:decode", [latents, levels])
+            found["conditions"][form] = answer.as_numpy("x_hat").tolist()
         try:
             await client.infer("vae", [latents])
         except InferenceServerException as error:
