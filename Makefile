@@ -84,7 +84,7 @@ docs: $(READY) ## Build the documentation site into site/
 
 test: $(READY) $(GENERATOR)/.ready $(CLIENTS)/.ready $(KUBERNETES)/.ready $(RAY)/.ready $(REMOTE)/.ready ## Run every test: first those that may share the machine, then those that measure time or memory
 	@$(VENV)/bin/python -m pytest -n 3 -m "not alone"
-	@$(VENV)/bin/python -m pytest -m alone
+	@$(VENV)/bin/python -m pytest -m alone $$(grep --recursive --files-with-matches --include='test_*.py' mark.alone tests)
 
 lint: $(READY) ## Check style and likely mistakes
 	@$(VENV)/bin/ruff check

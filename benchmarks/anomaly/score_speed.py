@@ -131,7 +131,9 @@ def main() -> None:
         for kind in KINDS:
             started = process_time()
             table = read_table(str(Path(folder) / "rows.npy"))
-            path = train(TrainConfig(model=kind, name=kind), table, Path(folder), SilentReporter())
+            few = {"epochs": 3} if options.smoke and kind != "pca" else {}
+            config = TrainConfig.model_validate({"model": kind, "name": kind} | few)
+            path = train(config, table, Path(folder), SilentReporter())
             fit_seconds[kind] = process_time() - started
             backends[kind], detectors[kind], detectors[f"{kind}, verdict"] = create_detectors(load(path))
     times = {batch: best_microseconds(detectors, x[:batch], rounds) for batch in BATCHES}

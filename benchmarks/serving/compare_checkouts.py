@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="one short round against this checkout itself")
     options = parser.parse_args()
     if options.smoke:
-        options.other, options.rounds, options.seconds = options.other or ROOT, 1, 1.0
+        options.other, options.rounds, options.seconds = options.other or ROOT, 1, 0.5
     if options.other is None or not (options.other / "service").is_dir():
         parser.error("give the folder of another checkout")
     adopt_orphans()
@@ -179,7 +179,7 @@ def main() -> None:
         for load in loads(workload):
             found: dict[str, list[Measurement]] = {"this": [], "other": []}
             for server in servers.values():
-                server.measure(load, 1.0)  # warm-up
+                server.measure(load, min(1.0, options.seconds))  # warm-up
             for turn in range(options.rounds):
                 for name in ("this", "other") if turn % 2 else ("other", "this"):
                     found[name].append(servers[name].measure(load, options.seconds))

@@ -70,11 +70,11 @@ def parse_options() -> argparse.Namespace:
         "--elbo-env", action="append", default=[], metavar="KEY=VALUE", help="an environment variable for Elbo"
     )
     options = parser.parse_args()
-    rounds, seconds, open_seconds = (5, 5, 60)
+    rounds, seconds, open_seconds = (5, 5.0, 60)
     if options.quick:
         rounds, seconds, open_seconds = (1, 2, 10)
     if options.smoke:
-        rounds, seconds, open_seconds = (1, 1, 1)
+        rounds, seconds, open_seconds = (1, 0.5, 1)
     options.rounds = options.rounds or rounds
     options.seconds = options.seconds or seconds
     options.open_seconds = options.open_seconds or open_seconds

@@ -68,7 +68,7 @@ def compare(servers: dict[str, Server], wanted: list[Load], rounds: int, seconds
     for load in wanted:
         found: dict[str, list[Measurement]] = {name: [] for name in servers}
         for server in servers.values():
-            server.measure(load, 1.0)  # warm-up
+            server.measure(load, min(1.0, seconds))  # warm-up
         for turn in range(rounds):
             names = list(servers)[turn % len(servers) :] + list(servers)[: turn % len(servers)]
             for name in reversed(names) if turn % 2 else names:
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="one short round")
     options = parser.parse_args()
     if options.smoke:
-        options.rounds, options.seconds = 1, 1.0
+        options.rounds, options.seconds = 1, 0.5
     adopt_orphans()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         workload = train_models((options.before or ROOT).resolve(), Path(folder))

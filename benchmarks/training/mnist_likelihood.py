@@ -85,18 +85,22 @@ class Result:
 def load_digits(smoke: bool) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Return the training images and the test images, each [N, H, W] with values from 0 to 255."""
     train, test = (load_images(part)[1].astype(np.float32) for part in ("train", "test"))
-    return (train[:1_200], test[:10]) if smoke else (train, test)
+    return (train[:400], test[:10]) if smoke else (train, test)
 
 
 def create_table(images: npt.NDArray[np.float32]) -> tuple[Table, Split]:
-    """Return the images as a table, and a split with HELD_OUT_ROWS held-out rows and as many calibration rows."""
+    """Return the images as a table, and a split with HELD_OUT_ROWS held-out rows and as many calibration rows.
+
+    With few images, a quarter of them are held out, and a quarter are calibration rows.
+    """
     shape = images.shape[1:]
     names = [f"pixel[{row},{column}]" for row, column in np.ndindex(*shape)]
     x = images.reshape(len(images), -1)
     missing = np.zeros(len(names), np.int64)
     table = Table(RowStore(x), shape, names, [None] * len(names), None, (0.0, 255.0), "MNIST", missing=missing)
     order = np.random.RandomState(SEED).permutation(len(x))
-    held_out, calibration, fit = np.split(order, [HELD_OUT_ROWS, 2 * HELD_OUT_ROWS])
+    rows = min(HELD_OUT_ROWS, len(x) // 4)
+    held_out, calibration, fit = np.split(order, [rows, 2 * rows])
     return table, Split(fit, held_out, calibration)
 
 
