@@ -44,9 +44,11 @@ OPERATOR_PACKAGE := cloudcoil-models-prometheus-operator==0.80.1.0
 # packages. This environment also has the packages of .venv.
 RAY := .venv-ray
 RAY_PACKAGE := ray[serve]==2.60.0
-# What reads buckets on S3, and a server that speaks S3 for the tests (moto). They require 60 packages.
+# What reads buckets on S3, a server that speaks S3 for the tests (moto), and MLflow with its server. They require 60
+# packages. mlflow requires 40 more, most of which its server does not use, so it is installed without its requirements.
 REMOTE := .venv-remote
-REMOTE_PACKAGES := s3fs==2026.9.0 'moto[s3,server]==5.2.5'
+REMOTE_PACKAGES := s3fs==2026.9.0 'moto[s3,server]==5.2.5' mlflow-skinny==3.17.2 alembic sqlalchemy graphene flask-cors huey
+MLFLOW_PACKAGE := mlflow==3.17.2
 INSTALL := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check install
 PEER_INSTALL := $(PEERS)/bin/python -m pip --quiet --disable-pip-version-check install
 # The model servers that bench-serve compares with Elbo. Each server has its own environment, because their requirements
@@ -260,8 +262,9 @@ $(RAY)/.ready: $(READY)
 # The packages of .venv count as installed, and pip installs the others. torch is a constraint: it must not change.
 $(REMOTE)/.ready: $(READY)
 	$(call environment_with_packages_of_venv,$(REMOTE))
-	@echo "installing the S3 server of the tests"
+	@echo "installing the servers of S3 and MLflow of the tests"
 	@$(REMOTE)/bin/python -m pip --quiet --disable-pip-version-check install $(TORCH) $(REMOTE_PACKAGES)
+	@$(REMOTE)/bin/python -m pip --quiet --disable-pip-version-check install --no-deps $(MLFLOW_PACKAGE)
 	@touch $@
 
 clean: ## Remove what the other targets made, except artifacts/

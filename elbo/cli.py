@@ -1468,31 +1468,33 @@ CopiedArtifacts = Annotated[
 
 @app.command(epilog="Examples: elbo push s3://models/elbo | elbo push s3://models/elbo hosts@3 vae")
 def push(
-    destination: Annotated[str, typer.Argument(metavar="DESTINATION", help="URL of a remote repository, or a folder")],
+    destination: Annotated[
+        str, typer.Argument(metavar="DESTINATION", help="URL of a remote repository, mlflow:, or a folder")
+    ],
     names: ReferencesArgument = None,
     artifacts: CopiedArtifacts = "artifacts",
     trusted_keys: TrustedKeysOption = None,
 ) -> None:
     """Copy versions of models from the artifact folder to another repository, with their signatures.
 
-    DESTINATION is s3://BUCKET/PATH, gs://BUCKET/PATH, file:///PATH or a folder. Only what is missing is copied, and a
-    version is never replaced by another content. The index of the repository is written last, so servers see a version
-    when it is complete.
+    DESTINATION is s3://BUCKET/PATH, gs://BUCKET/PATH, file:///PATH, mlflow: (the model registry at MLFLOW_TRACKING_URI)
+    or a folder. Only what is missing is copied, and a version is never replaced by another content. The index of the
+    repository is written last, so servers see a version when it is complete.
     """
     _copy_versions(artifacts, destination, names, trusted_keys)
 
 
 @app.command(epilog="Examples: elbo pull s3://models/elbo | elbo pull https://models.example.com/elbo hosts@3")
 def pull(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="URL of a remote repository, or a folder")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="URL of a remote repository, mlflow:, or a folder")],
     names: ReferencesArgument = None,
     artifacts: CopiedArtifacts = "artifacts",
     trusted_keys: TrustedKeysOption = None,
 ) -> None:
     """Copy versions of models from another repository to the artifact folder, with their signatures.
 
-    SOURCE is s3://BUCKET/PATH, gs://BUCKET/PATH, https://HOST/PATH, file:///PATH or a folder. The hashes of the files
-    are compared with the index of the repository. Only what is missing is copied.
+    SOURCE is s3://BUCKET/PATH, gs://BUCKET/PATH, https://HOST/PATH, file:///PATH, mlflow: or a folder. The hashes of
+    the files are compared with the index of the repository. Only what is missing is copied.
     """
     _copy_versions(source, artifacts, names, trusted_keys)
 
@@ -1516,7 +1518,12 @@ def index_(
 
 def _copy_versions(source: str, destination: str, names: list[str] | None, trusted_keys: str | None) -> None:
     from service.repository.copying import Copied, copy_versions, open_repository
+    from service.repository.location import is_url
+    from service.repository.mlflow_registry import PLACE
 
+    for name in names or ():
+        if is_url(name) or name == PLACE:
+            raise OptionError(f"{name} is no name of a model: give the repository first, then the names of models")
     actions = {"copied": "copied", "signature": "copied the signature of", "present": "already there:"}
 
     def report(copied: Copied) -> None:

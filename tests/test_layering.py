@@ -48,6 +48,7 @@ MAY_IMPORT = {
     "elbo.sklearn": "models training errors model fitting",
     "elbo.pyod": "errors sklearn",
     "elbo.cli": "models training service errors",
+    "elbo.mlflow": "model sources",
     "elbo.client": "",  # works where only the base dependencies are installed
     "elbo.__main__": "elbo.cli",
     "service.errors": "models.errors",

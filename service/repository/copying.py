@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from models.errors import ArtifactMissing, ElboError, printable
+from models.errors import ArtifactMissing, printable
 from models.manifest import FILE_NAME, model_folder, names, parse, read_sealed, version_folder, versions
-from models.signatures import MAX_SIGNATURE_BYTES, SIGNATURE_NAME, TrustedKeys
+from models.signatures import SIGNATURE_NAME, TrustedKeys
 from models.staging import staging_folder
 from models.versions import unwritable_as_artifact_error
 from service.repository.index import (
@@ -31,11 +31,14 @@ from service.repository.index import (
     render_index,
 )
 from service.repository.location import Location, RepositoryInvalid, is_url, parse_location
+from service.repository.mlflow_registry import PLACE, MlflowRepository
 from service.repository.storage import (
+    CopyConflict,
     RepositoryConflict,
     RepositoryCorrupt,
     RepositoryFileMissing,
     Storage,
+    entry_of_folder,
     open_storage,
     sha256_of,
 )
@@ -43,12 +46,6 @@ from service.repository.storage import (
 MAX_TRIES = 8  # to write the index while other processes write it, too
 REQUEST_ATTEMPTS = 4  # of a request to S3, before the copy fails
 STAGING_PREFIX = "elbo-copy-"
-
-
-class CopyConflict(ElboError):
-    """The destination has another artifact under the same name and version."""
-
-    code = "copy_conflict"
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,9 @@ class Repository(Protocol):
 
 
 def open_repository(place: str) -> Repository:
-    """Return the repository at `place`, a URL or the path of an artifact folder. Raises RepositoryInvalid."""
+    """Return the repository at `place`: a URL, `mlflow:`, or the path of a folder. Raises RepositoryInvalid."""
+    if place.rstrip("/") == PLACE:
+        return MlflowRepository()
     if not is_url(place):
         return FolderRepository(Path(place))
     location = parse_location(place)
@@ -420,28 +419,6 @@ def write_index_of(place: str) -> int:
         RepositoryInvalid: the repository can only be read, or is not a folder.
     """
     return sum(map(len, open_repository(place).rewrite_index().values()))
-
-
-def entry_of_folder(folder: Path) -> VersionEntry:
-    """Return the entry, with hashes, of the version whose files are in `folder`.
-
-    Raises:
-        RepositoryCorrupt: a file is empty or too large.
-        OSError: a file cannot be read.
-    """
-    signature = folder / SIGNATURE_NAME
-    return VersionEntry(
-        model=_file_entry(folder / FILE_NAME, MAX_FILE_BYTES),
-        signature=_file_entry(signature, MAX_SIGNATURE_BYTES) if signature.exists() else None,
-    )
-
-
-def _file_entry(path: Path, most: int) -> FileEntry:
-    size = path.stat().st_size
-    if not 1 <= size <= most:
-        remedy = "sign the version again" if path.name == SIGNATURE_NAME else "remove the version"
-        raise RepositoryCorrupt(f"{path} has {size:,} bytes, expected 1 to {most:,}: {remedy}")
-    return FileEntry(bytes=size, sha256=sha256_of(path))
 
 
 def _copy_synced(source: Path, target: Path) -> None:

@@ -19,7 +19,9 @@ from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 from models.errors import ElboError, printable
-from service.repository.index import INDEX_NAME, MAX_FILE_BYTES, MAX_INDEX_BYTES, FileEntry
+from models.manifest import FILE_NAME
+from models.signatures import MAX_SIGNATURE_BYTES, SIGNATURE_NAME
+from service.repository.index import INDEX_NAME, MAX_FILE_BYTES, MAX_INDEX_BYTES, FileEntry, VersionEntry
 from service.repository.location import Location, RepositoryInvalid
 
 CONNECT_SECONDS = 5.0
@@ -53,6 +55,12 @@ class RepositoryCorrupt(ElboError):
     """A file in a remote repository is not the file that its index names."""
 
     code = "repository_corrupt"
+
+
+class CopyConflict(ElboError):
+    """The destination has another artifact under the same name and version."""
+
+    code = "copy_conflict"
 
 
 class Interrupted(Exception):
@@ -108,7 +116,7 @@ def open_storage(location: Location, attempts: int = 1) -> Storage:
 
 
 @contextmanager
-def _failures_of(location: Location, path: str, target: Path | None = None) -> Iterator[None]:
+def failures_of(location: Location, path: str, target: Path | None = None) -> Iterator[None]:
     """Turn every exception of the packages that speak to the repository into an ElboError.
 
     Args:
@@ -194,7 +202,7 @@ class FsspecStorage:
 
     def read(self, path: str) -> bytes:
         """See `Storage`."""
-        with _failures_of(self._location, path):
+        with failures_of(self._location, path):
             content: bytes = self._open().cat_file(self._path(path), end=MAX_INDEX_BYTES + 1, **self._deadline())
         if len(content) > MAX_INDEX_BYTES:
             raise RepositoryInvalid(f"{self._location}/{path} has more than {MAX_INDEX_BYTES:,} bytes")
@@ -202,7 +210,7 @@ class FsspecStorage:
 
     def download(self, path: str, target: Path, limit: int, is_stopped: Callable[[], bool]) -> None:
         """See `Storage`."""
-        with _failures_of(self._location, path, target):
+        with failures_of(self._location, path, target):
             file_system = self._open()
             size = file_system.info(self._path(path), **self._deadline())["size"]
             _require_size(self._location, path, size, limit)
@@ -219,7 +227,7 @@ class FsspecStorage:
     def list_files(self) -> dict[str, FileEntry]:
         """See `Storage`."""
         try:
-            with _failures_of(self._location, "list of files"):
+            with failures_of(self._location, "list of files"):
                 # Only s3fs can end a list early. Otherwise, the address of another, large bucket would fill the memory.
                 most = {"max_items": MAX_LISTED_FILES + 1} if self._location.scheme == "s3" else {}
                 found = self._open().find(self._root, detail=True, **most, **self._deadline())
@@ -239,7 +247,7 @@ class FsspecStorage:
     def tag(self, path: str) -> str | None:
         """See `Storage`."""
         try:
-            with _failures_of(self._location, path):
+            with failures_of(self._location, path):
                 return _tag(self._open().info(self._path(path), **self._deadline()))
         except RepositoryFileMissing:
             return None
@@ -247,7 +255,7 @@ class FsspecStorage:
     def upload(self, source: Path, path: str, is_new: bool) -> None:
         """See `Storage`. S3 and Google Cloud Storage never replace a file that is new; `file://` may."""
         mode = {"mode": "create"} if is_new and self._location.scheme in _PACKAGES else {}
-        with _failures_of(self._location, path):
+        with failures_of(self._location, path):
             self._write_if(
                 path,
                 lambda file_system, condition: file_system.put_file(str(source), self._path(path), **condition),
@@ -259,7 +267,7 @@ class FsspecStorage:
         condition = {}
         if self._location.scheme == "s3":
             condition = {"IfMatch": expected_tag} if expected_tag else {"IfNoneMatch": "*"}
-        with _failures_of(self._location, path):
+        with failures_of(self._location, path):
             self._write_if(
                 path,
                 lambda file_system, condition: file_system.pipe_file(self._path(path), content, **condition),
@@ -312,7 +320,7 @@ class HttpStorage:
         """See `Storage`."""
         known = self._read.get(path)
         with (
-            _failures_of(self._location, path),
+            failures_of(self._location, path),
             self._get(path, {"If-None-Match": known[0]} if known else {}) as response,
         ):
             if known and response.status_code == 304:
@@ -326,7 +334,7 @@ class HttpStorage:
     def download(self, path: str, target: Path, limit: int, is_stopped: Callable[[], bool]) -> None:
         """See `Storage`."""
         with (
-            _failures_of(self._location, path, target),
+            failures_of(self._location, path, target),
             self._get(path, {}) as response,
             target.open("wb") as file,
         ):
@@ -393,3 +401,25 @@ def _tag(info: dict[str, Any]) -> str:
     """Return the ETag or the generation of an object; of a file in a folder, its size, inode and time of change."""
     found = info.get("ETag") or info.get("etag") or info.get("generation")
     return str(found) if found else f"{info['size']}-{info.get('ino')}-{info.get('mtime')}"
+
+
+def entry_of_folder(folder: Path) -> VersionEntry:
+    """Return the entry, with hashes, of the version whose files are in `folder`.
+
+    Raises:
+        RepositoryCorrupt: a file is empty or too large.
+        OSError: a file cannot be read.
+    """
+    signature = folder / SIGNATURE_NAME
+    return VersionEntry(
+        model=_file_entry(folder / FILE_NAME, MAX_FILE_BYTES),
+        signature=_file_entry(signature, MAX_SIGNATURE_BYTES) if signature.exists() else None,
+    )
+
+
+def _file_entry(path: Path, most: int) -> FileEntry:
+    size = path.stat().st_size
+    if not 1 <= size <= most:
+        remedy = "sign the version again" if path.name == SIGNATURE_NAME else "remove the version"
+        raise RepositoryCorrupt(f"{path} has {size:,} bytes, expected 1 to {most:,}: {remedy}")
+    return FileEntry(bytes=size, sha256=sha256_of(path))

@@ -11,7 +11,6 @@ from models.keys import create_key, read_private_key
 from models.manifest import FILE_NAME
 from models.signatures import sign, trusted_keys
 from service.repository.copying import (
-    CopyConflict,
     FolderRepository,
     copy_versions,
     open_repository,
@@ -20,7 +19,7 @@ from service.repository.copying import (
 from service.repository.index import INDEX_NAME, FileEntry, VersionEntry, VersionName, parse_index, render_index
 from service.repository.location import RepositoryInvalid, parse_location
 from service.repository.mirror import Mirror
-from service.repository.storage import RepositoryUnavailable, _failures_of, sha256_of
+from service.repository.storage import CopyConflict, RepositoryUnavailable, failures_of, sha256_of
 from tests.models.publishing import publish
 from tests.service.repository.folders import files_in
 
@@ -171,9 +170,9 @@ def test_repository_on_a_drive_that_this_user_may_not_read_names_the_permissions
     location = parse_location(f"file://{tmp_path}/remote")
     copied(folder, location.url)
     denied = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "remote" / INDEX_NAME))
-    with pytest.raises(RepositoryUnavailable, match="change the permissions"), _failures_of(location, INDEX_NAME):
+    with pytest.raises(RepositoryUnavailable, match="change the permissions"), failures_of(location, INDEX_NAME):
         raise denied
     target = tmp_path / "cache" / "model.pt"
     denied = PermissionError(errno.EACCES, "Permission denied", str(target))
-    with pytest.raises(PermissionError), _failures_of(location, "web/1/model.pt", target):
+    with pytest.raises(PermissionError), failures_of(location, "web/1/model.pt", target):
         raise denied

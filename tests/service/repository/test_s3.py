@@ -32,8 +32,9 @@ PUT = "import s3fs, sys; s3fs.S3FileSystem().pipe_file(sys.argv[1], sys.stdin.bu
 PUSH_LATE = """
 import sys
 from pathlib import Path
-from service.repository.copying import CopyConflict, open_repository
+from service.repository.copying import open_repository
 from service.repository.index import VersionName
+from service.repository.storage import CopyConflict
 repository, folder = open_repository("s3://models/elbo"), Path(sys.argv[1])
 for artifact in ("model0", "model1"):
     staging = folder.with_name(artifact) / artifact / "1"

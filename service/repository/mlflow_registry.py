@@ -1,0 +1,198 @@
+"""The model registry of MLflow as a repository: `elbo push mlflow:` and `elbo pull mlflow:`.
+
+A version of a model becomes a version of a registered model of the same name. MLflow numbers its versions itself, so
+the tags of each have Elbo's number, and the size and the SHA-256 of the files. The folder of the version has the
+artifact, its signature, and a file MLmodel, with which `mlflow.pyfunc.load_model` loads the model; see `elbo.mlflow`.
+
+MLFLOW_TRACKING_URI, MLFLOW_REGISTRY_URI, MLFLOW_EXPERIMENT_NAME and the other variables of MLflow name the server and
+give the credentials.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+from uuid import uuid4
+
+from pydantic import ValidationError
+
+from models.manifest import FILE_NAME, NAME, VERSION, read_manifest
+from models.signatures import SIGNATURE_NAME
+from service.repository.index import Entries, FileEntry, VersionEntry, VersionName
+from service.repository.location import Location, RepositoryInvalid
+from service.repository.storage import CopyConflict, RepositoryCorrupt, entry_of_folder, failures_of, sha256_of
+
+PLACE = "mlflow:"
+FOLDER = "model"  # of a version, in the artifacts of its run
+EXPERIMENT = "elbo"
+PAGE = 200  # versions in a response of the registry
+NUMBER, BYTES, HASH = "elbo.version", "elbo.bytes", "elbo.sha256"  # tags of a version
+SIGNATURE_BYTES, SIGNATURE_HASH = "elbo.signature.bytes", "elbo.signature.sha256"
+LOADER = "elbo.mlflow"  # the module that `mlflow.pyfunc` calls
+
+
+class MlflowRepository:
+    """The model registry that the variables of MLflow name.
+
+    Raises:
+        RepositoryInvalid: MLflow is not installed.
+    """
+
+    def __init__(self) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        try:
+            import mlflow
+        except ImportError as error:
+            raise RepositoryInvalid(
+                f"{PLACE} needs the package mlflow-skinny: install Elbo with pip install 'elbo[mlflow]'"
+            ) from error
+        self._mlflow: Any = mlflow
+        self._location = Location("mlflow", mlflow.get_registry_uri())
+        with self._failures():
+            self._client: Any = mlflow.MlflowClient()
+        self._found: dict[VersionName, Any] = {}
+
+    def _failures(self) -> Any:
+        return failures_of(self._location, "the model registry")
+
+    def entries(self) -> Entries:
+        """See `Repository`. Versions without the tags of `elbo push` are left out."""
+        found: Entries = {}
+        for name, registered in self._registered():
+            if name not in self._found and (entry := _entry_in(registered.tags)):
+                self._found[name] = registered
+                found.setdefault(name.name, {})[name.version] = entry
+        return {name: dict(sorted(numbers.items())) for name, numbers in sorted(found.items())}
+
+    def _registered(self, name: str | None = None) -> Iterator[tuple[VersionName, Any]]:
+        """Yield the versions of the model `name`, or of all models, in the order of MLflow's numbers."""
+        condition, token = f"name = '{name}'" if name else None, None
+        versions: list[Any] = []
+        while token != "":
+            with self._failures():
+                page = self._client.search_model_versions(condition, max_results=PAGE, page_token=token)
+            versions += page
+            token = page.token or ""
+        for each in sorted(versions, key=lambda each: int(each.version)):
+            number = each.tags.get(NUMBER, "")
+            if NAME.fullmatch(each.name) and VERSION.fullmatch(number):
+                yield VersionName(each.name, int(number)), each
+
+    def complete(self, name: VersionName, entry: VersionEntry) -> VersionEntry:  # noqa: ARG002 - as in `Repository`
+        """See `Repository`."""
+        return entry
+
+    def fetch(self, name: VersionName, entry: VersionEntry, staging: Path) -> None:
+        """See `Repository`."""
+        registered = self._found[name]
+        with self._failures():
+            place = self._client.get_model_version_download_uri(name.name, registered.version)
+        for file, expected in ((FILE_NAME, entry.model), (SIGNATURE_NAME, entry.signature)):
+            if expected is None:
+                continue
+            with self._failures():
+                self._mlflow.artifacts.download_artifacts(artifact_uri=f"{place}/{file}", dst_path=str(staging))
+            found = sha256_of(staging / file)
+            if found != expected.sha256:
+                raise RepositoryCorrupt(
+                    f"{file} of {name} in MLflow (version {registered.version}) has the SHA-256 {found}, and its tag "
+                    f"names {expected.sha256}: the file was altered or damaged after it was pushed"
+                )
+
+    def store(self, name: VersionName, staging: Path, only_signature: bool) -> None:
+        """See `Repository`. The version appears in the registry after its files are in the artifacts of a run."""
+        entry = entry_of_folder(staging)
+        if only_signature:
+            registered = self._found[name]
+            with self._failures():
+                self._client.log_artifact(registered.run_id, str(staging / SIGNATURE_NAME), FOLDER)
+                for tag, value in _tags(name, entry).items():
+                    self._client.set_model_version_tag(name.name, registered.version, tag, value)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            _write_model(Path(folder), staging, name)
+            with self._failures():
+                run = self._client.create_run(self._experiment(), run_name=str(name), tags=_tags(name, entry))
+                self._client.log_artifacts(run.info.run_id, folder, FOLDER)
+                self._client.set_terminated(run.info.run_id)
+                self._create_model(name.name)
+                source = f"{run.info.artifact_uri}/{FOLDER}"
+                registered = self._client.create_model_version(
+                    name.name, source, run.info.run_id, tags=_tags(name, entry)
+                )
+        first = next(each for other, each in self._registered(name.name) if other == name)
+        if first.version != registered.version and first.tags.get(HASH) != entry.model.sha256:
+            with self._failures():
+                self._client.delete_model_version(name.name, registered.version)
+            raise CopyConflict(
+                f"another process has pushed another {name} to MLflow meanwhile, as version {first.version}: pull it, "
+                "so that the next model that you train gets a new number"
+            )
+        self._found[name] = first
+
+    def _experiment(self) -> str:
+        """Return the id of the experiment of the runs: MLFLOW_EXPERIMENT_NAME, or else `elbo`."""
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+        found = self._client.get_experiment_by_name(name)
+        return str(found.experiment_id if found else self._client.create_experiment(name))
+
+    def _create_model(self, name: str) -> None:
+        try:
+            self._client.create_registered_model(name)
+        except self._mlflow.exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    def write_index(self, added: Entries) -> None:
+        """See `Repository`. The registry is the index."""
+
+    def rewrite_index(self) -> Entries:
+        """See `Repository`."""
+        raise RepositoryInvalid(f"{PLACE} needs no index: the registry of MLflow lists the versions")
+
+
+def _tags(name: VersionName, entry: VersionEntry) -> dict[str, str]:
+    """Return the tags of a version: texts, as MLflow stores them."""
+    tags = {NUMBER: str(name.version), BYTES: str(entry.model.bytes), HASH: str(entry.model.sha256)}
+    if entry.signature:
+        tags |= {SIGNATURE_BYTES: str(entry.signature.bytes), SIGNATURE_HASH: str(entry.signature.sha256)}
+    return tags
+
+
+def _entry_in(tags: dict[str, str]) -> VersionEntry | None:
+    """Return the entry that the tags of a version describe; None if they were not written by `elbo push`."""
+    try:
+        signature = None
+        if HASH not in tags:
+            return None
+        if SIGNATURE_HASH in tags:
+            signature = FileEntry(bytes=int(tags[SIGNATURE_BYTES]), sha256=tags[SIGNATURE_HASH])
+        return VersionEntry(model=FileEntry(bytes=int(tags[BYTES]), sha256=tags[HASH]), signature=signature)
+    except (KeyError, ValueError, ValidationError):
+        return None
+
+
+def _write_model(folder: Path, staging: Path, name: VersionName) -> None:
+    """Write the files of a model of MLflow into `folder`: the files in `staging`, and MLmodel."""
+    for file in (FILE_NAME, SIGNATURE_NAME):
+        if (staging / file).exists():
+            shutil.copyfile(staging / file, folder / file)
+    manifest = read_manifest(staging / FILE_NAME)
+    flavor = {"loader_module": LOADER, "data": FILE_NAME, "python_version": python_version(), "env": {}}
+    described = {
+        "flavors": {
+            "python_function": flavor,
+            "elbo": {"kind": manifest.kind, "name": name.name, "version": name.version},
+        },
+        "model_uuid": uuid4().hex,
+        "utc_time_created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S.%f"),
+    }
+    (folder / "MLmodel").write_text(json.dumps(described, indent=1))  # JSON is YAML, too
+    (folder / "requirements.txt").write_text(f"elbo[serve]=={installed_version('elbo')}\n")

@@ -1,0 +1,43 @@
+"""Push versions to a server of MLflow, pull them, and let MLflow load one. Print JSON.
+
+    .venv-remote/bin/python -m tests.service.repository.mlflow_steps FOLDER ROWS
+
+FOLDER has the artifact folders `own`, with web@1 and web@2, and `other`, with another web@1. ROWS is JSON. The steps
+run in one process, because importing MLflow takes seconds.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import mlflow
+import numpy as np
+
+from service.repository.copying import copy_versions, open_repository
+from service.repository.storage import CopyConflict
+
+
+def copied(source: str, destination: str, *names: str) -> list[str]:
+    found = copy_versions(open_repository(source), open_repository(destination), names)
+    return [f"{each.action} {each.name}" for each in found]
+
+
+def main(folder: Path, rows: str) -> None:
+    """Print the results of all steps as one JSON object."""
+    own, other, pulled = (str(folder / name) for name in ("own", "other", "pulled"))
+    found: dict[str, object] = {
+        "pushed": copied(own, "mlflow:", "web@2", "web@1"),
+        "again": copied(own, "mlflow:"),
+    }
+    copied("mlflow:", pulled, "web@1", "web@2")
+    try:
+        copied(other, "mlflow:")
+    except CopyConflict as error:
+        found["conflict"] = error.code
+    model = mlflow.pyfunc.load_model("models:/web/1")
+    found["predicted"] = model.predict(np.array(json.loads(rows), np.float32)).to_dict(orient="list")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
