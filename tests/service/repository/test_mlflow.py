@@ -31,7 +31,8 @@ PYTHON = ROOT / ".venv-remote" / "bin" / "python"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Yield the address of a server of MLflow. The variables of MLflow name it."""
-    require(PYTHON.exists(), "no .venv-remote: make test installs it")
+    servers = list((ROOT / ".venv-remote").glob("lib/*/site-packages/mlflow/server"))
+    require(servers, "no MLflow in .venv-remote: remove its file .ready, then make test installs MLflow")
     folder = tmp_path_factory.mktemp("mlflow")
     port = free_port()
     url = f"http://127.0.0.1:{port}"
