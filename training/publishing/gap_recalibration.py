@@ -70,15 +70,12 @@ def refit_gap_scores(module: Any, table: Table, split: GapSplit) -> bool:
     Return False, and change nothing, if no row of `split` fits the scale.
 
     Args:
-        module: a CompletingPipeline, eager or scripted.
+        module: the module of an artifact, not frozen.
         table: the rows to which the indices in `split` refer.
     """
     if not len(split.complete):
         return False
     fresh = fit_gap_scores(module, torch.from_numpy(table.x.take(split.complete)), seed=0)
-    if isinstance(module, torch.jit.ScriptModule):
-        for name, buffer in fresh.named_buffers():
-            setattr(module.gap_scores, name, buffer)
-    else:
-        module.gap_scores = fresh
+    for name, buffer in fresh.named_buffers():
+        setattr(module.gap_scores, name, buffer)
     return True

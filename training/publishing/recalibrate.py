@@ -131,19 +131,17 @@ def recalibrate(
         _refuse_if_all_flagged(parent, table, scores, alpha)
     module = artifact.thaw(parent)
     twin = None if parent.twin is None else parent.twin.graphs
+    model = None
     rescore = partial(_scores, parent.module, parent.device)
-    if kept is None or kept.policy.features == _features_of(parent):
-        if refit_gap_scores(module, table, gaps):
-            rescore = partial(_scores, module, torch.device("cpu"))
-            scores = rescore(table, windows, chosen)
-        _replace(module, parent, torch.from_numpy(scores))  # complete rows keep their scores, so the twin stays valid
-    else:
+    if kept is not None and kept.policy.features != _features_of(parent):
         model = _with_policy(module, parent, kept.policy)
-        refit_gap_scores(model, table, gaps)
-        rescore = partial(_scores, model, torch.device("cpu"))
+        module = artifact.script(model)  # before any call: torch cannot compile a model that has run its chains
+    if refit_gap_scores(module, table, gaps) or model is not None:
+        rescore = partial(_scores, module, torch.device("cpu"))
         scores = rescore(table, windows, chosen)
+    _replace(module, parent, torch.from_numpy(scores))
+    if model is not None:  # otherwise complete rows keep their scores, and the twin stays valid
         set_calibration(model.pipeline if isinstance(model, Windowed) else model, torch.from_numpy(scores))
-        module = artifact.script(model)
         twin = twin and _new_twin(model, parent, notes)
     notes += _replace_start_sets(module, parent, table, windows, normal, rescore)
     warning = threshold_warning(Calibration(torch.from_numpy(scores)), alpha)
