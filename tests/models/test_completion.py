@@ -16,7 +16,7 @@ from models.prior import gaussian_prior
 from models.vae import VAE
 from tests.models.builders import D, K, batch, pipeline
 from tests.models.publishing import publish
-from training.fitting.completion import with_completion
+from training.fitting.completion import widths_by_share, with_completion
 
 Doubles = npt.NDArray[np.float64]
 GAPS = ((0, 1), (1, 0), (1, 3), (2, 4), (3, 0), (3, 1), (3, 2), (3, 3), (3, 4))  # row 3 has no value at all
@@ -223,3 +223,13 @@ def test_intervals_cover_90_percent_of_new_values_at_every_share_although_the_mo
         assert 0.87 < inside < 0.93, share  # 400 calibration rows determine an interval; of 10 % of D values, about 200
     untouched = vae.impute(torch.where(taken, torch.nan, test))  # without calibration
     assert ((untouched[2] <= test) & (test <= untouched[3]))[taken].double().mean() < 0.7
+
+
+def test_shares_of_missing_values_that_are_equal_are_calibrated_as_one() -> None:
+    """Each row of two columns misses half of its values, whatever the share that is taken out."""
+    chains = linear_vae(chains=1)[0].chains
+    chains.set_widths(*widths_by_share([0.5, 0.5, 0.5], [np.full(100, width) for width in (1.0, 1.0, 3.0)]))
+    assert chains.width_of(torch.tensor([[True, False]])).tolist() == [[3.0]]
+    chains.set_widths(*widths_by_share([0.5, 0.25], [np.full(100, width) for width in (3.0, 1.0)]))
+    missing = torch.arange(8) < torch.tensor([[1], [2], [3], [4], [6]])  # [5, 8]
+    assert chains.width_of(missing).flatten().tolist() == [1.0, 1.0, 2.0, 3.0, 3.0]

@@ -1,5 +1,7 @@
 """Fit the parts of a model that complete rows and score rows with missing values: see `models.completion`."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -37,6 +39,7 @@ NORMAL_END = 1.6448536269514722  # a normal variable exceeds it with probability
 LEAST_END = 0.05  # smallest distance of an end of an interval from the mean, in standard deviations
 INTERVAL = 0.9  # share of the missing values that are within their intervals
 MISSING_SHARES = (0.1, 0.2, 0.3, 0.5)  # shares of the values that are taken out of calibration rows
+LEAST_STEP = 0.01  # smallest distance of two shares of missing values with widths of their own
 CALIBRATED_ROWS = 800  # at most this many rows calibrate the intervals at each share; each takes about a millisecond
 LEAST_CALIBRATED_ROWS = 100  # at least this many rows, if there are so many
 CALIBRATED_VALUES = 1_500  # with more than the fewest rows, at most so many values are taken out of them at each share
@@ -181,8 +184,29 @@ def _calibrate(pipeline: CompletingNetwork, calibration: Tensor, seed: int) -> N
     distances = [np.maximum(error / high, -error / low)[:, is_number] for error in errors]
     finite = [each[np.isfinite(each)] for each in distances]
     if all(len(each) for each in finite):
-        shares = torch.tensor([share for _, share in found])
-        chains.set_widths(shares, torch.tensor([max(_quantile(each, INTERVAL), 1e-3) for each in finite]).float())
+        chains.set_widths(*widths_by_share([share for _, share in found], finite))
+
+
+def widths_by_share(shares: Sequence[float], distances: Sequence[Array]) -> tuple[Tensor, Tensor]:
+    """Return shares of missing values, ascending, and the width of the intervals at each of them.
+
+    Rows of few columns cannot miss every share of their values: with two columns, each row misses one half. Shares that
+    are closer than LEAST_STEP are therefore calibrated as one.
+
+    Args:
+        shares: shares of missing values.
+        distances: for each share, how far its values are from the means, relative to the ends of their intervals.
+    """
+    groups: list[tuple[float, list[Array]]] = []
+    for share, of_share in sorted(zip(shares, distances, strict=True), key=lambda pair: pair[0]):
+        if groups and share - groups[-1][0] < LEAST_STEP:
+            groups[-1][1].append(of_share)
+        else:
+            groups.append((share, [of_share]))
+    widths = [max(_quantile(np.concatenate(of_group), INTERVAL), 1e-3) for _, of_group in groups]
+    if len(groups) == 1:
+        return torch.tensor([0.0, 1.0]), torch.tensor(2 * widths)
+    return torch.tensor([share for share, _ in groups]), torch.tensor(widths)
 
 
 def _errors(pipeline: CompletingNetwork, calibration: Tensor, share: float, seed: int) -> tuple[Array, float]:
