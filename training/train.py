@@ -246,12 +246,16 @@ def _refuse_categories(config: TrainConfig, table: Table) -> None:
 
 
 def _refuse_bounds(config: TrainConfig, table: Table) -> None:
-    """Raise FitError if --bounds names a column that is not a feature with numbers, or if there is a window."""
+    """Raise FitError if --bounds names a column that is not a feature with numbers, or if the model has no bounds."""
     if not config.bounds:
         return
     if config.window:
         raise FitError(
             "--bounds is not for a model with --window, which judges summaries of rows: leave one of them out"
+        )
+    if config.likelihood == "bernoulli":
+        raise FitError(
+            "--bounds is not for --likelihood bernoulli, which draws one of two values: leave one of them out"
         )
     levels = sum(len(category.levels) for category in table.categories)
     known = table.names[: len(table.names) - levels]

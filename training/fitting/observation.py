@@ -16,12 +16,14 @@ from models.prior import Prior
 from models.scaling import Scaling
 from models.vae import VAE
 from training.config import read_bounds
+from training.errors import FitError
 from training.fitting.prepared_data import PreparedData
 from training.fitting.prior import covariance_of
 from training.random_streams import VALIDATION, random_stream
 
 MAX_FULL_WIDTH = 512  # for more features, the noise of different features is independent
 PRIOR_ROWS = 4096  # number of decoded samples from which the variance of the decoder's output is estimated
+MAX_VALUE = torch.finfo(torch.float32).max  # of a bound
 ROUNDING_VARIANCE = 1.0 / 12.0  # variance that rounding to whole numbers adds (Sheppard 1898)
 
 
@@ -39,15 +41,30 @@ def fit_observation(core: Core, prior: Prior, scaling: Scaling, data: PreparedDa
 def set_bounds(observation: Observation, bounds: Sequence[str], names: Sequence[str]) -> None:
     """Set the bounds of `observation` to those of the option --bounds. An infinite end stays as it is.
 
+    The bounds of a column of whole numbers become whole numbers, because values are rounded after they are clamped.
+
     Args:
         names: the names of the features.
+
+    Raises:
+        FitError: no value is within the bounds of a column.
     """
-    for name, low, high in map(read_bounds, bounds):
+    for entry in bounds:
+        name, low, high = read_bounds(entry)
         column = names.index(name)
+        is_whole = bool(observation.whole[column])
+        first, last = float(observation.low[column]), float(observation.high[column])
         if low > -math.inf:
-            observation.low[column] = low
+            first = max(float(math.ceil(low)) if is_whole else low, -MAX_VALUE)
         if high < math.inf:
-            observation.high[column] = high
+            last = min(float(math.floor(high)) if is_whole else high, MAX_VALUE)
+        if first > last:
+            kind = "whole number" if is_whole else "value"
+            raise FitError(
+                f"--bounds {entry} and the range of the training rows leave no {kind} for {name}: "
+                f"the smallest would be {first:g} and the largest {last:g}; give both ends, or other ends"
+            )
+        observation.low[column], observation.high[column] = first, last
 
 
 def fit_row_observation(

@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from models.completion import CompletingPipeline
+from models.observation import Observation
 from tests.mixed_tables import mixed_frame
 from training.config import TrainConfig
 from training.data.readers import InMemory
 from training.data.table import read_table
 from training.errors import FitError
+from training.fitting.observation import set_bounds
 from training.progress import SilentReporter
 from training.train import fit_model
 
@@ -60,4 +62,38 @@ def test_invalid_bounds_are_refused_with_an_example(bounds: str) -> None:
 def test_bounds_of_a_column_without_numbers_are_refused(frame: pl.DataFrame, name: str) -> None:
     config = TrainConfig(model="pca", name="bounds", bounds=(f"{name}=0:1",))
     with pytest.raises(FitError, match=rf"--bounds names '{name}', .* expected cpu, mem"):
+        fit_model(config, read_table(InMemory(frame)), SilentReporter())
+
+
+def observation_of(whole: bool) -> Observation:
+    """Return the observation of one feature between 0 and 10."""
+    return Observation(torch.zeros(1), torch.tensor([0.0]), torch.tensor([10.0]), torch.tensor([whole]))
+
+
+@pytest.mark.parametrize(
+    ("entry", "whole", "expected"),
+    [
+        ("load=0.5:9.5", True, (1.0, 9.0)),
+        ("load=0.5:9.5", False, (0.5, 9.5)),
+        ("load=:20", True, (0.0, 20.0)),
+        ("load=-1e300:", False, (-torch.finfo(torch.float32).max, 10.0)),
+    ],
+)
+def test_bounds_of_whole_numbers_are_whole_and_those_of_all_numbers_are_finite(
+    entry: str, whole: bool, expected: tuple[float, float]
+) -> None:
+    observation = observation_of(whole)
+    set_bounds(observation, [entry], ["load"])
+    assert (float(observation.low), float(observation.high)) == expected
+
+
+@pytest.mark.parametrize(("entry", "whole"), [("load=11:", False), ("load=:-1", False), ("load=2.2:2.8", True)])
+def test_bounds_that_leave_no_value_are_refused(entry: str, whole: bool) -> None:
+    with pytest.raises(FitError, match=f"--bounds {entry} .* leave no (whole number|value) for load"):
+        set_bounds(observation_of(whole), [entry], ["load"])
+
+
+def test_bounds_of_a_bernoulli_model_are_refused(frame: pl.DataFrame) -> None:
+    config = TrainConfig(model="vae", name="bounds", likelihood="bernoulli", bounds=("cpu=0:1",))
+    with pytest.raises(FitError, match="--bounds is not for --likelihood bernoulli"):
         fit_model(config, read_table(InMemory(frame)), SilentReporter())
