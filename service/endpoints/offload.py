@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TypeVar
 
 from service.codec.budget import Budget, TurnOver
@@ -83,10 +84,11 @@ _loop_pass = _LoopPass()
 
 
 def _lower_priority() -> None:
-    """Let this thread wait for a core while another thread needs it."""
+    """Let this thread wait for a core while another thread needs it. A sandbox may refuse this."""
     if sys.platform == "linux":  # elsewhere, the priority is that of the whole process
         thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + PATIENT_NICENESS)
+        with suppress(OSError):  # an error here would break the pool for all requests
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + PATIENT_NICENESS)
 
 
 # For work that frees the interpreter lock. Work that holds the lock keeps its priority: while such a thread waited for
