@@ -74,10 +74,11 @@ class InferenceRequest(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """An input of texts: one for each row, or one for all rows."""
+    """An input of texts: one for each row, or one for all rows. `pointer` is its place in the request."""
 
     values: list[str]
     shape: list[int]
+    pointer: str
 
 
 class _Head(NamedTuple):
@@ -305,8 +306,8 @@ def _read_texts(
     budget.take_bytes(TEXT_BYTES * count)
     if data is None:
         values, offset = _binary_texts(count, size, pointer, body, offset, budget)
-        return Texts(values, shape), offset
-    pointer = f"{pointer}/data"
+        return Texts(values, shape, pointer), offset
+    place, pointer = pointer, f"{pointer}/data"
     if type(data) is str and data in places:
         content = b"[%b]" % text[places[data]]
         require_few_values(content, budget)
@@ -324,7 +325,7 @@ def _read_texts(
             expected=f"{count} texts",
             got=str(len(given)),
         )
-    return Texts(given, shape), offset
+    return Texts(given, shape, place), offset
 
 
 def _binary_texts(

@@ -233,7 +233,8 @@ def read_for_model(model: ProtocolModel, asked: codec.InferenceRequest, max_rows
     require_outputs(model, [output.name for output in wanted])
     array = _the_input(model, asked)
     if asked.texts:
-        options["condition"] = _condition_of_texts(asked, options, 0 if array is None else len(array))
+        rows = 0 if array is None or array.ndim == 0 else len(array)  # the shape of the array is checked later
+        options["condition"] = _condition_of_texts(asked, options, rows)
     if model.method:
         spec: RequestSpec[Any, Any] = SAMPLE if array is None else DECODE
         fields = options if array is None else {"latents": array, **options}
@@ -278,11 +279,11 @@ def _in_terms_of_input(model: ProtocolModel, error: InvalidRows) -> InvalidRows:
 def _the_input(model: ProtocolModel, asked: codec.InferenceRequest) -> npt.NDArray[Any] | None:
     """Return the input of the request; None if the model takes none. Raises InvalidField."""
     known = [model.input] if model.input else []
-    got = ", ".join([*asked.inputs, *asked.texts])[:100] or "none"
+    got = ", ".join([*asked.inputs, *(f"{name} (BYTES)" for name in asked.texts)])[:100] or "none"
     if list(asked.inputs) != known or not asked.texts.keys() <= set(model.condition_inputs):
         expected = f"the input {model.input}" if model.input else "no input"
         if model.condition_inputs:
-            expected += f" and, as BYTES, {join_names(list(model.condition_inputs))}"
+            expected += f", and as BYTES {join_names(list(model.condition_inputs))}"
         raise InvalidField(
             f"{model.name} takes {expected}, got {got}", pointer="/inputs", expected=model.input or "none", got=got
         )
@@ -306,11 +307,11 @@ def _condition_of_texts(
             pointer="/parameters/condition",
             expected="one of them",
         )
-    for index, (name, texts) in enumerate(asked.texts.items()):
+    for name, texts in asked.texts.items():
         if texts.shape not in ([rows], [rows, 1], [1], [1, 1]):
             raise InvalidField(
                 f"the input {name} has the shape {texts.shape} for {rows} rows",
-                pointer=f"/inputs/{index + len(asked.inputs)}/shape",
+                pointer=f"{texts.pointer}/shape",
                 expected=f"[{rows}, 1], or [1, 1] for one condition of all rows",
                 got=str(texts.shape),
             )

@@ -480,7 +480,7 @@ def test_metadata_list_the_inputs_of_texts_of_a_conditional_model(client: httpx.
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"inputs": [texts("c", ["0"])]}, "takes the input x and, as BYTES, a, b, got x, c"),
+        ({"inputs": [texts("c", ["0"])]}, "takes the input x, and as BYTES a, b, got x, c (BYTES)"),
         ({"inputs": [texts("a", ["7"])]}, "'a' has no level \"7\": expected '0', '1', '2'"),
         ({"inputs": [texts("a", ["0", "1"])]}, "has the shape [2, 1] for 3 rows"),
         ({"inputs": [texts("a", ["0"], [1, 1, 1])]}, "shape should be [N] or [N, 1]"),
@@ -495,3 +495,9 @@ def test_texts_that_are_no_conditions_are_refused(client: httpx.Client, fields: 
     body = {**fields, "inputs": [tensor(x), *fields["inputs"]]}
     answer = client.post("/v2/models/kinds/infer", json=body)
     assert (answer.status_code, words in answer.json()["error"]) == (422, True), answer.text
+
+
+def test_texts_beside_a_single_number_are_refused_for_the_shape_of_the_number(client: httpx.Client) -> None:
+    number = {"name": "x", "shape": [], "datatype": "FP32", "data": [1.0]}
+    answer = client.post("/v2/models/kinds/infer", json={"inputs": [texts("a", ["0"]), number]})
+    assert (answer.status_code, "expected an array [N" in answer.json()["error"]) == (422, True), answer.text
