@@ -165,6 +165,8 @@ class FolderRepository:
                     if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                         raise
                     _require_same(name, sha256_of(folder / FILE_NAME), sha256_of(own / FILE_NAME))
+                    if (own / SIGNATURE_NAME).exists():
+                        (own / SIGNATURE_NAME).replace(folder / SIGNATURE_NAME)
 
     def write_index(self, added: Entries) -> None:
         """See `Repository`. The index lists the versions that the folder has now."""
