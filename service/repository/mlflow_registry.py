@@ -59,8 +59,8 @@ class MlflowRepository:
             self._client: Any = mlflow.MlflowClient()
         self._found: dict[VersionName, Any] = {}
 
-    def _failures(self) -> Any:
-        return failures_of(self._location, "the model registry")
+    def _failures(self, path: str = "model registry") -> Any:
+        return failures_of(self._location, path)
 
     def entries(self) -> Entries:
         """See `Repository`. Versions without the tags of `elbo push` are left out."""
@@ -97,7 +97,7 @@ class MlflowRepository:
         for file, expected in ((FILE_NAME, entry.model), (SIGNATURE_NAME, entry.signature)):
             if expected is None:
                 continue
-            with self._failures():
+            with self._failures(f"{file} of {name}"):
                 self._mlflow.artifacts.download_artifacts(artifact_uri=f"{place}/{file}", dst_path=str(staging))
             found = sha256_of(staging / file)
             if found != expected.sha256:
