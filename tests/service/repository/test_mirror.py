@@ -225,7 +225,6 @@ def test_only_one_process_mirrors_into_a_cache(remote: Path, tmp_path: Path) -> 
 
 FILL_DISK = """
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from service.repository import mirror
 from service.repository.location import parse_location
