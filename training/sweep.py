@@ -207,8 +207,8 @@ def run_sweep(
 def _best(trained: Sequence[TrialResult]) -> TrialResult:
     """Return the trial that wins most comparisons minus those that it loses; on a tie, the first of the tied trials.
 
-    Trials that are worse than predicting the mean come last. Of many trials, only the COMPARED with the best mean on
-    each measure are compared: a thousand trials have half a million pairs, and each takes a millisecond per measure.
+    Trials that are worse than predicting the mean come last. Only the COMPARED trials with the best mean on each
+    measure are compared: a thousand trials have half a million pairs, and each takes a millisecond per measure.
     """
     sound = [each for each in trained if not each.is_worse_than_mean] or list(trained)
     ranked: set[int] = set()

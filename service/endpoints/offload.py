@@ -25,8 +25,8 @@ T = TypeVar("T")
 MAX_LOOP_NS = 2_000_000  # maximum time for which requests may block one pass of the event loop, in nanoseconds
 SHORT_NS = MAX_LOOP_NS // 40  # work of at most this long is not counted: 64 requests at once take at most 3 ms
 
-PATIENT_THREADS = 2
-PATIENT_NICENESS = 5  # added to the niceness: on a busy core, such a thread gets a third of the event loop's time
+LOW_PRIORITY_THREADS = 2
+ADDED_NICENESS = 5  # of these threads: on a busy core, each gets a third of the event loop's time
 
 SMALL_BODY = 2048  # bytes; reading so small a body takes at most 2 ms, unless it is compressed or a picture
 FEW_ROWS = 64  # describing the errors of so few rows takes at most 3 ms
@@ -88,12 +88,12 @@ def _lower_priority() -> None:
     if sys.platform == "linux":  # elsewhere, the priority is that of the whole process
         thread = threading.get_native_id()
         with suppress(OSError):  # an error here would break the pool for all requests
-            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + PATIENT_NICENESS)
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + ADDED_NICENESS)
 
 
 # For work that frees the interpreter lock. Work that holds the lock keeps its priority: while such a thread waited for
 # a core, the event loop would wait for the lock, for 50 to 110 ms when this was tried.
-_patient_threads = ThreadPoolExecutor(PATIENT_THREADS, "patient", _lower_priority)
+_low_priority_threads = ThreadPoolExecutor(LOW_PRIORITY_THREADS, "low-priority", _lower_priority)
 
 
 def take_loop_time(loop: asyncio.AbstractEventLoop, estimated_ns: float) -> bool:
@@ -114,7 +114,7 @@ async def run_in_thread_if_long(work: Callable[[], T], estimated_ns: float, *, f
     """
     if estimated_ns > MAX_LOOP_NS:
         if frees_lock:
-            return await asyncio.get_running_loop().run_in_executor(_patient_threads, work)
+            return await asyncio.get_running_loop().run_in_executor(_low_priority_threads, work)
         return await asyncio.to_thread(_run_as_long_work, work)
     if estimated_ns > SHORT_NS:
         await _loop_pass.wait(estimated_ns)

@@ -52,16 +52,16 @@ def split_for_gaps(module: Any, table: Table, rows: Indices, alpha: float) -> Ga
         has_gaps[part] = np.isnan(table.x.take(part)).any(axis=1)
     if not has_gaps.any():
         return GapSplit(rows, random if len(rows) >= LEAST_GAP_ROWS else rows[:0], [])
-    aside = random[: int(SCALE_SHARE * len(rows))]
-    complete = aside[~has_gaps[aside]]
-    if len(rows) - len(aside) < calibration_rows_needed(alpha) or len(complete) < LEAST_GAP_ROWS:
+    for_scale = random[: int(SCALE_SHARE * len(rows))]
+    complete = for_scale[~has_gaps[for_scale]]
+    if len(rows) - len(for_scale) < calibration_rows_needed(alpha) or len(complete) < LEAST_GAP_ROWS:
         note = "there are too few rows to fit the scale of scores of rows with missing values again: it stays as it is"
         return GapSplit(rows, rows[:0], [note])
     note = (
-        f"{len(aside):,} rows fit the scale of scores of rows with missing values, and calibrate nothing, so that the "
-        "calibration rows are exchangeable with new rows"
+        f"{len(for_scale):,} rows fit the scale of scores of rows with missing values, and calibrate nothing, so that "
+        "the calibration rows are exchangeable with new rows"
     )
-    return GapSplit(np.sort(random[len(aside) :]), complete, [note])
+    return GapSplit(np.sort(random[len(for_scale) :]), complete, [note])
 
 
 def refit_gap_scores(module: Any, table: Table, split: GapSplit) -> bool:

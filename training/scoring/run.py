@@ -1,6 +1,6 @@
 """Run a job of `elbo score`: plan or continue it, score its parts, and rename the output to its final path.
 
-A job has a folder `.OUTPUT.partial/HASH` beside the output, where HASH is that of its options and data. When all parts
+A job has a folder `.OUTPUT.partial/HASH` beside the output. HASH is the hash of its options and data. When all parts
 are finished, the output appears by one rename. If the process is killed, the folder stays, and the same command
 continues with the parts that are not finished. A command with other options or data removes the folder. Tasks of Ray
 that outlive their command therefore cannot write into the folder of another job.
@@ -215,7 +215,7 @@ def _locked(folder: Path, output: Path) -> Iterator[None]:
 
 
 def _open_plan(job: Job, artifact: Artifact, sources: Sequence[str]) -> tuple[Job, list[Part]]:
-    """Return the job, with the folder of its own in `job.folder`, and its parts.
+    """Return the job, with its own folder in `job.folder`, and its parts.
 
     The parts are those of an earlier process, if it had the same options and data. Otherwise, they are new, and all
     other folders in `job.folder` are removed.
