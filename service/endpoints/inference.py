@@ -197,6 +197,9 @@ class InferenceEndpoints:
         """Sample rows whose latents are near those of `point`."""
         seed, served = _seed(parsed.body.seed), parsed.served
         code = read_condition(served, parsed.body.condition)
+        if parsed.body.n > self._service.admission.max_small_rows:
+            # Before `_deviation`, which takes the turn for LATENT_DRAWS rows: a second call of `take_turn` does nothing.
+            await take_turn(parsed, parsed.body.n)
         deviation = await self._deviation(parsed, code)
         (centre,) = await latents_of(self._service, parsed, [point])
         noise, choice, *row_noise = await self._draw(parsed, seed, served.manifest.width if _with_noise(parsed) else 0)
