@@ -26,6 +26,8 @@ def connected() -> Iterator[Any]:
     cluster that is started here has no dashboard and sends no usage statistics.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray counts the processes that its memory monitor ends apart from MAX_RETRIES, and retries them without limit.
+    os.environ.setdefault("RAY_task_oom_retries", str(MAX_RETRIES))
     import ray
 
     if ray.is_initialized():
