@@ -198,7 +198,7 @@ class InferenceEndpoints:
         seed, served = _seed(parsed.body.seed), parsed.served
         code = read_condition(served, parsed.body.condition)
         if parsed.body.n > self._service.admission.max_small_rows:
-            # Before `_deviation`, which takes the turn for LATENT_DRAWS rows: a second call of `take_turn` does nothing.
+            # Before `_deviation`, which takes the turn for LATENT_DRAWS rows: a second call of `take_turn` does nothing
             await take_turn(parsed, parsed.body.n)
         deviation = await self._deviation(parsed, code)
         (centre,) = await latents_of(self._service, parsed, [point])
