@@ -75,7 +75,8 @@ def score_on_ray(job: Job, parts: Sequence[Part], workers: int | None, show: Sho
             ready, _ = ray.wait(list(running), num_returns=1)
             for reference in ready:
                 part = running.pop(reference)
-                show(_result(ray, reference, f"scoring the rows of {part.source} from row {part.first_row:,} on").rows)
+                work = f"scoring the rows of {part.source} from row {part.first_row:,} on"
+                show(_result(ray, reference, work, ", or make the parts smaller with --part-rows").rows)
 
 
 def train_on_ray(job: sweep.Sweep, trials: Sequence[sweep.Trial], show: sweep.Show) -> list[sweep.TrialResult]:
@@ -107,8 +108,14 @@ def _train(job: sweep.Sweep, trial: sweep.Trial) -> sweep.TrialResult:
     return sweep.train_trial(job, trial)
 
 
-def _result(ray: Any, reference: Any, work: str) -> Any:
+def _result(ray: Any, reference: Any, work: str, remedy: str = "") -> Any:
     """Return the result of a finished task. If it failed, raise its own exception instead of Ray's RayTaskError.
+
+    Args:
+        ray: the module.
+        reference: the reference to the result.
+        work: what the task did, for the error.
+        remedy: what helps besides more memory, for the error.
 
     Raises:
         TaskDied: the process of the task died each time, or its node was lost.
@@ -121,5 +128,5 @@ def _result(ray: Any, reference: Any, work: str) -> Any:
         reason = " ".join(str(error).split())[:300]
         raise TaskDied(
             f"{work}: the process died {MAX_RETRIES + 1} times ({type(error).__name__}: {reason}): give its machine "
-            "more memory, or make the parts smaller with --part-rows, then repeat the command"
+            f"more memory{remedy}, then repeat the command"
         ) from error
