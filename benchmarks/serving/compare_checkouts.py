@@ -11,8 +11,8 @@ rate of the other checkout in the same round. The table shows the median of this
 quartiles in brackets. The cost ratio compares the processor time per response in the same way. On a shared machine, the
 cost ratio varies less than the rate ratio.
 
-Options: --rounds (default 10), --seconds per measurement (default 2), --smoke (one short round, against this checkout
-itself).
+Options: --rounds (default 10), --seconds per measurement (default 2), --keys (both servers need an API key), --smoke
+(one short round, against this checkout itself).
 """
 
 import argparse
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
 from time import monotonic, sleep
@@ -34,6 +34,8 @@ from benchmarks.serving.load_generators import Request, run_closed_loop
 from benchmarks.serving.server_process import ServerProcess, adopt_orphans, free_port
 from benchmarks.serving.servers import JSON, NPY, ListProtocol
 from benchmarks.serving.workload import Workload, open_workload
+from service.access import key_file
+from service.access.scopes import Scope
 
 START_SECONDS = 60.0
 TRAINING = """
@@ -104,8 +106,8 @@ class Server:
         return Measurement(sample.rate, spent / (sample.rate * max(1, round(seconds))))
 
 
-def loads(workload: Workload) -> list[Load]:
-    """Return the loads to compare."""
+def loads(workload: Workload, headers: dict[str, str] | None = None) -> list[Load]:
+    """Return the loads to compare. Their requests have `headers` besides their own."""
     protocol = ListProtocol("/reconstruct?model=vae", npy=True)
     one = protocol.create_request(workload.rows[1], binary=False)
     many = protocol.create_request(workload.rows[32], binary=False)
@@ -115,7 +117,7 @@ def loads(workload: Workload) -> list[Load]:
     assert large
     body = orjson.dumps({"inputs": workload.few_features}, option=orjson.OPT_SERIALIZE_NUMPY)
     anomaly = Request("/anomaly?model=hosts", JSON, body)
-    return [
+    found = [
         Load("1 row JSON, c=1", one, 1),
         Load("1 row JSON, c=32", one, 32),
         Load("32 rows JSON, c=32", many, 32),
@@ -123,6 +125,17 @@ def loads(workload: Workload) -> list[Load]:
         Load("/anomaly, 1 row JSON, c=1", anomaly, 1),
         Load("/anomaly, 1 row JSON, c=32", anomaly, 32),
     ]
+    return [
+        replace(load, request=replace(load.request, headers=load.request.headers | (headers or {}))) for load in found
+    ]
+
+
+def make_key(path: Path) -> dict[str, str]:
+    """Write a file with one API key, and return the header with which clients send the key."""
+    value = key_file.new_value()
+    scopes = frozenset((Scope.INFER, Scope.WRITE))
+    key_file.add(path, "client", key_file.ApiKey(sha256=key_file.hash_of(value), scopes=scopes))
+    return {"X-API-Key": value}
 
 
 def start(
@@ -162,6 +175,7 @@ def main() -> None:
     parser.add_argument("other", nargs="?", type=Path, help="folder of the other checkout")
     parser.add_argument("--rounds", type=int, default=10, help="rounds (10)")
     parser.add_argument("--seconds", type=float, default=2.0, help="seconds per measurement (2)")
+    parser.add_argument("--keys", action="store_true", help="both servers need an API key")
     parser.add_argument("--smoke", action="store_true", help="one short round against this checkout itself")
     options = parser.parse_args()
     if options.smoke:
@@ -171,12 +185,16 @@ def main() -> None:
     adopt_orphans()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         workload = train_models(options.other.resolve(), Path(folder))
+        headers, variables = {}, {}
+        if options.keys:
+            keys = Path(folder) / "keys.toml"
+            headers, variables = make_key(keys), {"ELBO_API_KEYS_FILE": str(keys)}
         servers = {
-            "this": start(ROOT, workload, stack, "this"),
-            "other": start(options.other.resolve(), workload, stack, "other"),
+            "this": start(ROOT, workload, stack, "this", variables),
+            "other": start(options.other.resolve(), workload, stack, "other", variables),
         }
         print("| load | this, 1/s | other, 1/s | rate ratio | cost ratio |\n|---|---|---|---|---|")
-        for load in loads(workload):
+        for load in loads(workload, headers):
             found: dict[str, list[Measurement]] = {"this": [], "other": []}
             for server in servers.values():
                 server.measure(load, min(1.0, options.seconds))  # warm-up
