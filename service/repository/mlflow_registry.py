@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -26,7 +27,14 @@ from models.manifest import FILE_NAME, NAME, VERSION, read_manifest
 from models.signatures import SIGNATURE_NAME
 from service.repository.index import Entries, FileEntry, VersionEntry, VersionName
 from service.repository.location import Location, RepositoryInvalid
-from service.repository.storage import CopyConflict, RepositoryCorrupt, entry_of_folder, failures_of, sha256_of
+from service.repository.storage import (
+    SECRET,
+    CopyConflict,
+    RepositoryCorrupt,
+    entry_of_folder,
+    failures_of,
+    sha256_of,
+)
 
 PLACE = "mlflow:"
 FOLDER = "model"  # of a version, in the artifacts of its run
@@ -34,6 +42,13 @@ EXPERIMENT = "elbo"
 PAGE = 200  # versions in a response of the registry
 NUMBER, BYTES, HASH = "elbo.version", "elbo.bytes", "elbo.sha256"  # tags of a version
 SIGNATURE_BYTES, SIGNATURE_HASH = "elbo.signature.bytes", "elbo.signature.sha256"
+ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+DEFAULTS = {  # of variables of MLflow; by default, MLflow tries for minutes to reach a server that is away
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
 LOADER = "elbo.mlflow"  # the module that `mlflow.pyfunc` calls
 
 
@@ -41,20 +56,24 @@ class MlflowRepository:
     """The model registry that the variables of MLflow name.
 
     Raises:
-        RepositoryInvalid: MLflow is not installed.
+        RepositoryInvalid: MLflow is not installed, or no variable names the registry.
     """
 
     def __init__(self) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        for name, value in DEFAULTS.items():
+            os.environ.setdefault(name, value)
         try:
             import mlflow
         except ImportError as error:
             raise RepositoryInvalid(
                 f"{PLACE} needs the package mlflow-skinny: install Elbo with pip install 'elbo[mlflow]'"
             ) from error
+        if not any(os.environ.get(name) for name in ADDRESSES):
+            raise RepositoryInvalid(
+                f"{PLACE} needs the address of MLflow: set MLFLOW_TRACKING_URI, for example to http://mlflow:5000"
+            )
         self._mlflow: Any = mlflow
-        self._location = Location("mlflow", mlflow.get_registry_uri())
+        self._location = Location("mlflow", SECRET.sub(r"\1\2", mlflow.get_registry_uri()))
         with self._failures():
             self._client: Any = mlflow.MlflowClient()
         self._found: dict[VersionName, Any] = {}
@@ -94,9 +113,16 @@ class MlflowRepository:
         registered = self._found[name]
         with self._failures():
             place = self._client.get_model_version_download_uri(name.name, registered.version)
+            listed = self._client.list_artifacts(registered.run_id, FOLDER) if registered.run_id else ()
+        sizes = {Path(file.path).name: file.file_size for file in listed}
         for file, expected in ((FILE_NAME, entry.model), (SIGNATURE_NAME, entry.signature)):
             if expected is None:
                 continue
+            if (size := sizes.get(file)) not in (None, expected.bytes):
+                raise RepositoryCorrupt(
+                    f"{file} of {name} in MLflow (version {registered.version}) has {size} bytes, and its tag names "
+                    f"{expected.bytes}: the file was altered or damaged after it was pushed"
+                )
             with self._failures(f"{file} of {name}"):
                 self._mlflow.artifacts.download_artifacts(artifact_uri=f"{place}/{file}", dst_path=str(staging))
             found = sha256_of(staging / file)
@@ -119,23 +145,44 @@ class MlflowRepository:
         with tempfile.TemporaryDirectory() as folder:
             _write_model(Path(folder), staging, name)
             with self._failures():
-                run = self._client.create_run(self._experiment(), run_name=str(name), tags=_tags(name, entry))
-                self._client.log_artifacts(run.info.run_id, folder, FOLDER)
-                self._client.set_terminated(run.info.run_id)
-                self._create_model(name.name)
-                source = f"{run.info.artifact_uri}/{FOLDER}"
-                registered = self._client.create_model_version(
-                    name.name, source, run.info.run_id, tags=_tags(name, entry)
-                )
-        first = next(each for other, each in self._registered(name.name) if other == name)
-        if first.version != registered.version and first.tags.get(HASH) != entry.model.sha256:
+                registered = self._register(name, Path(folder), _tags(name, entry))
+        self._found[name] = self._first(name) or registered
+        if self._found[name].version != registered.version:
             with self._failures():
                 self._client.delete_model_version(name.name, registered.version)
+            self._join(name, entry, staging)
+
+    def _register(self, name: VersionName, folder: Path, tags: dict[str, str]) -> Any:
+        """Return a new version of MLflow with the files in `folder`, which are the artifacts of a new run."""
+        run = self._client.create_run(self._experiment(), run_name=str(name), tags=tags)
+        try:
+            self._client.log_artifacts(run.info.run_id, str(folder), FOLDER)
+            self._create_model(name.name)
+            source = f"{run.info.artifact_uri}/{FOLDER}"
+            registered = self._client.create_model_version(name.name, source, run.info.run_id, tags=tags)
+        except BaseException:
+            with suppress(Exception):  # the first error is the one to report
+                self._client.set_terminated(run.info.run_id, "FAILED")
+            raise
+        self._client.set_terminated(run.info.run_id)
+        return registered
+
+    def _first(self, name: VersionName) -> Any:
+        """Return the oldest version of MLflow for `name`; None if there is none."""
+        return next(
+            (each for other, each in self._registered(name.name) if other == name and _entry_in(each.tags)), None
+        )
+
+    def _join(self, name: VersionName, entry: VersionEntry, staging: Path) -> None:
+        """Check that the version which another process has pushed meanwhile is the same; add the signature to it."""
+        first = self._found[name]
+        if first.tags.get(HASH) != entry.model.sha256:
             raise CopyConflict(
                 f"another process has pushed another {name} to MLflow meanwhile, as version {first.version}: pull it, "
                 "so that the next model that you train gets a new number"
             )
-        self._found[name] = first
+        if entry.signature and SIGNATURE_HASH not in first.tags:
+            self.store(name, staging, only_signature=True)
 
     def _experiment(self) -> str:
         """Return the id of the experiment of the runs: MLFLOW_EXPERIMENT_NAME, or else `elbo`."""

@@ -30,7 +30,7 @@ TOTAL_SECONDS = 60.0  # for one small answer or a list of files, also from a ser
 BLOCK_BYTES = 1 << 20
 MAX_LISTED_FILES = 100_000
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
-_SECRET = re.compile(r"(?i)(//)[^/\s]+@|((?:signature|credential|token|key|password)=)[^&\s'\"]+")
+SECRET = re.compile(r"(?i)(//)[^/\s]+@|((?:signature|credential|token|key|password)=)[^&\s'\"]+")
 
 
 class RepositoryUnavailable(ElboError):
@@ -140,7 +140,7 @@ def failures_of(location: Location, path: str, target: Path | None = None) -> It
                 f"cannot read or write {path} of {location} ({error.strerror}): change the permissions of the file and "
                 "of the folders above it"
             ) from error
-        reason = printable(_SECRET.sub(r"\1\2", (str(error) or "no details").splitlines()[0]))[:200]
+        reason = printable(SECRET.sub(r"\1\2", (str(error) or "no details").splitlines()[0]))[:200]
         raise RepositoryUnavailable(
             f"cannot read or write {path} of {location} ({type(error).__name__}: {reason}): check the network, the "
             "address and the credentials"

@@ -2,8 +2,8 @@
 
     .venv-remote/bin/python -m tests.service.repository.mlflow_steps FOLDER ROWS
 
-FOLDER has the artifact folders `own`, with web@1 and web@2, and `other`, with another web@1. ROWS is JSON. The steps
-run in one process, because importing MLflow takes seconds.
+FOLDER has the artifact folders `own`, with web@1 and web@2, `other`, with another web@1, and `signed`, with web@1 and
+its signature. ROWS is JSON. The steps run in one process, because importing MLflow takes seconds.
 """
 
 import json
@@ -14,6 +14,7 @@ import mlflow
 import numpy as np
 
 from service.repository.copying import copy_versions, open_repository
+from service.repository.index import VersionName
 from service.repository.storage import CopyConflict
 
 
@@ -24,7 +25,9 @@ def copied(source: str, destination: str, *names: str) -> list[str]:
 
 def main(folder: Path, rows: str) -> None:
     """Print the results of all steps as one JSON object."""
-    own, other, pulled = (str(folder / name) for name in ("own", "other", "pulled"))
+    own, other, signed, pulled = (str(folder / name) for name in ("own", "other", "signed", "pulled"))
+    late = open_repository("mlflow:")
+    late.entries()
     found: dict[str, object] = {
         "pushed": copied(own, "mlflow:", "web@2", "web@1"),
         "again": copied(own, "mlflow:"),
@@ -34,6 +37,13 @@ def main(folder: Path, rows: str) -> None:
         copied(other, "mlflow:")
     except CopyConflict as error:
         found["conflict"] = error.code
+    # Pushes that listed the registry before the first push ended
+    late.store(VersionName("web", 1), folder / "signed/web/1", only_signature=False)
+    try:
+        late.store(VersionName("web", 1), folder / "other/web/1", only_signature=False)
+    except CopyConflict as error:
+        found["late conflict"] = error.code
+    found["signed"] = copied(signed, "mlflow:"), copied("mlflow:", pulled, "web@1")
     model = mlflow.pyfunc.load_model("models:/web/1")
     found["predicted"] = model.predict(np.array(json.loads(rows), np.float32)).to_dict(orient="list")
     print(json.dumps(found))

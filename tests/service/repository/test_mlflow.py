@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             process.wait()
 
 
+@pytest.mark.usefixtures("server")
+def test_registry_without_an_address_is_refused() -> None:
+    command = [str(PYTHON), "-m", "elbo", "push", "mlflow:", "web"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "set MLFLOW_TRACKING_URI" in result.stderr
+
+
 def registered(server: str) -> list[dict[str, Any]]:
     """Return what the REST API of the server says about the versions of `web`, oldest first."""
     found = httpx.get(f"{server}/api/2.0/mlflow/model-versions/search", params={"filter": "name = 'web'"}).json()
@@ -60,10 +70,12 @@ def registered(server: str) -> list[dict[str, Any]]:
 
 def test_versions_are_registered_loaded_by_mlflow_and_pulled(server: str, tmp_path: Path) -> None:
     own = tmp_path / "own"
-    publish(own, name="web")
+    first = publish(own, name="web")
     path = publish(own, name="web", kind="ae")
     create_key(tmp_path / "release.key", "release")
     sign(path, read_private_key(tmp_path / "release.key"))
+    shutil.copytree(first.parent, tmp_path / "signed/web/1")
+    sign(tmp_path / "signed/web/1/model.pt", read_private_key(tmp_path / "release.key"))
     publish(tmp_path / "other", name="web", kind="vae-gaussian")
     rows = torch.randn(5, D, generator=torch.Generator().manual_seed(0))
     command = [str(PYTHON), "-m", "tests.service.repository.mlflow_steps", str(tmp_path), json.dumps(rows.tolist())]
@@ -72,11 +84,13 @@ def test_versions_are_registered_loaded_by_mlflow_and_pulled(server: str, tmp_pa
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["pushed"] == ["copied web@2", "copied web@1"]
     assert found["again"] == ["present web@2"]
-    assert found["conflict"] == "copy_conflict"
+    assert found["conflict"] == found["late conflict"] == "copy_conflict"
+    assert found["signed"] == [["present web@1"], ["signature web@1"]]
     versions = registered(server)
     tags = [{tag["key"]: tag["value"] for tag in version["tags"]} for version in versions]
     assert [each["elbo.version"] for each in tags] == ["2", "1"]  # MLflow numbers the versions by itself
-    assert files_in(tmp_path / "pulled") == ["web/1/model.pt", "web/2/model.pt", "web/2/model.pt.sig"]
+    files = ("web/1/model.pt", "web/1/model.pt.sig", "web/2/model.pt", "web/2/model.pt.sig")
+    assert files_in(tmp_path / "pulled") == list(files)
     assert (tmp_path / "pulled/web/2/model.pt").read_bytes() == path.read_bytes()
     module = load(path).module
     with torch.inference_mode():
