@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from service.repository import mirror as mirror_module
 from service.repository.index import INDEX_NAME
 from service.repository.location import parse_location
 from service.repository.mirror import Mirror, read_failures
@@ -287,17 +288,21 @@ def test_artifact_and_signature_of_a_replaced_version_change_together(
     if not has_exchange:
         monkeypatch.setattr("service.repository.mirror.RENAME_EXCHANGE", 1 << 30)  # unknown to the kernel
     folder, pairs = cache / "hosts/2", set()
-    for move in (Path.rename, Path.replace):
 
-        def moved(path: Path, target: Path, move: Callable[[Path, Path], Path] = move) -> Path:
+    def recorded(move: Callable[[Path, Path], object]) -> Callable[[Path, Path], object]:
+        def moved(path: Path, target: Path) -> object:
             found = move(path, target)
             if folder.exists():
                 pairs.add(((folder / "model.pt").read_bytes(), (folder / "model.pt.sig").read_text()))
             return found
 
-        monkeypatch.setattr(Path, move.__name__, moved)
+        return moved
+
+    for owner, name in ((Path, "rename"), (Path, "replace"), (mirror_module, "_exchange")):
+        monkeypatch.setattr(owner, name, recorded(getattr(owner, name)))
     assert mirror.poll().changed
-    assert pairs <= {(sealed("hosts 2"), "first"), (sealed("another content"), "second")}
+    after = (sealed("another content"), "second")
+    assert {after} <= pairs <= {(sealed("hosts 2"), "first"), after}
     assert (cache / "hosts/2/model.pt").read_bytes() == sealed("another content")
     assert (cache / "hosts/2/model.pt.sig").read_text() == "second"
     assert sorted(path.name for path in (cache / "hosts").iterdir()) == ["1", "2"]
