@@ -193,13 +193,14 @@ class AsyncConnection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._reader: ResponseReader | None = None  # of the response that is awaited
         self._complete: asyncio.Future[None] | None = None  # the end of this response
-        self._received = bytearray(RECEIVE_BYTES)
+        # Over TLS, asyncio receives each record into a slice of it. A slice of a bytearray would be a copy.
+        self._received = memoryview(bytearray(RECEIVE_BYTES))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport."""
         self._transport = cast(asyncio.Transport, transport)
 
-    def get_buffer(self, sizehint: int) -> bytearray:  # noqa: ARG002 - as in `BufferedProtocol`
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - as in `BufferedProtocol`
         """Return the buffer into which the next bytes are received."""
         return self._received
 
@@ -208,7 +209,7 @@ class AsyncConnection(asyncio.BufferedProtocol):
         if self._reader is None:
             self.close()
         else:
-            self._feed(self._reader, bytes(memoryview(self._received)[:nbytes]))
+            self._feed(self._reader, bytes(self._received[:nbytes]))
 
     def _feed(self, reader: ResponseReader, data: bytes) -> None:
         try:

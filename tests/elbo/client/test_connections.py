@@ -62,6 +62,22 @@ def test_calls_and_streams_work_over_https(https: tuple[ServerProcess, ssl.SSLCo
     assert count == 3000
 
 
+def test_response_of_several_tls_records_arrives_whole(https: tuple[ServerProcess, ssl.SSLContext]) -> None:
+    """A record has at most 16 KiB, and asyncio reads the records that have arrived into one buffer."""
+    server, context = https
+    address, rows = f"https://127.0.0.1:{server.port}", host_rows(8000)
+
+    async def scenario() -> list[Any]:
+        async with AsyncClient(address, verify=context) as elbo:
+            return [(await elbo.encode(rows)).latents for _ in range(10)]
+
+    with Client(address, verify=context) as elbo:
+        expected = elbo.encode(rows).latents
+    assert expected.nbytes > 60_000
+    for latents in asyncio.run(scenario()):
+        np.testing.assert_allclose(latents, expected, atol=1e-6)
+
+
 def test_server_whose_certificate_is_not_trusted_gets_no_request(https: tuple[ServerProcess, ssl.SSLContext]) -> None:
     server, _ = https
     with Client(f"https://127.0.0.1:{server.port}", key="secret", retries=Retries(attempts=1)) as elbo:
