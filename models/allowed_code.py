@@ -33,7 +33,7 @@ def _rules(names: str, tensors: int, numbers: bool = False, grows: bool = True) 
 
 TRAINED: dict[str, Rule] = {
     # Arithmetic and comparison, number by number.
-    **_rules("add sub mul div eq ne gt ge lt maximum", 2, grows=False),
+    **_rules("add sub mul div eq ne gt ge lt maximum minimum", 2, grows=False),
     **_rules("neg exp log log1p sqrt square round isnan", 1, grows=False),
     **_rules("where", 3, grows=False),
     **_rules("clamp hardtanh", 1, grows=False),
@@ -87,7 +87,7 @@ NEVER_REACHED = frozenset({"torch.copy_", "torch.hardtanh_", "torch.relu_", "tor
 # `training.adoption.decompositions` writes these, and also GRUs and batch normalisation, with allowed operators.
 ADOPTED: dict[str, Rule] = {
     # Arithmetic and comparison, number by number.
-    **_rules("pow minimum le logical_and logical_or masked_fill", 2, grows=False),
+    **_rules("pow le logical_and logical_or masked_fill", 2, grows=False),
     **_rules("abs erf reciprocal rsqrt sin cos logical_not", 1, grows=False),
     # Activations.
     **_rules(
