@@ -472,22 +472,12 @@ def _sweep(
 
 def _train_config(arguments: dict[str, Any]) -> "TrainConfig":
     """Return the configuration for `arguments`, the values of the options as text. None: the option was not given."""
-    from training.config import TrainConfig
+    from training.config import COLUMN_OPTIONS, TrainConfig
 
     options = {key: value for key, value in arguments.items() if value is not None}
     if options.get("calibration") is None:
         options["calibration"] = _default(TrainConfig.model_fields["calibration"])
-    for key in {
-        "hidden",
-        "dense",
-        "drop",
-        "keep",
-        "label",
-        "category",
-        "bounds",
-        "season",
-        "condition",
-    } & options.keys():
+    for key in {"hidden", "dense", *COLUMN_OPTIONS} & options.keys():
         text = options[key]
         options[key] = [] if text == "none" else next(csv.reader([text], skipinitialspace=True), [])
     if "size" in options:

@@ -18,7 +18,7 @@ from elbo.errors import ElboWarning, OptionError
 from elbo.model import Model
 from elbo.sources import LABEL_COLUMN, Data, Labels, as_source
 from models.errors import ElboError, first_fault
-from training.config import Kind, TrainConfig
+from training.config import COLUMN_OPTIONS, Kind, TrainConfig
 from training.data.policy_file import read_policy
 from training.data.readers import InMemory
 from training.progress import LiveReporter, PlainReporter, SilentReporter
@@ -29,15 +29,6 @@ if TYPE_CHECKING:
     from elbo.options import Options
     from models.policy_rules import Policy
 
-COLUMN_OPTIONS = (
-    "drop",
-    "keep",
-    "label",
-    "category",
-    "bounds",
-    "season",
-    "condition",
-)  # lists, for which one string may be given
 COMMAND_COLUMNS = re.compile(r"--(drop|keep|label) ('[^']*'|[^\s;:,]+)")  # advice to choose columns, in messages
 COMMAND_OPTION = re.compile(r"--([a-z][a-z-]*)")
 

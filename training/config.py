@@ -55,6 +55,10 @@ def read_bounds(entry: str) -> tuple[str, float, float]:
     return name, low, high
 
 
+# Options that name columns or their bounds; each is a list
+COLUMN_OPTIONS = ("drop", "keep", "label", "category", "bounds", "season", "condition")
+
+
 class TrainConfig(BaseModel):
     """Options of one training run. The artifact's manifest stores them, so that the run can be repeated."""
 

@@ -378,7 +378,7 @@ def _require_same(name: VersionName, theirs: str | None, ours: str | None) -> No
         raise CopyConflict(
             f"the destination has another {name}, with the SHA-256 {theirs}, expected {ours}. A version never changes: "
             "pull the versions of the destination first, so that the next model that you train gets a new number. If "
-            "the pull does not find this version, a push has not ended: run elbo index on the destination"
+            "elbo pull does not find this version, an earlier push was interrupted: run elbo index on the destination"
         )
 
 

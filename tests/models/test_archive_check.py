@@ -42,12 +42,13 @@ def with_sizes(size: int) -> bytes:
     return bytes(content)
 
 
-def check(content: bytes) -> None:
-    check_archive(open_archive(content), content, PATH)
+def check(content: bytes) -> list[str]:
+    """Return the names of the members."""
+    return list(check_archive(open_archive(content), content, PATH))
 
 
-def test_plain_zip_file_is_accepted() -> None:
-    check(bytes(zipped()))
+def test_plain_zip_file_is_accepted_with_all_its_members() -> None:
+    assert check(bytes(zipped(("a/version", "a/byteorder", "a/data.pkl")))) == ["version", "byteorder", "data.pkl"]
 
 
 @pytest.mark.parametrize(

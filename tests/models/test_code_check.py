@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from models.code_check import MAX_DEPTH, check_code
+from models.code_check import MAX_DEPTH, Code, check_code
 from models.errors import ArtifactUnsafe
 from models.pickle_check import PickledObject, PickledTensor
 
@@ -24,8 +24,11 @@ INNER = (
 FUNCTION = "def double(x: Tensor) -> Tensor:\n  return torch.add(x, x)\n"
 
 
-def check(source: str, member: str = "code/__torch__/models/m.py") -> None:
-    check_code({member: source.encode()}, Path("model.pt")).check_methods(f"{MODULE}.M", ["encode", "decode"])
+def check(source: str, member: str = "code/__torch__/models/m.py") -> Code:
+    """Return the code of a member whose methods keep every rule."""
+    code = check_code({member: source.encode()}, Path("model.pt"))
+    code.check_methods(f"{MODULE}.M", ["encode", "decode"])
+    return code
 
 
 def method_with(lines: str) -> str:
@@ -49,7 +52,9 @@ def method_with(lines: str) -> str:
     ],
 )
 def test_code_that_keeps_every_rule_is_accepted(lines: str) -> None:
-    check(method_with(lines))
+    code = check(method_with(lines))
+    assert f"{MODULE}.M" in code.classes
+    assert f"{MODULE}.double" in code.functions
 
 
 @pytest.mark.parametrize(
