@@ -61,13 +61,17 @@ class CompletingPipeline(Pipeline):
         """
         raise NotImplementedError
 
-    def settle(self, x: Tensor, mean: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def constrain(self, x: Tensor, mean: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the estimates `mean` of the missing values of rows x within their bounds, and their intervals.
 
         An interval that does not contain its estimate any more is extended. All arrays are [B, D].
         """
-        settled = torch.where(x.isnan(), self.observation.settle(mean), x)
-        return settled, torch.where(low > settled, settled, low), torch.where(high < settled, settled, high)
+        constrained = torch.where(x.isnan(), self.observation.constrain(mean), x)
+        return (
+            constrained,
+            torch.where(low > constrained, constrained, low),
+            torch.where(high < constrained, constrained, high),
+        )
 
     def score_gaps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Score rows x [B, D] whose missing values are NaN. Return what `Pipeline.score` returns for complete rows.
@@ -189,8 +193,8 @@ class CompletingPCA(CompletingPipeline):
         deviation = torch.where(missing, variance.sqrt() * self.scaling.scale, torch.zeros_like(filled))  # [B, D]
         # A normal variable is above the upper end with probability 0.05, and below the lower end with probability 0.05.
         margin = 1.6448536269514722 * deviation
-        settled, low, high = self.settle(x, filled.float(), (filled - margin).float(), (filled + margin).float())
-        return settled, deviation.float(), low, high
+        constrained, low, high = self.constrain(x, filled.float(), (filled - margin).float(), (filled + margin).float())
+        return constrained, deviation.float(), low, high
 
     def complete(
         self,
@@ -387,8 +391,8 @@ class CompletingNetwork(CompletingPipeline):
         low = torch.where(missing, self.scaling.inverse(mean + self.chains.low * deviation), x)
         high = torch.where(missing, self.scaling.inverse(mean + self.chains.high * deviation), x)
         scaled = self.chains.spread * deviation * self.scaling.scale  # [B, D]
-        settled, low, high = self.settle(x, filled, low, high)
-        return settled, torch.where(missing, scaled, torch.zeros_like(scaled)), low, high
+        constrained, low, high = self.constrain(x, filled, low, high)
+        return constrained, torch.where(missing, scaled, torch.zeros_like(scaled)), low, high
 
     def expected_score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the expected scores of rows x [B, D]: the means over the states of the chains.
@@ -519,13 +523,13 @@ class CompletingAdopted(CompletingNetwork):
         scaled = (self.scaling.inverse(mean + spread) - self.scaling.inverse(mean - spread)).abs() / 2.0  # [B, D]
         first = self.scaling.inverse(mean + self.chains.low * deviation)  # [B, D]
         last = self.scaling.inverse(mean + self.chains.high * deviation)  # [B, D]
-        settled, low, high = self.settle(
+        constrained, low, high = self.constrain(
             x,
             torch.where(missing, self.scaling.inverse(mean), x),
             torch.where(missing, torch.minimum(first, last), x),  # a scaling may reverse the order
             torch.where(missing, torch.maximum(first, last), x),
         )
-        return settled, torch.where(missing, scaled, torch.zeros_like(scaled)), low, high
+        return constrained, torch.where(missing, scaled, torch.zeros_like(scaled)), low, high
 
 
 class CompletingReconstruction(CompletingAdopted):

@@ -152,11 +152,11 @@ class MixedObservation(Observation):
         self.numbers, self.least, self.categories = len(low) - sum(sizes), MIN_PROBABILITY, Categories(sizes)
         self.register_buffer("order", MIN_PROBABILITY * torch.arange(sum(sizes)))  # of equal levels, the first is taken
 
-    def settle(self, x: Tensor) -> Tensor:
+    def constrain(self, x: Tensor) -> Tensor:
         """Return rows x [B, D] whose numbers are within their bounds; features of levels stay as they are."""
         within = x.clamp(self.low, self.high)
-        settled = torch.where(self.whole, within.round(), within)  # TorchScript has no `super`
-        return torch.cat((settled[:, : self.numbers], x[:, self.numbers :]), dim=1)
+        constrained = torch.where(self.whole, within.round(), within)  # TorchScript has no `super`
+        return torch.cat((constrained[:, : self.numbers], x[:, self.numbers :]), dim=1)
 
     def forward(self, x_hat: Tensor, noise: Tensor) -> Tensor:
         """Return rows [B, D] for decoded rows x_hat [B, D] and standard normal noise [B, D].

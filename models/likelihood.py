@@ -58,7 +58,7 @@ class OptimalGaussianLikelihood(GaussianLikelihood):
 
     This value is the mean squared error of the batch (Rybkin, Daniilidis & Levine 2021, "Simple and effective VAE
     training with calibrated decoders", eq. 6). In evaluation mode, the variance keeps the value of the last training
-    batch. At the end of training, `settle` sets the variance from all rows.
+    batch. At the end of training, `set_variance` sets the variance from all rows.
 
     Args:
         variance: the variance before the first batch, [1].
@@ -76,7 +76,7 @@ class OptimalGaussianLikelihood(GaussianLikelihood):
             self.log_variance.copy_(best.detach().reshape(1))
         return -0.5 * (squared * torch.exp(-best) + best + math.log(2.0 * math.pi)).sum(dim=1)  # [B]
 
-    def settle(self, mean_squared_error: Tensor) -> None:
+    def set_variance(self, mean_squared_error: Tensor) -> None:
         """Set the variance to `mean_squared_error`, a scalar.
 
         The mean squared error of all rows is the variance that maximises their likelihood.

@@ -30,7 +30,7 @@ class Observation(nn.Module):
         """Return noisy rows [B, D] for decoded rows x_hat [B, D] and standard normal noise [B, D]."""
         return self.add_noise(x_hat, noise)
 
-    def settle(self, x: Tensor) -> Tensor:
+    def constrain(self, x: Tensor) -> Tensor:
         """Return rows x [B, D] within the bounds of the features, with whole numbers rounded."""
         within = x.clamp(self.low, self.high)
         return torch.where(self.whole, within.round(), within)

@@ -78,15 +78,15 @@ class GrantedKey:
         if self.limits:
             self.limits.enter()
 
-    def take_back(self) -> None:
+    def undo_enter(self) -> None:
         """Forget a request that `enter` has counted, because it is handled again from the beginning."""
         if self.limits:
-            self.limits.take_back()
+            self.limits.undo_enter()
 
-    def leave(self, rows: int) -> None:
+    def exit(self, rows: int) -> None:
         """Count the end of a request that `enter` has counted, and those `rows` of it that are not counted yet."""
         if self.limits:
-            self.limits.leave()
+            self.limits.exit()
             self.limits.count_rows(rows)
 
     def count_rows(self, rows: int) -> None:

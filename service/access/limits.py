@@ -102,11 +102,11 @@ class KeyLimits:
             self._refuse("rows_per_second", f"{self._rows.rate:g} rows per second", self._rows.seconds_until(0))
         self._count(1)
 
-    def take_back(self) -> None:
+    def undo_enter(self) -> None:
         """Forget a request that `enter` has counted."""
         self._count(-1)
 
-    def leave(self) -> None:
+    def exit(self) -> None:
         """Count the end of a request that `enter` has counted."""
         self._own_running[0] -= 1
 

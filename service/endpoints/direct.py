@@ -478,7 +478,7 @@ class DirectInference:
             return False
         if self._begin(request):
             return True
-        _take_back(request)
+        _undo_enter(request)
         return False
 
     def _enter(self, keys: AccessControl, request: DirectRequest) -> bool:
@@ -539,7 +539,7 @@ class DirectInference:
         record = self._record(request, perf_counter())
         record.status, record.problem = ClientGone.status, ClientGone.code
         self._count(record)
-        _leave(request, 0 if job is None else job.rows)
+        _exit(request, 0 if job is None else job.rows)
         request.detach()
 
     def _plan_of(self, route: Route) -> Plan | None:
@@ -700,7 +700,7 @@ class DirectInference:
             )
             if request.key:
                 head += _lines(request.key.headers())
-                request.key.leave(job.rows)
+                request.key.exit(job.rows)
             self._end(request, head, content)
             records.append(record)
         for record in records:
@@ -738,7 +738,7 @@ class DirectInference:
             *(request.key.headers() if request.key else ()),
         ]
         job: DirectJob | None = request.work
-        _leave(request, 0 if job is None else job.rows)
+        _exit(request, 0 if job is None else job.rows)
         self._end(request, STATUS_LINE[error.status] + _lines(headers), (content,))
         self._count(record)
 
@@ -779,21 +779,21 @@ def client_host(connection: Any, forwarded: bytes | None) -> str | None:
 
 def start_task(request: DirectRequest) -> None:
     """Let a task answer `request` from the beginning."""
-    _take_back(request)
+    _undo_enter(request)
     request.connection.start_task(request)
 
 
-def _take_back(request: DirectRequest) -> None:
+def _undo_enter(request: DirectRequest) -> None:
     """Forget that the API key of a request has counted it, because a task counts it again."""
     if request.key:
-        request.key.take_back()
+        request.key.undo_enter()
         request.key = None
 
 
-def _leave(request: DirectRequest, rows: int) -> None:
+def _exit(request: DirectRequest, rows: int) -> None:
     """Count the end of a request, and its rows, for the limits of its API key."""
     if request.key:
-        request.key.leave(rows)
+        request.key.exit(rows)
 
 
 def _lines(headers: Iterable[Header]) -> bytes:

@@ -318,7 +318,7 @@ class RequestContext:
         """
         self.record.total = self.record.elapsed
         if self.key:
-            self.key.leave(self.record.rows - self._charged_rows)
+            self.key.exit(self.record.rows - self._charged_rows)
         self.ticket.release()
         self.ticket.release_bytes()
         if self._budget:

@@ -212,7 +212,7 @@ class Batcher:
         latency = batch.model.backend.latency
         longest = MAX_INLINE_PIECE_SECONDS if batch.jobs[0].is_piece else MAX_INLINE_SECONDS
         if latency.expected(batch.operation.name, batch.rows) <= longest:
-            self._settle(batch, _run(batch))
+            self._finish_jobs(batch, _run(batch))
             self._schedule_step()
         else:
             self._running = batch.jobs
@@ -240,11 +240,11 @@ class Batcher:
             return
         self._in_thread, self._running = None, []
         try:
-            self._settle(batch, outcomes.result())
+            self._finish_jobs(batch, outcomes.result())
         finally:
             self._schedule_step()
 
-    def _settle(self, batch: Batch, outcomes: list[Outcome]) -> None:
+    def _finish_jobs(self, batch: Batch, outcomes: list[Outcome]) -> None:
         """Give each job its outcome, and record how long a successful batch took."""
         cost = 0.0
         is_successful = True

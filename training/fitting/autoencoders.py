@@ -125,7 +125,7 @@ def fit_vae(task: FitTask) -> VAE:
 
     _train(model, ElboObjective(model, task.latents, config, task.levels), task)
     if isinstance(likelihood, OptimalGaussianLikelihood):
-        likelihood.settle(_mean_squared_error(model, task.sample.to(task.held_out.device), config.seed))
+        likelihood.set_variance(_mean_squared_error(model, task.sample.to(task.held_out.device), config.seed))
     warning = collapse_warning(count_active_latents(model, task.held_out), predicted, task.latents)
     if warning:
         task.reporter.note(warning)

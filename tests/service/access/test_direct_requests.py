@@ -212,11 +212,11 @@ def test_request_that_is_taken_back_leaves_no_trace_in_the_limits() -> None:
     )
     key = GrantedKey("few", definition, KeyLimits("few", definition, SharedCounters()))
     key.enter()
-    key.take_back()
+    key.undo_enter()
     for count in (1, 0):
         key.enter()
         assert b'"requests";r=%d;' % count in key.headers()[1][1]
         assert b'"concurrent";r=0' in key.headers()[1][1]
-        key.leave(0)
+        key.exit(0)
     with pytest.raises(RateLimited):
         key.enter()

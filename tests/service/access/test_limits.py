@@ -40,7 +40,7 @@ def accepted(*workers: KeyLimits, tries: int) -> int:
             worker.enter()
         except RateLimited:
             continue
-        worker.leave()
+        worker.exit()
         count += 1
     return count
 
@@ -93,7 +93,7 @@ def test_headers_say_what_is_left() -> None:
 def test_key_with_rows_in_debt_is_refused_until_the_debt_is_repaid(clock: Callable[[float], None]) -> None:
     key = limits_of(rows_per_second=100)
     key.enter()
-    key.leave()
+    key.exit()
     key.count_rows(350)
     with pytest.raises(RateLimited) as caught:
         key.enter()
@@ -110,7 +110,7 @@ def test_key_may_have_as_many_requests_at_once_as_its_limit_and_no_more() -> Non
     key.enter()
     with pytest.raises(RateLimited, match="2 requests at once"):
         key.enter()
-    key.leave()
+    key.exit()
     key.enter()
 
 

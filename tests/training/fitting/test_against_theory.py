@@ -157,7 +157,7 @@ def test_optimal_variance_is_the_mean_squared_error() -> None:
     learned = GaussianLikelihood(torch.ones(1)).double()
     best = minimise(learned, lambda: -learned.log_prob(X, output).mean())
     assert -float(likelihood.train().log_prob(X, output).mean()) == pytest.approx(best, abs=1e-6)
-    likelihood.settle((X - output).square().mean())
+    likelihood.set_variance((X - output).square().mean())
     assert torch.allclose(likelihood.log_variance.exp(), learned.log_variance.detach().exp(), atol=1e-6)
     assert -float(likelihood.eval().log_prob(X, output).mean()) == pytest.approx(best, abs=1e-6)
 
