@@ -74,6 +74,17 @@ def test_score_adds_the_distances_of_both_detectors_after_scaling_each_by_its_me
     assert torch.equal(x_hat, model.network.decode(model.network.encode(x)[0]))
 
 
+def test_encoding_and_decoding_are_those_of_the_autoencoder_and_there_is_no_density() -> None:
+    model, (x, noise, _) = ensemble(), batch()
+    latents, std = model.encode(x)
+    assert torch.equal(latents, model.network.encoder(x))
+    assert torch.equal(std, torch.zeros_like(latents))
+    assert torch.equal(model.decode(latents), model.network.decoder(latents))
+    log_weight = model.log_weight(x, noise)
+    assert log_weight.shape == (len(x),)
+    assert bool(log_weight.isnan().all())
+
+
 def test_few_rows_with_huge_distances_do_not_change_the_scores_of_normal_rows() -> None:
     model, fitted, x = ensemble(), torch.randn(300, D), torch.randn(400, D)
     fit_score_statistics(model, x, fitted)

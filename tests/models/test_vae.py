@@ -9,7 +9,7 @@ from torch.nn import Linear
 
 from models.likelihood import BernoulliLikelihood, GaussianLikelihood
 from models.networks import mlp
-from models.vae import VAE, gaussian_kl
+from models.vae import LOG_VARIANCE_RANGE, VAE, gaussian_kl
 from training.fitting.losses import elbo_terms
 
 B, D, K = 40, 6, 3
@@ -52,6 +52,22 @@ def test_encode_returns_mean_and_standard_deviation_of_the_posterior() -> None:
     mean, std = vae.encode(x)
     assert torch.equal(mean, raw[:, :K])
     assert torch.allclose(std, (0.5 * raw[:, K:]).exp())
+
+
+def test_decode_and_score_return_the_mean_of_the_likelihood() -> None:
+    vae, x, z = VAE(mlp([D, 2 * K]), mlp([K, D]), BernoulliLikelihood()), torch.randn(B, D), torch.randn(B, K)
+    assert torch.equal(vae.decode(z), torch.sigmoid(vae.decoder(z)))
+    assert torch.equal(vae.score(x)[2], torch.sigmoid(vae.decoder(vae.encode(x)[0])))
+
+
+def test_posterior_variance_stays_within_its_bounds() -> None:
+    encoder = Linear(1, 2, bias=False)
+    vae = VAE(encoder, mlp([1, D]), GaussianLikelihood(torch.ones(1)))
+    with torch.no_grad():
+        encoder.weight.fill_(1.0)
+        std = vae.encode(torch.tensor([[-1e3], [-2.0], [1e3]]))[1]
+    low, high = LOG_VARIANCE_RANGE
+    assert std[:, 0].tolist() == pytest.approx([math.exp(0.5 * low), math.exp(-1.0), math.exp(0.5 * high)])
 
 
 def linear_vae(posterior_scale: float) -> tuple[VAE, Tensor, distributions.MultivariateNormal]:
@@ -115,4 +131,5 @@ def test_score_is_the_negative_elbo_at_the_posterior_mean() -> None:
         score, parts, _ = vae.score(x)
         terms = elbo_terms(vae, x, torch.zeros(B, K).double())
     assert float(score.mean()) == pytest.approx(-float(terms["elbo"]))
+    assert float(parts[:, 0].mean()) == pytest.approx(float(terms["kl"]))
     assert torch.allclose(parts.sum(dim=1), score)

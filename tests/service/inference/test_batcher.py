@@ -1,10 +1,11 @@
 """The batcher: which jobs share a batch, in which order they run, and what happens when they fail or are cancelled."""
 
 import asyncio
+import math
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from time import monotonic, sleep
+from time import monotonic, perf_counter, sleep
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from models.artifact import Artifact
 from service.errors import DeadlineExceeded, NotReady
 from service.inference.backend_selection import select_backend
 from service.inference.batch_queue import BatchQueue, BatchResult, BatchRun, FutureJob, Job, check_delay
+from service.inference.batcher import Batcher
 from service.inference.operations import ENCODE, SAMPLE, Operation, reconstruct
 from tests.service.batching import BareModel, Batches, random_rows, reconstruction, running_batcher
 from tests.service.gate import Gate
@@ -29,7 +31,16 @@ def vae(vae: Artifact) -> BareModel:
 
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(scenario())  # type: ignore[arg-type] # a coroutine, typed as awaitable
+    """Run `scenario` in an event loop, and assert that no callback of the loop raised an error."""
+    errors: list[dict[str, Any]] = []
+
+    async def run_strictly() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+        await scenario()
+        await asyncio.sleep(0)
+
+    asyncio.run(run_strictly())
+    assert not errors
 
 
 def test_result_equals_the_output_of_the_module(vae: BareModel) -> None:
@@ -348,6 +359,71 @@ class UnobservedJob(Job):
 
     def fail(self, error: BaseException) -> None:
         """Ignore the error."""
+
+
+class ObservedJob(Job):
+    """A job that keeps its first result, and counts the results."""
+
+    def __init__(self, inputs: tuple[np.ndarray, ...], done: asyncio.Event) -> None:
+        super().__init__(inputs, math.inf, perf_counter())
+        self.outcomes: list[np.ndarray | BaseException] = []
+        self._done = done
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is a result."""
+        return bool(self.outcomes)
+
+    def finish(self, run: BatchRun, start: int) -> None:
+        """Keep the rows of this job."""
+        self.outcomes.append(run.outputs[0][start : start + self.rows])
+        self._done.set()
+
+    def fail(self, error: BaseException) -> None:
+        """Keep the error."""
+        self.outcomes.append(error)
+        self._done.set()
+
+
+def test_submitted_jobs_share_a_batch_and_count_as_pending_until_they_are_released(vae: BareModel) -> None:
+    batches: Batches = []
+
+    async def scenario() -> None:
+        async with running_batcher(batches, max_batch_rows=8) as batcher:
+            jobs = [ObservedJob((random_rows(rows, seed=rows),), asyncio.Event()) for rows in (2, 3)]
+            for job in jobs:
+                assert batcher.accepts(vae, job.rows)
+                batcher.submit(vae, RECONSTRUCT, job)
+            assert (batcher.pending_rows, batcher.backlog.amount) == (5, 5)
+            for job in jobs:
+                await asyncio.wait_for(job._done.wait(), 60)
+                (output,) = job.outcomes
+                assert not isinstance(output, BaseException)
+                np.testing.assert_allclose(output, reconstruction(vae, job.inputs[0]), atol=1e-6)
+                batcher.release(job.rows)
+            assert (batcher.pending_rows, batcher.backlog.amount) == (0, 0)
+            assert not batcher.accepts(vae, 9)
+        assert not batcher.accepts(vae, 1)
+        assert batches == [("reconstruct", 5)]
+
+    run(scenario)
+
+
+def test_number_of_pending_rows_is_exported(vae: BareModel) -> None:
+    async def scenario() -> None:
+        exported = [-1.0]
+        batcher = Batcher(
+            max_batch_rows=64, max_batch_bytes=2**20, threads=1, on_batch=lambda *_: None, exported_rows=exported
+        )
+        batcher.start()
+        task = asyncio.create_task(batcher.run(vae, RECONSTRUCT, random_rows(5)))
+        await asyncio.sleep(0)
+        assert exported == [5]
+        await task
+        assert exported == [0]
+        await batcher.close()
+
+    run(scenario)
 
 
 def test_jobs_of_different_classes_share_a_batch(vae: BareModel) -> None:

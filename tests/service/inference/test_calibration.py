@@ -139,6 +139,18 @@ def test_a_difference_above_the_largest_calibration_score_is_found_at_every_scal
     assert not calibration.agrees_with_module(other, module, buffers["scores"])
 
 
+def test_a_difference_between_two_neighbouring_calibration_scores_is_found() -> None:
+    model = pipeline("pca")
+    model.calibration = Reference(torch.from_numpy(SCORES["19"]))
+    module = artifact.freeze(artifact.script(model))
+    buffers = {name: buffer.numpy() for name, buffer in model.calibration.named_buffers()}
+    for place in range(1, 19):
+        slope = buffers["slope"].copy()
+        slope[place] *= 1.5
+        other = calibration.NumpyCalibration(buffers | {"slope": slope}, module.threshold)
+        assert not calibration.agrees_with_module(other, module, buffers["scores"]), place
+
+
 @pytest.mark.parametrize("backend", ["torchscript", "onnx"])
 @pytest.mark.parametrize("change", [shifted, steeper, incomplete])
 def test_torchscript_calibration_is_used_if_the_buffers_disagree_with_the_module(
@@ -149,6 +161,7 @@ def test_torchscript_calibration_is_used_if_the_buffers_disagree_with_the_module
     assert isinstance(calibration.load_calibration(loaded), calibration.TorchScriptCalibration)
     chosen = select_backend(loaded, requested=backend).backend
     assert isinstance(chosen.calibration, calibration.TorchScriptCalibration)
+    np.testing.assert_array_equal(chosen.calibration.scores, loaded.calibration["scores"].numpy())
     x = 3 * batch(50)[0]
     _, p_value, severity, *_ = chosen.run(operations.anomaly(0.05), (x.numpy(),))
     with torch.inference_mode():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.explanation import NOISE, Expectations
+from models.explanation import NOISE, Expectations, correlation_of
 from models.scaling import standardise
 from training.config import EVERY_KIND, TrainConfig
 from training.data.moments import compute_moments
@@ -57,6 +57,47 @@ def test_contribution_is_the_larger_of_two_squared_distances_each_scaled_to_a_me
     deviation = torch.where(given > alone, model.residual.expand_as(u), torch.ones_like(u))
     clear = (given - alone).abs() > 1e-2  # where rounding cannot change which distance is larger
     torch.testing.assert_close(((u - expected) / deviation).square()[clear], contribution[clear], rtol=1e-2, atol=1e-3)
+
+
+def weights_of(correlation: np.ndarray, deviation: np.ndarray) -> torch.Tensor:
+    """Return the weights of `Expectations` by regression of each feature on the others, [D, D]."""
+    covariance = np.outer(deviation, deviation) * (correlation + NOISE * np.eye(len(correlation)))
+    weights = np.zeros_like(correlation)
+    for i in range(len(correlation)):
+        others = np.arange(len(correlation)) != i
+        weights[i, others] = np.linalg.solve(covariance[np.ix_(others, others)], covariance[others, i])
+    return torch.from_numpy(weights)
+
+
+@pytest.mark.parametrize("width", [1, 2, 7])
+def test_correlation_is_recovered_from_the_weights(width: int) -> None:
+    random = np.random.RandomState(width)
+    rows = random.standard_normal((width, 9)) + random.standard_normal(9)
+    correlation = np.asarray(np.corrcoef(rows)).reshape(width, width)
+    deviation = random.uniform(0.1, 9.0, width)
+    found = correlation_of(weights_of(correlation, deviation), torch.from_numpy(deviation))
+    np.testing.assert_allclose(found.numpy(), correlation, atol=1e-9)
+
+
+def test_correlation_from_rounded_weights_has_no_negative_eigenvalue() -> None:
+    correlation = np.ones((4, 4))
+    found = correlation_of(weights_of(correlation, np.ones(4)).float().double(), torch.ones(4).double()).numpy()
+    np.testing.assert_allclose(found, correlation, atol=1e-5)
+    assert np.linalg.eigvalsh(found).min() > -1e-12
+
+
+@pytest.mark.parametrize("fault", ["not symmetric", "singular", "nan"])
+def test_weights_of_no_correlation_matrix_are_refused(fault: str) -> None:
+    random = np.random.RandomState(0)
+    weights = weights_of(np.corrcoef(random.standard_normal((3, 20))), np.ones(3))
+    if fault == "not symmetric":
+        weights[0, 1] += 0.05
+    elif fault == "singular":
+        weights = torch.ones(3, 3).double().fill_diagonal_(0.0) * -1.0
+    else:
+        weights[0, 1] = torch.nan
+    with pytest.raises(ValueError, match="not those of a correlation matrix"):
+        correlation_of(weights, torch.ones(3).double())
 
 
 @pytest.mark.slow
