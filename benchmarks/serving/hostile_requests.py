@@ -5,12 +5,13 @@
     python benchmarks/serving/hostile_requests.py --smoke             # small bodies, short pauses
 
 One process sends honest requests all the time: a row to score, 40 times per second, and `GET /livez`, 100 times per
-second. It runs apart from the process that sends the attacks, so that the attacks do not delay its clock. For each
-attack, the table shows:
+second. Another process sends the attacks at the lowest priority, because attackers are on other machines: they must not
+take the processor from the server or from the honest clients. It repeats an attack until ATTACK_SECONDS have passed,
+and a client that is refused with 429 tries once more. For each attack, the table shows:
 
-- the response to the attack, and after how many seconds it arrived;
+- the responses to the attack, and after how many seconds the slowest one arrived;
 - how much the memory of the server rose meanwhile, in MiB and as a multiple of ELBO_MAX_BODY_BYTES. The column
-  "sent" has the size of the attack itself;
+  "sent" has the size of one attack;
 - the slowest answer of /livez, before and during the attack;
 - the 99th percentile of the latency of the honest requests, before and during the attack.
 
@@ -22,6 +23,7 @@ import argparse
 import asyncio
 import gzip
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -44,8 +46,13 @@ from benchmarks.serving.workload import FEW_FEATURES, create_workload
 MIB = 2**20
 MAX_BODY = 64 * MIB  # the default of ELBO_MAX_BODY_BYTES
 RESPONSE_SECONDS = 120.0  # how long to wait for the response to an attack
+ATTACK_SECONDS = 8.0  # an attack is repeated until this time has passed
+RETRY_SECONDS = 1.0  # a client tries a refused request once more after this time, as Retry-After asks it to
+BEFORE_SECONDS = 5.0  # time before the attack in which the honest latencies are measured for comparison
+ATTACKERS_NICE = 19  # the lowest priority
 LIVEZ_SECONDS = 0.01  # interval between two requests for /livez
 HONEST_SECONDS = 0.025  # interval between two honest requests
+REFUSED = 429
 JSON, CSV, NDJSON = "application/json", "text/csv", "application/x-ndjson"
 PROTOBUF, WRITE = "application/x-protobuf", "/api/v1/write"
 RECORD = json.dumps({f"x{index}": 0.5 for index in range(FEW_FEATURES)}).encode()
@@ -287,6 +294,58 @@ async def send_honest_requests(port: int) -> Latencies:
     return found
 
 
+class Attackers:
+    """A process of the lowest priority that sends an attack."""
+
+    def __init__(self, name: str, port: int, smoke: bool) -> None:
+        command = [sys.executable, "-m", "benchmarks.serving.hostile_requests", "--only", name, "--attack", str(port)]
+        self._process = subprocess.Popen(
+            [*command, *(["--smoke"] if smoke else [])],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout
+        self.sent_bytes = int(self._process.stdout.readline())  # the process has made its request
+
+    def attack(self) -> tuple[list[int], float]:
+        """Send the attack. Return the statuses of the responses, and after how many seconds the slowest arrived."""
+        output, _ = self._process.communicate("go\n")
+        statuses, slowest = json.loads(output)
+        return statuses, slowest
+
+
+def send_attack(attack: Attack, port: int, smoke: bool) -> None:
+    """Prepare `attack`, print its size, wait for a line of standard input, attack, and print what happened."""
+    os.nice(ATTACKERS_NICE)
+    request = attack.request(1 / 16 if smoke else 1.0)
+    print(len(request) * attack.connections, flush=True)
+    sys.stdin.readline()
+    end = perf_counter() + (0.0 if smoke else ATTACK_SECONDS)
+    statuses: list[int] = []
+    seconds: list[float] = []
+
+    def attempt() -> int:
+        started = perf_counter()
+        statuses.append(send(port, request, attack.unread_seconds))
+        seconds.append(perf_counter() - started)
+        return statuses[-1]
+
+    def client() -> None:
+        if attempt() == REFUSED:
+            sleep(RETRY_SECONDS)
+            attempt()
+
+    while not statuses or perf_counter() < end:
+        threads = [threading.Thread(target=client) for _ in range(attack.connections)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    print(json.dumps([sorted(set(statuses)), max(seconds)]))
+
+
 def send(port: int, request: bytes, unread_seconds: float) -> int:
     """Send `request`, and wait for `unread_seconds`. Return the status of the response.
 
@@ -317,34 +376,23 @@ def peak(pid: int) -> int:
 
 def run(name: str, attack: Attack, port: int, pid: int, smoke: bool) -> bool:
     """Run an attack, print its line of the table, and return whether the server behaved as expected."""
-    request = attack.request(1 / 16 if smoke else 1.0)
+    attackers = Attackers(name, port, smoke)
     clients = HonestClients(port)
-    sleep(1.5 if smoke else 3.0)
+    sleep(1.5 if smoke else BEFORE_SECONDS + 2.0)
     reset_peak(pid)
     memory = peak(pid)
     started = perf_counter()
-    statuses: list[int] = []
-    threads = [
-        threading.Thread(target=lambda: statuses.append(send(port, request, attack.unread_seconds)))
-        for _ in range(attack.connections)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    ended = perf_counter()
+    statuses, slowest = attackers.attack()
     sleep(0.2)
     rise = peak(pid) - memory
     latencies = clients.stop()
     livez = [max((seconds for at, seconds in latencies.livez if test(at)), default=0.0) for test in periods(started)]
     honest = [percentile([s for at, s in latencies.honest if test(at)]) for test in periods(started)]
-    status = "/".join(map(str, sorted(set(statuses))))
-    sent = len(request) * attack.connections / MIB
     cells = [
         name,
-        f"{sent:.2f}",
-        status,
-        f"{ended - started:.2f}",
+        f"{attackers.sent_bytes / MIB:.2f}",
+        "/".join(map(str, statuses)),
+        f"{slowest:.2f}",
         f"{rise / MIB:.0f} ({rise / MAX_BODY:.2f})",
         f"{1e3 * livez[0]:.0f} / {1e3 * livez[1]:.0f}",
         f"{1e3 * honest[0]:.1f} / {1e3 * honest[1]:.1f}",
@@ -356,8 +404,8 @@ def run(name: str, attack: Attack, port: int, pid: int, smoke: bool) -> bool:
 
 
 def periods(started: float) -> list[Callable[[float], bool]]:
-    """Return two tests for the time of a response: is it in the second before the attack, or is it later?"""
-    return [lambda at: started - 1.0 < at < started, lambda at: at >= started]
+    """Return two tests for the time of a response: is it in the seconds before the attack, or is it later?"""
+    return [lambda at: started - BEFORE_SECONDS < at < started, lambda at: at >= started]
 
 
 def percentile(latencies: list[float]) -> float:
@@ -372,10 +420,14 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(ATTACKS), help="comma-separated names of attacks")
     parser.add_argument("--artifacts", type=Path, help="artifact folder with a model `hosts`; by default it is trained")
     parser.add_argument("--observe", type=int, metavar="PORT", help=argparse.SUPPRESS)
+    parser.add_argument("--attack", type=int, metavar="PORT", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.observe:
         found = asyncio.run(send_honest_requests(options.observe))
         print(json.dumps({"livez": found.livez, "honest": found.honest, "failed": found.failed}))
+        return
+    if options.attack:
+        send_attack(ATTACKS[options.only], options.attack, options.smoke)
         return
     adopt_orphans()
     with tempfile.TemporaryDirectory(prefix="elbo-hostile-") as name:
