@@ -134,7 +134,8 @@ def write_array(array: npt.NDArray[Any], written: LargeContent) -> None:
         piece = orjson.dumps(array[start : start + rows], option=orjson.OPT_SERIALIZE_NUMPY)
         if not start:
             written.reserve(int(1.05 * len(piece) * len(array) / rows))
-        written.write(before + piece[1:-1])
+        written.write(before)
+        written.write(memoryview(piece)[1:-1])
         before = b","
         pause_if_due()
     written.write(b"]")

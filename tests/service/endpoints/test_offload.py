@@ -2,10 +2,12 @@
 
 import asyncio
 import threading
+from collections.abc import Awaitable, Generator
+from typing import Any
 
 import pytest
 
-from service.endpoints.offload import MAX_LOOP_NS, SHORT_NS, run_in_thread_if_long
+from service.endpoints.offload import MAX_LOOP_NS, SHORT_NS, run_in_thread_if_long, take_loop_time
 
 
 async def passes_of_work(count: int, estimated_ns: float) -> list[int]:
@@ -44,3 +46,81 @@ def test_short_work_of_many_requests_is_done_in_one_pass() -> None:
 def test_work_runs_in_another_thread_only_if_it_is_long(estimated_ns: int) -> None:
     thread = asyncio.run(run_in_thread_if_long(threading.current_thread, estimated_ns))
     assert (thread is not threading.current_thread()) == (estimated_ns > MAX_LOOP_NS)
+
+
+class Counted:
+    """An awaitable that counts how often it waits for the event loop."""
+
+    def __init__(self, awaitable: Awaitable[Any]) -> None:
+        self._awaitable = awaitable
+        self.waits = 0
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        steps = self._awaitable.__await__()
+        while True:
+            try:
+                future = next(steps)
+            except StopIteration as end:
+                return end.value
+            self.waits += 1
+            yield future
+
+
+async def wait_for_all(order: list[int], count: int) -> list[Counted]:
+    """Let `count` requests with work for half a pass do it, and append their numbers to `order`."""
+    requests = [
+        Counted(run_in_thread_if_long(lambda number=number: order.append(number), MAX_LOOP_NS / 2))  # type: ignore[misc]
+        for number in range(count)
+    ]
+
+    async def wait(request: Counted) -> None:
+        await request
+
+    await asyncio.gather(*map(wait, requests))
+    return requests
+
+
+def test_requests_that_wait_for_a_pass_have_their_turns_in_order() -> None:
+    order: list[int] = []
+    asyncio.run(wait_for_all(order, 60))
+    assert order == list(range(60))
+
+
+def test_request_that_waits_for_a_pass_is_woken_once() -> None:
+    requests = asyncio.run(wait_for_all([], 60))
+    assert [request.waits for request in requests] == [0, 0] + 58 * [1]
+
+
+def test_request_that_is_cancelled_while_it_waits_leaves_its_turn_to_the_next() -> None:
+    async def cancel_most() -> list[int]:
+        order: list[int] = []
+        tasks = [
+            asyncio.create_task(run_in_thread_if_long(lambda number=number: order.append(number), MAX_LOOP_NS))  # type: ignore[misc]
+            for number in range(60)
+        ]
+        await asyncio.sleep(0)
+        for task in tasks[1:-1]:
+            task.cancel()
+        async with asyncio.timeout(5):
+            await tasks[-1]
+        return order
+
+    assert asyncio.run(cancel_most()) == [0, 59]
+
+
+def test_direct_requests_get_half_of_the_time_beside_waiting_tasks() -> None:
+    async def count_turns() -> tuple[int, int]:
+        loop = asyncio.get_running_loop()
+        order: list[int] = []
+        waiting = asyncio.create_task(wait_for_all(order, 60))
+        await asyncio.sleep(0)
+        turns = 0
+        while not waiting.done():
+            while take_loop_time(loop, MAX_LOOP_NS / 8):
+                turns += 1
+            await asyncio.sleep(0)
+        return len(order), turns
+
+    done, turns = asyncio.run(count_turns())
+    assert done == 60
+    assert 30 * 4 <= turns <= 34 * 8  # 30 passes with tasks in all of them, and a few without tasks
