@@ -2,19 +2,18 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 
 from tests.data import ROOT, values
+from tests.preloaded import PreloadedProcess, run_preloaded
 from training.data.row_store import FileArray, RowStore, RowWriter
 from training.data.table import MAX_HELD_OUT_ROWS, DataError, read_table, split_rows
 
@@ -216,17 +215,10 @@ for large in larger:
 """
 
 
-def run_python(program: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "2"}
-    environment |= options.pop("environment", {})
-    return subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        **options,
-    )
+def run_python(program: str, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run a program in a new process, with further environment variables."""
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "2"} | environment
+    return run_preloaded([sys.executable, "-c", program, *arguments], cwd=ROOT, env=variables, text=True, timeout=120)
 
 
 def write_repeated_npy(path: Path, x: np.ndarray, times: int) -> None:
@@ -287,10 +279,10 @@ def test_temporary_file_disappears_when_the_process_is_killed(tmp_path: Path) ->
     folder = tmp_path / "temporary"
     folder.mkdir()
     write_csv(tmp_path / "a.csv", measurements(50_000))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
-    with subprocess.Popen(
+    with PreloadedProcess(
         [sys.executable, "-c", OPEN_TABLE, str(tmp_path / "a.csv")],
-        env=environment,
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(folder)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -303,9 +295,10 @@ def test_temporary_file_disappears_when_the_process_is_killed(tmp_path: Path) ->
 
 
 READ_TABLE = """
-import sys
+import resource, sys
 from training.data.table import DataError, read_table
 
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 try:
     read_table(sys.argv[1], limit=1000)
 except DataError as error:
@@ -320,12 +313,7 @@ def test_error_about_a_full_disk_says_how_much_space_the_rows_need(
     tmp_path: Path, name: str, write: Callable[[Path, np.ndarray], None]
 ) -> None:
     write(tmp_path / name, measurements(100_000))
-    run = run_python(
-        READ_TABLE,
-        str(tmp_path / name),
-        environment={"TMPDIR": str(tmp_path)},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)),
-    )
+    run = run_python(READ_TABLE, str(tmp_path / name), TMPDIR=str(tmp_path))
     assert run.returncode == 0, run.stderr
     size = "more space" if write is write_npz_in_fortran_order else "about 0.002 GB"
     assert run.stdout == (
