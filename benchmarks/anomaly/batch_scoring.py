@@ -65,9 +65,9 @@ def write_rows(path: Path, x: np.ndarray) -> None:
     frame.write_parquet(path) if path.suffix == ".parquet" else frame.write_csv(path)
 
 
-def models_in(folder: Path) -> dict[str, Artifact]:
-    """Train one model of each kind."""
-    write_rows(folder / "train.parquet", rows_of(20_000, 0))
+def models_in(folder: Path, rows: int = 20_000) -> dict[str, Artifact]:
+    """Train one model of each kind on `rows` rows."""
+    write_rows(folder / "train.parquet", rows_of(rows, 0))
     table = read_table(str(folder / "train.parquet"))
     for kind in KINDS:
         config = TrainConfig(model=kind, name=kind, latents=FACTORS, epochs=3)
@@ -98,19 +98,20 @@ def score_file(artifact: Artifact, data: Path, folder: Path, engine: Engine, wor
     run_job(job, artifact, str(data), folder, single=False, engine=engine, workers=workers, overwrite=True)
 
 
-def measure_speed(folder: Path, rows: int) -> Iterator[str]:
-    """Yield the lines of the table of rows per second."""
+def measure_speed(folder: Path, rows: int, smoke: bool = False) -> Iterator[str]:
+    """Yield the lines of the table of rows per second. With `smoke`, train on few rows, and measure once."""
+    runs = 1 if smoke else RUNS
     x = rows_of(rows, 1)
     for suffix in FORMATS:
         write_rows(folder / f"rows.{suffix}", x)
     columns = " | ".join(f"{suffix}, rows/s" for suffix in FORMATS)
     yield f"| model | reference, rows/s | {columns} | share of the reference | target {SHARE_TARGET:.0%} |"
     yield "|" + "---|" * (4 + len(FORMATS))
-    for kind, artifact in models_in(folder).items():
-        reference = rows / best(partial(score_in_memory, artifact, x))
+    for kind, artifact in (models_in(folder, 1_000) if smoke else models_in(folder)).items():
+        reference = rows / best(partial(score_in_memory, artifact, x), runs)
         engine = partial(score_locally, artifact)
         speeds = [
-            rows / best(partial(score_file, artifact, folder / f"rows.{suffix}", folder / "out", engine))
+            rows / best(partial(score_file, artifact, folder / f"rows.{suffix}", folder / "out", engine), runs)
             for suffix in FORMATS
         ]
         shares = [speed / reference for speed in speeds]
@@ -209,7 +210,7 @@ def main() -> None:
     parser.add_argument("--ray", action="store_true", help="measure one and two workers of Ray")
     parser.add_argument("--score", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument(
-        "--smoke", action="store_true", help="20,000 rows, and inputs of 2 MB and 4 MB; no results file"
+        "--smoke", action="store_true", help="20,000 rows, measured once, and inputs of 2 MB and 4 MB; no results file"
     )
     options = parser.parse_args()
     if options.score:
@@ -223,7 +224,7 @@ def main() -> None:
         elif options.memory:
             section, lines = "memory", measure_memory(folder, options.memory)
         else:
-            section, lines = "speed", measure_speed(folder, rows)
+            section, lines = "speed", measure_speed(folder, rows, options.smoke)
         text = [print_line(line) for line in lines]
         if options.smoke:
             for line in measure_memory(folder, [0.002, 0.004]):

@@ -175,12 +175,12 @@ def print_tables(servers: dict[str, ServerKind], rates: Rates) -> bool:
 def main() -> None:
     """Run the benchmark. Exit with code 1 if a server fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="one round of 0.5 s, without LitServe if it is missing")
+    parser.add_argument("--smoke", action="store_true", help="one round of 0.1 s, without LitServe if it is missing")
     parser.add_argument("--rounds", type=int, default=5, help="measurements per server (default 5)")
     parser.add_argument("--seconds", type=float, default=5.0, help="duration of each measurement (default 5)")
     options = parser.parse_args()
     if options.smoke:
-        options.rounds, options.seconds = 1, 0.5
+        options.rounds, options.seconds = 1, 0.1
     adopt_orphans()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])  # servers and clients inherit these cores
     servers = {}

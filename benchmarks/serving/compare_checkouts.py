@@ -176,10 +176,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="rounds (10)")
     parser.add_argument("--seconds", type=float, default=2.0, help="seconds per measurement (2)")
     parser.add_argument("--keys", action="store_true", help="both servers need an API key")
-    parser.add_argument("--smoke", action="store_true", help="one short round against this checkout itself")
+    parser.add_argument(
+        "--smoke", action="store_true", help="one short round of two loads against this checkout itself"
+    )
     options = parser.parse_args()
     if options.smoke:
-        options.other, options.rounds, options.seconds = options.other or ROOT, 1, 0.5
+        options.other, options.rounds, options.seconds = options.other or ROOT, 1, 0.1
     if options.other is None or not (options.other / "service").is_dir():
         parser.error("give the folder of another checkout")
     adopt_orphans()
@@ -194,7 +196,7 @@ def main() -> None:
             "other": start(options.other.resolve(), workload, stack, "other", variables),
         }
         print("| load | this, 1/s | other, 1/s | rate ratio | cost ratio |\n|---|---|---|---|---|")
-        for load in loads(workload, headers):
+        for load in loads(workload, headers)[:: 5 if options.smoke else 1]:
             found: dict[str, list[Measurement]] = {"this": [], "other": []}
             for server in servers.values():
                 server.measure(load, min(1.0, options.seconds))  # warm-up

@@ -74,7 +74,7 @@ def parse_options() -> argparse.Namespace:
     if options.quick:
         rounds, seconds, open_seconds = (1, 2, 10)
     if options.smoke:
-        rounds, seconds, open_seconds = (1, 0.5, 1)
+        rounds, seconds, open_seconds = (1, 0.1, 0.5)
     options.rounds = options.rounds or rounds
     options.seconds = options.seconds or seconds
     options.open_seconds = options.open_seconds or open_seconds
