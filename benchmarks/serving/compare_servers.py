@@ -70,9 +70,9 @@ def parse_options() -> argparse.Namespace:
         "--elbo-env", action="append", default=[], metavar="KEY=VALUE", help="an environment variable for Elbo"
     )
     options = parser.parse_args()
-    rounds, seconds, open_seconds = (5, 5.0, 60)
+    rounds, seconds, open_seconds = (5, 5.0, 60.0)
     if options.quick:
-        rounds, seconds, open_seconds = (1, 2, 10)
+        rounds, seconds, open_seconds = (1, 2.0, 10.0)
     if options.smoke:
         rounds, seconds, open_seconds = (1, 0.1, 0.5)
     options.rounds = options.rounds or rounds

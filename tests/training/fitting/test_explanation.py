@@ -89,7 +89,7 @@ def test_correlation_from_rounded_weights_has_no_negative_eigenvalue() -> None:
 @pytest.mark.parametrize("fault", ["not symmetric", "singular", "nan"])
 def test_weights_of_no_correlation_matrix_are_refused(fault: str) -> None:
     random = np.random.RandomState(0)
-    weights = weights_of(np.corrcoef(random.standard_normal((3, 20))), np.ones(3))
+    weights = weights_of(np.asarray(np.corrcoef(random.standard_normal((3, 20)))), np.ones(3))
     if fault == "not symmetric":
         weights[0, 1] += 0.05
     elif fault == "singular":
