@@ -26,6 +26,7 @@ FREE_VALUES = 50_000
 FREE_LISTS = 20_000
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
 _IS_SPECIAL = np.isin(np.arange(256), [ord(character) for character in '[]{}"\\'])
+_IS_SPECIAL_OR_COMMA = _IS_SPECIAL | (np.arange(256) == ord(","))
 DEPTH_CHANGE = np.zeros(256, np.int64)
 DEPTH_CHANGE[[ord("["), ord("{")]] = 1
 DEPTH_CHANGE[[ord("]"), ord("}")]] = -1
@@ -172,15 +173,24 @@ def _arrays(body: bytes, budget: Budget) -> list[_Array]:
     return arrays
 
 
-def brackets(body: bytes, budget: Budget) -> Iterator[tuple[int, Positions, npt.NDArray[np.uint8]]]:
-    """Yield, for each part of `body`, its end, the places of the brackets outside of strings, and the brackets."""
+def brackets(
+    body: bytes, budget: Budget, *, with_commas: bool = False
+) -> Iterator[tuple[int, Positions, npt.NDArray[np.uint8]]]:
+    """Yield, for each part of `body`, its end, the places of the brackets outside of strings, and the brackets.
+
+    Args:
+        body: the document.
+        budget: what reading may cost.
+        with_commas: yield the commas outside of strings, too.
+    """
     whole = np.frombuffer(body, np.uint8)
+    is_special = _IS_SPECIAL_OR_COMMA if with_commas else _IS_SPECIAL
     in_string = 0  # 1 if the part begins inside a string
     is_escaped = False  # whether the part before ends with a backslash that escapes the next character
     for start in range(0, len(body), SCAN_BYTES):
         budget.check_time()
         part = whole[start : start + SCAN_BYTES]
-        places = np.flatnonzero(_IS_SPECIAL[part])
+        places = np.flatnonzero(is_special[part])
         characters = part[places]
         if is_escaped or (characters == _BACKSLASH).any():
             escaped = _escaped(places[characters == _BACKSLASH], len(part), is_escaped)

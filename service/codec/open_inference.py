@@ -10,6 +10,7 @@ https://github.com/triton-inference-server/server/blob/main/docs/protocol/extens
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
@@ -73,6 +74,25 @@ class InferenceRequest(NamedTuple):
     texts: "dict[str, Texts]" = {}  # noqa: RUF012 - nobody changes it; the inputs of the datatype BYTES, by name
 
 
+@dataclass
+class _Source:
+    """Where the values of the inputs are.
+
+    Args:
+        text: the JSON object of the body.
+        body: the whole body.
+        places: the contents of long lists in `text`, by the strings that stand for them in the parsed object.
+        budget: what reading may cost.
+        offset: where the binary values of the next input begin in `body`.
+    """
+
+    text: bytes
+    body: bytes
+    places: Mapping[str, slice]
+    budget: Budget
+    offset: int
+
+
 class Texts(NamedTuple):
     """An input of texts: one for each row, or one for all rows. `pointer` is its place in the request."""
 
@@ -116,19 +136,19 @@ def read_request(body: bytes, header_length: bytes | None, budget: Budget = NO_L
     request_id, parameters, outputs, is_binary, document, data = head
     inputs: dict[str, Numbers] = {}
     texts: dict[str, Texts] = {}
-    offset = length
+    source = _Source(text, body, data, budget, offset=length)
     for index, (name, tensor) in enumerate(_tensors(document, "inputs")):
         pointer = f"/inputs/{index}"
         if name in inputs or name in texts:
             raise InvalidField(f"the input {name!r} is given twice", pointer=pointer, expected="each input once")
         if tensor.get("datatype") == BYTES:
-            texts[name], offset = _read_texts(tensor, pointer, text, body, offset, data, budget)
+            texts[name] = _read_texts(tensor, pointer, source)
         else:
-            inputs[name], offset = _read_tensor(tensor, pointer, text, body, offset, data, budget)
-    if offset != len(body):
+            inputs[name] = _read_tensor(tensor, pointer, source)
+    if source.offset != len(body):
         raise InvalidField(
-            f"{len(body) - offset} bytes follow the last binary input",
-            expected=f"a body of {offset} bytes",
+            f"{len(body) - source.offset} bytes follow the last binary input",
+            expected=f"a body of {source.offset} bytes",
             got=f"{len(body)} bytes",
             hint="the sum of all binary_data_size must be the number of bytes after the JSON object",
         )
@@ -231,29 +251,20 @@ def _tensors(document: dict[str, Any], field: str) -> Iterator[tuple[str, dict[s
         yield name, tensor
 
 
-def _read_tensor(
-    tensor: dict[str, Any],
-    pointer: str,
-    text: bytes,
-    body: bytes,
-    offset: int,
-    places: Mapping[str, slice],
-    budget: Budget,
-) -> tuple[Numbers, int]:
-    """Return the numbers of an input, and where the binary numbers of the next one begin. Raises InvalidField."""
+def _read_tensor(tensor: dict[str, Any], pointer: str, source: _Source) -> Numbers:
+    """Return the numbers of an input. Raises InvalidField."""
     datatype = tensor.get("datatype")
     if type(datatype) is not str or datatype not in _DATATYPES:
         raise _wrong(f"{pointer}/datatype", f"one of {', '.join((*_DATATYPES, BYTES))}", datatype)
-    shape, data, size = _read_place(tensor, pointer, budget)
+    shape, data, size = _read_place(tensor, pointer, source.budget)
     if data is None:
-        array = _binary_numbers(shape, datatype, size, pointer, body, offset)
-        return array, offset + math.prod(shape) * np.dtype(_DATATYPES[datatype]).itemsize
+        return _binary_numbers(shape, datatype, size, pointer, source)
     if datatype == "BF16":
         raise InvalidField("BF16 numbers must be binary", pointer=f"{pointer}/data", expected="binary_data_size")
     pointer = f"{pointer}/data"
-    if type(data) is str and data in places:
-        return _read_long_list(text, places[data], shape, pointer, budget), offset
-    return _shaped(_numbers(data, pointer), shape, pointer), offset
+    if type(data) is str and data in source.places:
+        return _read_long_list(source.text, source.places[data], shape, pointer, source.budget)
+    return _shaped(_numbers(data, pointer), shape, pointer)
 
 
 def _read_place(tensor: dict[str, Any], pointer: str, budget: Budget) -> tuple[list[int], Any, Any]:
@@ -289,29 +300,18 @@ def _read_place(tensor: dict[str, Any], pointer: str, budget: Budget) -> tuple[l
     return shape, data, size
 
 
-def _read_texts(
-    tensor: dict[str, Any],
-    pointer: str,
-    text: bytes,
-    body: bytes,
-    offset: int,
-    places: Mapping[str, slice],
-    budget: Budget,
-) -> tuple[Texts, int]:
-    """Return the texts of an input, and where the binary values of the next one begin. Raises InvalidField."""
-    shape, data, size = _read_place(tensor, pointer, budget)
+def _read_texts(tensor: dict[str, Any], pointer: str, source: _Source) -> Texts:
+    """Return the texts of an input. Raises InvalidField."""
+    shape, data, size = _read_place(tensor, pointer, source.budget)
     if len(shape) > 2 or shape[1:] not in ([], [1]):
         raise _wrong(f"{pointer}/shape", "[N] or [N, 1]", shape)
     count = math.prod(shape)
-    budget.take_bytes(TEXT_BYTES * count)
+    source.budget.take_bytes(TEXT_BYTES * count)
     if data is None:
-        values, offset = _binary_texts(count, size, pointer, body, offset, budget)
-        return Texts(values, shape, pointer), offset
+        return Texts(_binary_texts(count, size, pointer, source), shape, pointer)
     place, pointer = pointer, f"{pointer}/data"
-    if type(data) is str and data in places:
-        content = b"[%b]" % text[places[data]]
-        require_few_values(content, budget)
-        data = loads_value(content)
+    if type(data) is str and data in source.places:
+        data = _read_long_texts(source.text[source.places[data]], shape, pointer, source.budget)
     given: list[Any] = data if type(data) is list else [data]
     while given and type(given[0]) is list and all(type(value) is list for value in given):
         given = list(chain.from_iterable(given))
@@ -319,29 +319,58 @@ def _read_texts(
         if type(value) is not str:
             raise _wrong(pointer, "a list of texts", value)
     if len(given) != count:
-        raise InvalidField(
-            f"the shape is {shape}, but data has {len(given)} texts",
-            pointer=pointer,
-            expected=f"{count} texts",
-            got=str(len(given)),
-        )
-    return Texts(given, shape, place), offset
+        raise _wrong_count(shape, len(given), pointer)
+    return Texts(given, shape, place)
 
 
-def _binary_texts(
-    count: int, size: Any, pointer: str, body: bytes, offset: int, budget: Budget
-) -> tuple[list[str], int]:
-    """Return `count` texts that begin at `offset`, and where they end. Each follows its length, 4 bytes little-endian.
+def _read_long_texts(content: bytes, shape: list[int], pointer: str, budget: Budget) -> list[Any]:
+    """Return the elements of a long list, read in pieces of about PIECE_BYTES. `content`: the list, without brackets.
+
+    Raises InvalidField, before an element is read, if there are more commas outside of texts than `shape` needs.
+    """
+    ends: list[npt.NDArray[np.int64]] = []  # the commas between elements
+    commas = lists = depth = 0
+    for _, places, characters in brackets(content, budget, with_commas=True):
+        change = DEPTH_CHANGE[characters]
+        depths = depth + np.cumsum(change)
+        depth = int(depths[-1]) if len(depths) else depth
+        commas += int(np.count_nonzero(change == 0))
+        lists += int(np.count_nonzero(change > 0))
+        ends.append(places[(change == 0) & (depths == 0)])
+    if commas + 1 != math.prod(shape) or lists > commas + 1:
+        raise _wrong_count(shape, commas + 1, pointer)
+    values: list[Any] = []
+    start = 0
+    all_ends = np.append(np.concatenate(ends), len(content))
+    while start < len(content):
+        budget.check_time()
+        end = int(all_ends[min(np.searchsorted(all_ends, start + PIECE_BYTES), len(all_ends) - 1)])
+        values += loads_value(b"[%b]" % content[start:end])
+        start = end + 1
+    return values
+
+
+def _wrong_count(shape: list[int], found: int, pointer: str) -> InvalidField:
+    return InvalidField(
+        f"the shape is {shape}, but data has {found} texts",
+        pointer=pointer,
+        expected=f"{math.prod(shape)} texts",
+        got=str(found),
+    )
+
+
+def _binary_texts(count: int, size: Any, pointer: str, source: _Source) -> list[str]:
+    """Return `count` texts that begin at the offset of `source`. Each follows its length, 4 bytes little-endian.
 
     Raises:
         InvalidField: they do not have `size` bytes, or are not UTF-8.
     """
-    end = offset + size if type(size) is int and size >= 0 else -1
+    body, place = source.body, source.offset
+    end = place + size if type(size) is int and size >= 0 else -1
     values: list[str] = []
-    place = offset
     while len(values) < count and place + LENGTH_BYTES <= end <= len(body):
         if len(values) % CHECKED_TEXTS == 0:
-            budget.check_time()
+            source.budget.check_time()
         start = place + LENGTH_BYTES
         place = start + int.from_bytes(body[place:start], "little")
         if place > end:
@@ -357,11 +386,12 @@ def _binary_texts(
             expected=f"{count} texts, each after its length in {LENGTH_BYTES} bytes",
             got=f"{len(values)} texts",
         )
-    return values, end
+    source.offset = end
+    return values
 
 
-def _binary_numbers(shape: list[int], datatype: str, size: Any, pointer: str, body: bytes, offset: int) -> Numbers:
-    """Return the `size` bytes at `offset` as an array of `shape`. Raises InvalidField."""
+def _binary_numbers(shape: list[int], datatype: str, size: Any, pointer: str, source: _Source) -> Numbers:
+    """Return the `size` bytes at the offset of `source` as an array of `shape`. Raises InvalidField."""
     dtype = np.dtype(_DATATYPES[datatype])
     count = math.prod(shape)
     if type(size) is not int or size != count * dtype.itemsize:
@@ -372,15 +402,17 @@ def _binary_numbers(shape: list[int], datatype: str, size: Any, pointer: str, bo
             expected=str(count * dtype.itemsize),
             got=describe_value(size),
         )
-    if offset + size > len(body):
+    left = len(source.body) - source.offset
+    if size > left:
         raise InvalidField(
-            f"binary_data_size is {size}, but only {len(body) - offset} bytes are left in the body",
+            f"binary_data_size is {size}, but only {left} bytes are left in the body",
             pointer=f"{pointer}/parameters/binary_data_size",
             expected=f"{size} bytes",
-            got=f"{len(body) - offset} bytes",
+            got=f"{left} bytes",
             hint="the body may be cut off, or the header Inference-Header-Content-Length is missing or wrong",
         )
-    array = np.frombuffer(body, dtype, count, offset).reshape(shape)
+    array = np.frombuffer(source.body, dtype, count, source.offset).reshape(shape)
+    source.offset += size
     if datatype == "BF16":  # the upper 16 bits of a float32
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array

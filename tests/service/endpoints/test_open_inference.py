@@ -5,6 +5,7 @@ import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import httpx
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 from service.app import create_app
+from service.codec.budget import Budget
+from service.codec.open_inference import read_request
 from service.inference.sampling import NoiseSource
 from service.settings import Settings
 from tests.models import conditional
@@ -455,6 +458,49 @@ def test_inputs_of_texts_give_each_row_its_condition(client: httpx.Client) -> No
     np.testing.assert_array_equal(binary["mean"], found["mean"].astype(np.float32))
     short = client.post("/v2/models/kinds/infer", content=body[:-1], headers=headers)
     assert (short.status_code, "are not 3 texts" in short.json()["error"]) == (422, True)
+
+
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_long_list_of_texts_in_json_gives_each_row_its_condition(client: httpx.Client, is_nested: bool) -> None:
+    x, _ = rows_with_levels()
+    repeats = 1600
+    named = [level for level, _ in LEVELS]
+    given = {"x": np.tile(x, (repeats, 1)), "a": named * repeats}
+    nested = [[value] for value in given["a"]] if is_nested else given["a"]
+    wanted = outputs("mean", binary_data=True)
+    described = texts("a", []) | {"data": nested, "shape": [len(nested), 1] if is_nested else [len(nested)]}
+    body, headers = as_binary(("x", "FP32", given["x"]), outputs=wanted)
+    length = int(headers["inference-header-content-length"])
+    head = json.loads(body[:length])
+    head["inputs"].append(described)
+    text = json.dumps(head, indent=20).encode()  # more bytes than are read at once
+    headers["inference-header-content-length"] = str(len(text))
+    response = client.post("/v2/models/kinds/infer", content=text + body[length:], headers=headers)
+    short = infer(client, "kinds", {"inputs": [tensor(x), texts("a", named)], "outputs": outputs("mean")})
+    np.testing.assert_allclose(read_binary(response)["mean"], np.tile(short["mean"], (repeats, 1)), atol=1e-5)
+
+
+def test_list_of_more_texts_than_a_field_may_have_values_is_read_in_pieces() -> None:
+    values = [json.dumps(f'text {index}, with "\\[ and a comma') for index in range(60_000)]
+    described = json.dumps(texts("a", []) | {"data": ["VALUES"], "shape": [len(values)]})
+    text = b'{"inputs": [%b]}' % described.replace('"VALUES"', ",".join(values)).encode()
+    budget = Budget(
+        max_bytes=10**9,
+        max_rows=10**6,
+        width=3,
+        deadline=perf_counter() + 60,
+        hold=lambda _: None,
+        release=lambda _: None,
+    )
+    assert read_request(text, None, budget).texts["a"].values == [json.loads(value) for value in values]
+
+
+@pytest.mark.parametrize("data", [["0"] * 40_000, [0] * 60_000, [[] for _ in range(60_000)], ["a,b", '"[,'] * 9000])
+def test_long_list_with_another_number_of_texts_is_refused_for_its_shape(client: httpx.Client, data: Any) -> None:
+    described = texts("a", []) | {"data": data, "shape": [3, 1]}
+    response = client.post("/v2/models/kinds/infer", json={"inputs": [tensor(rows_with_levels()[0]), described]})
+    assert response.status_code == 422
+    assert f"the shape is [3, 1], but data has {len(data)} texts" in response.json()["error"]
 
 
 def test_one_text_and_the_parameter_give_all_rows_the_same_condition(client: httpx.Client) -> None:
