@@ -35,13 +35,8 @@ class ScoringModel:
         """
         import pandas as pd
 
-        return pd.DataFrame(
-            {
-                "score": self.model.score(model_input),
-                "p_value": self.model.p_value(model_input),
-                "is_anomaly": self.model.is_anomaly(model_input),
-            }
-        )
+        found = self.model.judge(model_input)
+        return pd.DataFrame({"score": found.score, "p_value": found.p_value, "is_anomaly": found.is_anomaly})
 
 
 def _load_pyfunc(path: str) -> ScoringModel:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from elbo.errors import NotSupportedError, OptionError
 from elbo.sources import Data, Labels, as_source
-from elbo.verdicts import Contribution, Verdict
+from elbo.verdicts import Contribution, Verdict, Verdicts
 from models import artifact
 from models.errors import ArtifactMissing, join_names
 from models.keys import PrivateKey, read_private_key
@@ -385,13 +385,18 @@ class Model:
         self, data: Data, *, alpha: float | None = None, extrapolated: bool = False, condition: Condition | None = None
     ) -> Bools:
         """Return whether each row is anomalous, [B]: see `severity`. No row is, during a silence of the policy."""
-        alpha = self._alpha(alpha)
-        operation = operations.anomaly(alpha, extrapolated)
+        return self.judge(data, alpha=alpha, extrapolated=extrapolated, condition=condition).is_anomaly
+
+    def judge(
+        self, data: Data, *, alpha: float | None = None, extrapolated: bool = False, condition: Condition | None = None
+    ) -> Verdicts:
+        """Return scores, p-values, severities and verdicts of rows; the model runs once. See `severity`."""
+        operation = operations.anomaly(self._alpha(alpha), extrapolated)
         found = [
-            (severity > 1) if rows.silenced is None else (severity > 1) & ~rows.silenced
-            for rows, (_, _, severity, *_) in self._judged(operation, data, condition)
+            (score, p_value, severity, (severity > 1) if rows.silenced is None else (severity > 1) & ~rows.silenced)
+            for rows, (score, p_value, severity, *_) in self._judged(operation, data, condition)
         ]
-        return np.concatenate(found)
+        return Verdicts(*map(np.concatenate, zip(*found, strict=True)))
 
     def explain(
         self,

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 
 @dataclass(frozen=True)
 class Contribution:
@@ -42,3 +45,20 @@ class Verdict:
     is_anomaly: bool
     parts: dict[str, float]
     features: list[Contribution]
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """The verdicts on all rows, as arrays [B].
+
+    Args:
+        score: how anomalous each row is; the higher, the more anomalous. NaN if the model overflows for the row.
+        p_value: (1 + calibration scores that are at least as high) / (1 + calibration scores).
+        severity: above 1 if and only if the row is anomalous at alpha, unless a silence of the policy holds for it.
+        is_anomaly: whether the row is anomalous at alpha.
+    """
+
+    score: npt.NDArray[np.float32]
+    p_value: npt.NDArray[np.float32]
+    severity: npt.NDArray[np.float32]
+    is_anomaly: npt.NDArray[np.bool_]

@@ -7,6 +7,7 @@ import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -19,6 +20,7 @@ from models import artifact
 from models.errors import ArtifactCorrupt, ArtifactMissing, ArtifactNameInvalid, ArtifactUntrusted
 from models.keys import create_key
 from service.app import create_app
+from service.inference.backends import TorchScriptBackend
 from service.settings import Settings
 from tests.data import ROOT
 from tests.elbo.conftest import NAMES, Site, metric_rows
@@ -165,6 +167,28 @@ def test_copies_are_the_model_itself_and_models_with_equal_artifacts_are_equal(w
     assert again == web
     assert hash(again) == hash(web)
     assert again != web.calibrate(metric_rows(100, seed=8))
+
+
+def test_judge_gives_the_arrays_of_four_methods_from_one_run_of_the_model(
+    web: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = metric_rows(300, seed=5)
+    rows[:3, 1] += 300
+    expected = web.score(rows), web.p_value(rows), web.severity(rows, alpha=0.02), web.is_anomaly(rows, alpha=0.02)
+    run, runs = TorchScriptBackend.run, 0
+
+    def count(*arguments: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        return run(*arguments)
+
+    monkeypatch.setattr(TorchScriptBackend, "run", count)
+    verdicts = web.judge(rows, alpha=0.02)
+    assert runs == 1
+    found = verdicts.score, verdicts.p_value, verdicts.severity, verdicts.is_anomaly
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert verdicts.is_anomaly[:3].all()
 
 
 def test_threads_that_use_one_model_at_once_get_the_numbers_of_one_thread(web: Model) -> None:
