@@ -284,6 +284,28 @@ def test_data_that_change_after_the_job_began_are_refused_although_they_have_as_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("added_ns", "is_refused"), [(0, False), (10**9, True)])
+def test_data_whose_time_of_change_has_fewer_digits_in_a_worker_are_the_same_data(
+    added_ns: int, is_refused: bool, root: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "rows.npy"
+    np.save(data, two_factor_rows(200, seed=1))
+    os.utime(data, ns=(1_700_000_000_123_456_789,) * 2)
+    artifact = load(root / "hosts" / "1" / "model.pt")
+
+    def engine(job: Job, parts: Sequence[Part], workers: int | None, show: Show) -> None:
+        os.utime(data, ns=(1_700_000_000_123_456_000 + added_ns,) * 2)  # as another machine sees it over NFS
+        score_locally(artifact, job, parts, workers, show)
+
+    job = make_job(artifact, "parquet", 0.05, 1, part_rows=200)
+    if is_refused:
+        with pytest.raises(DataError, match="was changed after the command began"):
+            run_job(job, artifact, str(data), tmp_path / "out", single=False, engine=engine)
+    else:
+        run_job(job, artifact, str(data), tmp_path / "out", single=False, engine=engine)
+    assert (tmp_path / "out").exists() == (not is_refused)
+
+
 def test_task_of_an_aborted_job_cannot_write_into_the_folder_of_the_next(root: Path, tmp_path: Path) -> None:
     data = tmp_path / "rows.npy"
     np.save(data, two_factor_rows(200, seed=1))

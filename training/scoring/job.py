@@ -29,6 +29,7 @@ from training.errors import DataError
 from training.scoring.frames import FaultyRow, ScoredBatch, score_batches
 
 BATCH_ROWS = 16_384  # rows per call of the model; larger batches are no faster
+TIME_UNITS = (1, 100, 10**3, 10**6, 10**9)  # ns, in which file systems give the time of the last change
 REPORTS, FAULTS, PARTS = "reports", "faults", "parts"  # the folders of a job
 
 Show = Callable[[int], None]
@@ -207,8 +208,18 @@ def fingerprint_of(source: str) -> tuple[int, int]:
     return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else (0, 0)
 
 
+def _is_same(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Return whether two fingerprints may be of the same file, read through two file systems.
+
+    One of them may cut off the last digits of the time: NFS may give microseconds or whole seconds.
+    """
+    (size, time), (other_size, other_time) = one, other
+    cut = any(time // unit * unit == other_time or other_time // unit * unit == time for unit in TIME_UNITS)
+    return size == other_size and cut
+
+
 def _require_unchanged(part: Part) -> None:
-    if part.fingerprint is not None and part.fingerprint != fingerprint_of(part.source):
+    if part.fingerprint is not None and not _is_same(part.fingerprint, fingerprint_of(part.source)):
         raise DataError(f"{part.source} was changed after the command began: repeat the command")
 
 
