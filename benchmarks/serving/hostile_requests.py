@@ -349,18 +349,18 @@ def send_attack(attack: Attack, port: int, smoke: bool) -> None:
 def send(port: int, request: bytes, unread_seconds: float) -> int:
     """Send `request`, and wait for `unread_seconds`. Return the status of the response.
 
-    The status is 0 if there is no response within RESPONSE_SECONDS, or if the server has ended the connection.
+    The status is 0 if the server accepts no connection, gives no response within RESPONSE_SECONDS, or has ended the
+    connection.
     """
-    with socket.create_connection(("127.0.0.1", port), RESPONSE_SECONDS) as connection:
-        response = b""
+    response = b""
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), RESPONSE_SECONDS) as connection:
         # The server may refuse the request, and close the connection before the end of the body.
         with suppress(OSError):
             connection.sendall(request)
         sleep(unread_seconds)
-        with suppress(OSError):
-            while piece := connection.recv(2**20):
-                response = response or piece
-        return int(response.split()[1]) if response else 0
+        while piece := connection.recv(2**20):
+            response = response or piece
+    return int(response.split()[1]) if response else 0
 
 
 def reset_peak(pid: int) -> None:

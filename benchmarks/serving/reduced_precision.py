@@ -125,9 +125,9 @@ def compare_digits(repetitions: int) -> None:
 
 def round_to(x: Array, digits: int) -> Array:
     """Return x with so many significant digits, as float32."""
-    exponent = np.floor(np.log10(np.maximum(np.abs(x), np.finfo(np.float32).tiny)))
+    exponent = np.floor(np.log10(np.maximum(np.abs(x), np.finfo(np.float32).tiny))).astype(np.float64)
     scale = 10.0 ** (digits - 1 - exponent)
-    return (np.round(x.astype(np.float64) * scale) / scale).astype(np.float32)
+    return (np.round(x * scale) / scale).astype(np.float32)
 
 
 def dumps(x: Array) -> bytes:

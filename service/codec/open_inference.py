@@ -344,7 +344,8 @@ def _read_long_texts(content: bytes, shape: list[int], pointer: str, budget: Bud
     all_ends = np.append(np.concatenate(ends), len(content))
     while start < len(content):
         budget.check_time()
-        end = int(all_ends[min(np.searchsorted(all_ends, start + PIECE_BYTES), len(all_ends) - 1)])
+        index = int(np.searchsorted(all_ends, start + PIECE_BYTES))
+        end = int(all_ends[min(index, len(all_ends) - 1)])
         values += loads_value(b"[%b]" % content[start:end])
         start = end + 1
     return values

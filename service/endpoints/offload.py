@@ -23,7 +23,9 @@ from service.codec.budget import Budget, TurnOver
 from service.codec.long_work import long_work
 
 T = TypeVar("T")
-MAX_LOOP_NS = 2_000_000  # maximum time for which requests may block one pass of the event loop, in nanoseconds
+# Maximum time for which the tasks of requests may block one pass of the event loop, in nanoseconds. Direct requests may
+# add half of it, or one body.
+MAX_LOOP_NS = 2_000_000
 SHORT_NS = MAX_LOOP_NS // 40  # work of at most this long is not counted: 64 requests at once take at most 3 ms
 
 LOW_PRIORITY_THREADS = 2
@@ -48,17 +50,17 @@ PICTURE_BYTE = math.inf  # a picture, too, may be far larger than its body
 GZIP_BODY = math.inf  # a gzip body counts as infinitely long work, because its decompressed size is unknown
 
 
-class _LoopPass:
-    """The estimated work of requests in the current pass of the event loop.
+class _LoopPass(threading.local):
+    """The estimated work of requests in the current pass of this thread's event loop.
 
     Tasks whose work does not fit into it wait in a queue, and only those that have their turn are woken. If all of them
-    looked at each pass whether there is time, 32 waiting requests would take a fifth of the processor time.
+    looked in each pass whether there is time, new tasks would often go first.
     """
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None  # the loop whose pass it is; None before its first work
         self._ns = 0.0
-        self._direct_ns = 0.0  # of `_ns`, taken by `take`
+        self._direct_ns = 0.0  # the part of `_ns` that direct requests took
         self._waiting: deque[tuple[asyncio.Future[None], float]] = deque()  # with the estimated time of the work
 
     async def wait(self, estimated_ns: float) -> None:
@@ -75,10 +77,12 @@ class _LoopPass:
     def take(self, loop: asyncio.AbstractEventLoop, estimated_ns: float) -> bool:
         """Count the work if there is time for it in the current pass of `loop`. Return whether there is.
 
-        Half of the time is there for callers of this method even if waiting tasks need all of it.
+        In each pass, the first caller gets its time, and all callers together half of the pass, even if waiting tasks
+        need all of it or the work is longer than MAX_LOOP_NS. Otherwise such work would never have its turn.
         """
         self._begin(loop)
-        if self._ns + estimated_ns > MAX_LOOP_NS and self._direct_ns + estimated_ns > MAX_LOOP_NS / 2:
+        is_reserved = not self._direct_ns or self._direct_ns + estimated_ns <= MAX_LOOP_NS / 2
+        if self._ns + estimated_ns > MAX_LOOP_NS and not is_reserved:
             return False
         self._ns += estimated_ns
         self._direct_ns += estimated_ns
@@ -89,7 +93,7 @@ class _LoopPass:
         if self._loop is not loop:
             self._loop = loop
             self._ns = self._direct_ns = 0.0
-            self._waiting.clear()  # of another loop, which has ended
+            self._waiting.clear()  # of an earlier loop of this thread, which has ended
             loop.call_soon(self._end)
 
     def _end(self) -> None:

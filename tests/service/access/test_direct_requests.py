@@ -206,7 +206,7 @@ def test_request_that_is_refused_for_the_queue_with_a_known_head_needs_a_valid_k
     asyncio.run(scenario())
 
 
-def test_request_that_is_taken_back_leaves_no_trace_in_the_limits() -> None:
+def test_request_that_is_undone_leaves_no_trace_in_the_limits() -> None:
     definition = ApiKey(
         sha256="0" * 64, scopes=frozenset({"infer"}), requests_per_second=0.001, burst=2, concurrent_requests=1
     )

@@ -123,4 +123,48 @@ def test_direct_requests_get_half_of_the_time_beside_waiting_tasks() -> None:
 
     done, turns = asyncio.run(count_turns())
     assert done == 60
-    assert 30 * 4 <= turns <= 34 * 8  # 30 passes with tasks in all of them, and a few without tasks
+    assert 30 * 4 <= turns <= 30 * 4 + 4 * 8  # 30 passes with tasks in all of them, and at most 4 without
+
+
+@pytest.mark.parametrize("estimated_ns", [0.75 * MAX_LOOP_NS, 3 * MAX_LOOP_NS])
+@pytest.mark.parametrize("tasks", [0, 60])
+def test_direct_request_with_a_large_body_has_its_turn_in_each_pass(tasks: int, estimated_ns: float) -> None:
+    async def count_turns() -> list[bool]:
+        waiting = asyncio.create_task(wait_for_all([], tasks))
+        await asyncio.sleep(0)
+        turns = []
+        for _ in range(20):
+            turns.append(take_loop_time(asyncio.get_running_loop(), estimated_ns))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # a pass may end in either
+        await waiting
+        return turns
+
+    assert all(asyncio.run(count_turns()))
+
+
+def test_request_that_is_cancelled_after_its_turn_was_granted_leaves_the_next_turns_to_others() -> None:
+    async def cancel_granted() -> list[int]:
+        order: list[int] = []
+        tasks = [
+            asyncio.create_task(run_in_thread_if_long(lambda number=number: order.append(number), MAX_LOOP_NS))  # type: ignore[misc]
+            for number in range(4)
+        ]
+        while not order:
+            await asyncio.sleep(0)
+        tasks[1].cancel()  # `_end` has given it the next pass, or is about to
+        async with asyncio.timeout(5):
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return order
+
+    assert asyncio.run(cancel_granted()) in ([0, 2, 3], [0, 1, 2, 3])
+
+
+def test_two_event_loops_in_two_threads_do_not_share_their_passes() -> None:
+    orders: list[list[int]] = [[], []]
+    threads = [threading.Thread(target=lambda order=order: asyncio.run(wait_for_all(order, 400))) for order in orders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert orders == [list(range(400))] * 2

@@ -465,11 +465,12 @@ def test_long_list_of_texts_in_json_gives_each_row_its_condition(client: httpx.C
     x, _ = rows_with_levels()
     repeats = 1600
     named = [level for level, _ in LEVELS]
-    given = {"x": np.tile(x, (repeats, 1)), "a": named * repeats}
-    nested = [[value] for value in given["a"]] if is_nested else given["a"]
+    values = named * repeats
     wanted = outputs("mean", binary_data=True)
-    described = texts("a", []) | {"data": nested, "shape": [len(nested), 1] if is_nested else [len(nested)]}
-    body, headers = as_binary(("x", "FP32", given["x"]), outputs=wanted)
+    described = texts("a", values, [len(values), 1] if is_nested else [len(values)])
+    if is_nested:
+        described["data"] = [[value] for value in values]
+    body, headers = as_binary(("x", "FP32", np.tile(x, (repeats, 1))), outputs=wanted)
     length = int(headers["inference-header-content-length"])
     head = json.loads(body[:length])
     head["inputs"].append(described)
