@@ -71,7 +71,7 @@ def compare_networks(folder: Path, epochs: int, repetitions: int) -> None:
     for rows in BATCHES:
         batch = np.resize(x, (rows, x.shape[1]))
         beside = np.concatenate([batch, LARGE_FACTOR * batch[:1]])
-        seconds = [best_seconds(lambda: run(session, batch), repetitions) for session in (single, quantised)]  # noqa: B023
+        seconds = [best_seconds(lambda: run(session, batch), repetitions) for session in (single, quantised)]  # noqa: B023 (called before the next iteration)
         error, error_beside = [
             float(np.abs(run(quantised, given)[:rows] - run(single, given)[:rows]).max()) / spread
             for given in (batch, beside)
@@ -118,8 +118,8 @@ def compare_digits(repetitions: int) -> None:
     print(f"| all | 0 | {1e3 * best_seconds(lambda: dumps(x), repetitions):.3f} | {len(dumps(x)):,} |")
     for digits in DIGITS:
         rounded = round_to(x, digits)
-        rounding = best_seconds(lambda: round_to(x, digits), repetitions)  # noqa: B023
-        writing = best_seconds(lambda: dumps(rounded), repetitions)  # noqa: B023
+        rounding = best_seconds(lambda: round_to(x, digits), repetitions)  # noqa: B023 (called before the next iteration)
+        writing = best_seconds(lambda: dumps(rounded), repetitions)  # noqa: B023 (called before the next iteration)
         print(f"| {digits} | {1e3 * rounding:.3f} | {1e3 * writing:.3f} | {len(dumps(rounded)):,} |")
 
 

@@ -91,13 +91,18 @@ def test_request_that_waits_for_a_pass_is_woken_once() -> None:
     assert [request.waits for request in requests] == [0, 0] + 58 * [1]
 
 
+def start_tasks(order: list[int], count: int) -> list[asyncio.Task[None]]:
+    """Start tasks that each need a whole pass, and then append their numbers to `order`."""
+    return [
+        asyncio.create_task(run_in_thread_if_long(lambda number=number: order.append(number), MAX_LOOP_NS))  # type: ignore[misc] # the number is bound at once
+        for number in range(count)
+    ]
+
+
 def test_request_that_is_cancelled_while_it_waits_leaves_its_turn_to_the_next() -> None:
     async def cancel_most() -> list[int]:
         order: list[int] = []
-        tasks = [
-            asyncio.create_task(run_in_thread_if_long(lambda number=number: order.append(number), MAX_LOOP_NS))  # type: ignore[misc]
-            for number in range(60)
-        ]
+        tasks = start_tasks(order, 60)
         await asyncio.sleep(0)
         for task in tasks[1:-1]:
             task.cancel()
@@ -146,10 +151,7 @@ def test_direct_request_with_a_large_body_has_its_turn_in_each_pass(tasks: int, 
 def test_request_that_is_cancelled_after_its_turn_was_granted_leaves_the_next_turns_to_others() -> None:
     async def cancel_granted() -> list[int]:
         order: list[int] = []
-        tasks = [
-            asyncio.create_task(run_in_thread_if_long(lambda number=number: order.append(number), MAX_LOOP_NS))  # type: ignore[misc]
-            for number in range(4)
-        ]
+        tasks = start_tasks(order, 4)
         while not order:
             await asyncio.sleep(0)
         tasks[1].cancel()  # `_end` has given it the next pass, or is about to
