@@ -15,8 +15,9 @@ and a client that is refused with 429 tries once more. For each attack, the tabl
 - the slowest answer of /livez, before and during the attack;
 - the 99th percentile of the latency of the honest requests, before and during the attack.
 
-The program exits with code 1 if an attack gets an unexpected response, or if an honest request fails. The
-benchmark needs Linux. To add an attack, write a function that makes its body, and add it to ATTACKS.
+The program exits with code 1 if an attack gets an unexpected response or, within RESPONSE_SECONDS, neither a response
+nor the end of its connection, or if an honest request fails. The benchmark needs Linux. To add an attack, write a
+function that makes its body, and add it to ATTACKS.
 """
 
 import argparse
@@ -30,8 +31,9 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter, sleep
 
@@ -309,11 +311,27 @@ class Attackers:
         assert self._process.stdout
         self.sent_bytes = int(self._process.stdout.readline())  # the process has made its request
 
-    def attack(self) -> tuple[list[int], float]:
-        """Send the attack. Return the statuses of the responses, and after how many seconds the slowest arrived."""
+    def attack(self) -> "Outcome":
+        """Send the attack, and return how it ended. Raise RuntimeError if the process fails."""
         output, _ = self._process.communicate("go\n")
-        statuses, slowest = json.loads(output)
-        return statuses, slowest
+        if self._process.returncode:
+            raise RuntimeError(f"the process of the attackers ended with exit code {self._process.returncode}")
+        return Outcome(**json.loads(output))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the requests of an attack ended.
+
+    Args:
+        statuses: the different statuses of the responses; 0 if the server ended the connection without a response.
+        unanswered: why requests got neither a response nor the end of the connection.
+        slowest: after how many seconds the slowest request ended.
+    """
+
+    statuses: list[int]
+    unanswered: list[str]
+    slowest: float
 
 
 def send_attack(attack: Attack, port: int, smoke: bool) -> None:
@@ -324,42 +342,50 @@ def send_attack(attack: Attack, port: int, smoke: bool) -> None:
     sys.stdin.readline()
     end = perf_counter() + (0.0 if smoke else ATTACK_SECONDS)
     statuses: list[int] = []
+    unanswered: list[str] = []
     seconds: list[float] = []
 
-    def attempt() -> int:
+    def attempt() -> int | None:
         started = perf_counter()
-        statuses.append(send(port, request, attack.unread_seconds))
-        seconds.append(perf_counter() - started)
-        return statuses[-1]
+        try:
+            status = send(port, request, attack.unread_seconds)
+        except OSError as error:
+            unanswered.append(str(error))
+            return None
+        finally:
+            seconds.append(perf_counter() - started)
+        statuses.append(status)
+        return status
 
-    def client() -> None:
+    def client(_: int) -> None:
         if attempt() == REFUSED:
             sleep(RETRY_SECONDS)
             attempt()
 
-    while not statuses or perf_counter() < end:
-        threads = [threading.Thread(target=client) for _ in range(attack.connections)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    print(json.dumps([sorted(set(statuses)), max(seconds)]))
+    with ThreadPoolExecutor(attack.connections) as clients:
+        while not seconds or perf_counter() < end:
+            list(clients.map(client, range(attack.connections)))  # raises what a client raises
+    print(json.dumps(asdict(Outcome(sorted(set(statuses)), unanswered, max(seconds)))))
 
 
 def send(port: int, request: bytes, unread_seconds: float) -> int:
     """Send `request`, and wait for `unread_seconds`. Return the status of the response.
 
-    The status is 0 if the server accepts no connection, gives no response within RESPONSE_SECONDS, or has ended the
-    connection.
+    The status is 0 if the server has ended the connection without a response.
+
+    Raises:
+        OSError: the server accepts no connection.
+        TimeoutError: the server takes or sends no bytes for RESPONSE_SECONDS.
     """
     response = b""
-    with suppress(OSError), socket.create_connection(("127.0.0.1", port), RESPONSE_SECONDS) as connection:
+    with socket.create_connection(("127.0.0.1", port), RESPONSE_SECONDS) as connection:
         # The server may refuse the request, and close the connection before the end of the body.
-        with suppress(OSError):
+        with suppress(ConnectionError):
             connection.sendall(request)
         sleep(unread_seconds)
-        while piece := connection.recv(2**20):
-            response = response or piece
+        with suppress(ConnectionError):
+            while piece := connection.recv(2**20):
+                response = response or piece
     return int(response.split()[1]) if response else 0
 
 
@@ -382,7 +408,7 @@ def run(name: str, attack: Attack, port: int, pid: int, smoke: bool) -> bool:
     reset_peak(pid)
     memory = peak(pid)
     started = perf_counter()
-    statuses, slowest = attackers.attack()
+    outcome = attackers.attack()
     sleep(0.2)
     rise = peak(pid) - memory
     latencies = clients.stop()
@@ -391,8 +417,8 @@ def run(name: str, attack: Attack, port: int, pid: int, smoke: bool) -> bool:
     cells = [
         name,
         f"{attackers.sent_bytes / MIB:.2f}",
-        "/".join(map(str, statuses)),
-        f"{slowest:.2f}",
+        "/".join(map(str, outcome.statuses)),
+        f"{outcome.slowest:.2f}",
         f"{rise / MIB:.0f} ({rise / MAX_BODY:.2f})",
         f"{1e3 * livez[0]:.0f} / {1e3 * livez[1]:.0f}",
         f"{1e3 * honest[0]:.1f} / {1e3 * honest[1]:.1f}",
@@ -400,7 +426,10 @@ def run(name: str, attack: Attack, port: int, pid: int, smoke: bool) -> bool:
     print(f"| {' | '.join(cells)} |", flush=True)
     if latencies.failed:
         print(f"honest requests failed: {latencies.failed[:3]}")
-    return set(statuses) <= set(attack.expected) and not latencies.failed
+    if outcome.unanswered:
+        print(f"{len(outcome.unanswered)} requests of the attack got no response: {outcome.unanswered[:3]}")
+    unexpected = set(outcome.statuses) - set(attack.expected)
+    return not unexpected and not outcome.unanswered and not latencies.failed
 
 
 def periods(started: float) -> list[Callable[[float], bool]]:

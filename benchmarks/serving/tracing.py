@@ -149,8 +149,8 @@ def main() -> None:
         }
         if options.before:
             servers["before"] = start(options.before.resolve(), workload, stack, "before")
-        wanted = [load for load in loads(workload) if options.load in load.title]
-        compare(servers, wanted[:: 5 if options.smoke else 1], options.rounds, options.seconds)
+        wanted = [load for load in loads(workload, smoke=options.smoke) if options.load in load.title]
+        compare(servers, wanted, options.rounds, options.seconds)
         often = {**tracing, "OTEL_BSP_SCHEDULE_DELAY": "100"}
         added = added_microseconds(often, requests=2000 if options.smoke else 50_000)
         print(f"\nTracing {RATIO} of the requests adds {describe(added)} µs of processor time to a request.")
