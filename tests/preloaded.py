@@ -11,6 +11,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import runpy
 import signal
 import socket
@@ -41,6 +42,7 @@ ELBO_PACKAGES = ("elbo", "models", "service", "training")
 READ_AT_START = ("COVERAGE", "KMP_", "LD_", "MKL_", "MPL", "OMP_", "OPENBLAS_", "PYTHON", "TORCH")
 SET_CHILD_SUBREAPER, GET_CHILD_SUBREAPER = 36, 37  # options of the system call prctl
 
+LIMIT_ON_OPEN_FILES = ["prlimit", "--nofile="]  # a command may begin with these words and a number
 FORKABLE_OPTIONS = {"stdin", "stdout", "stderr", "text", "cwd", "env", "start_new_session"}  # of `Popen`
 
 lock = threading.Lock()
@@ -56,6 +58,8 @@ class PreloadedProcess(subprocess.Popen[Any]):
     program. It waits for its threads, calls its exit functions and flushes its streams, but does not take down the
     interpreter: that would take 0.6 s, because it changes, and so copies, all memory that the fork shares.
 
+    The command may begin with `prlimit --nofile=N`: the fork then sets its limit on open files.
+
     `Popen` starts the program as usual if a fork cannot run it: with other options of `Popen` or of Python, with a
     command that is not this Python, and with other values of the variables `READ_AT_START`.
     """
@@ -63,9 +67,11 @@ class PreloadedProcess(subprocess.Popen[Any]):
     def __init__(self, arguments: list[str], **options: Any) -> None:
         environment = dict(options.get("env") or os.environ)
         self._request: dict[str, Any] | None = None
-        if set(options) <= FORKABLE_OPTIONS and is_forkable(arguments, environment):
+        limit, command = split_limit(arguments)
+        if set(options) <= FORKABLE_OPTIONS and is_forkable(command, environment):
             self._request = {
-                "arguments": arguments[1:],
+                "arguments": command[1:],
+                "open_files": limit,
                 "environment": environment,
                 "folder": os.fspath(options.get("cwd") or Path.cwd()),
                 "new_session": options.get("start_new_session", False),
@@ -94,6 +100,14 @@ def run_preloaded(arguments: list[str], *, timeout: float = 300, **options: Any)
             process.kill()
             raise
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def split_limit(arguments: Any) -> tuple[int | None, Any]:
+    """Return the limit on open files that `prlimit` sets at the start of a command, and the rest of the command."""
+    program, option = LIMIT_ON_OPEN_FILES
+    if isinstance(arguments, str) or arguments[0] != program or not arguments[1].startswith(option):
+        return None, arguments
+    return int(arguments[1].removeprefix(option)), arguments[2:]
 
 
 def is_forkable(arguments: Any, environment: dict[str, str]) -> bool:
@@ -171,6 +185,8 @@ def become(request: dict[str, Any], files: list[int], variables: dict[str, str])
     """Run the program of `request` in this process. `variables` are those that importing Elbo sets."""
     if request["new_session"]:
         os.setsid()
+    if request["open_files"]:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (request["open_files"], request["open_files"]))
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)

@@ -68,6 +68,12 @@ def test_status_is_the_signal_if_a_program_was_killed_and_1_if_it_raised_an_erro
     assert run.stderr.endswith("ValueError: why\n")
 
 
+def test_program_has_the_limit_on_open_files_that_prlimit_sets_at_the_start_of_its_command() -> None:
+    code = "import resource, sys; print('torch' in sys.modules, *resource.getrlimit(resource.RLIMIT_NOFILE))"
+    run = run_preloaded(["prlimit", "--nofile=200", sys.executable, "-c", code], text=True)
+    assert run.stdout == "True 200 200\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "variables"),
     [

@@ -1,5 +1,6 @@
 """Fixtures: small trained models, and the application that serves them."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,22 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train(TrainConfig(model="pca", name="hosts", latents=2), host_table(), root, RecordingReporter())
 
     return made_once("artifacts-of-service", make, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def pca_only(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an artifact folder with the model pca of `artifacts`. A server loads it faster than four models."""
+    root = tmp_path_factory.mktemp("pca-only")
+    shutil.copytree(artifacts / "pca", root / "pca")
+    return root
+
+
+@pytest.fixture(scope="session")
+def vae_only(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an artifact folder with the model vae of `artifacts`."""
+    root = tmp_path_factory.mktemp("vae-only")
+    shutil.copytree(artifacts / "vae", root / "vae")
+    return root
 
 
 @pytest.fixture(scope="session")

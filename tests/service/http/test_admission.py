@@ -27,7 +27,7 @@ from tests.service.gate import Gate
 from tests.service.process import ServerProcess, server_starter
 from tests.service.serving import BODY, REQUEST, ROWS, serving, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Response = tuple[int, dict[str, str], bytes]  # status, headers, body
@@ -102,6 +102,7 @@ def test_request_refused_because_the_queue_is_full_gets_a_retry_after_header(vae
     asyncio.run(scenario())
 
 
+@pytest.mark.alone
 def test_request_is_refused_if_it_would_wait_too_long_and_accepted_if_the_batcher_is_idle(
     vae: Artifact,
 ) -> None:
@@ -337,10 +338,11 @@ def test_large_response_that_finds_no_room_is_refused_unless_slow_clients_can_be
     asyncio.run(scenario())
 
 
+@pytest.mark.alone
 def test_flood_of_requests_gets_prompt_refusals_and_correct_responses(
-    start: Callable[..., ServerProcess], artifacts: Path, vae: Artifact
+    start: Callable[..., ServerProcess], vae_only: Path, vae: Artifact
 ) -> None:
-    process = start(artifacts, QUEUE_SECONDS=0.001)
+    process = start(vae_only, QUEUE_SECONDS=0.001)
     request = REQUEST.replace(b"/encode", b"/reconstruct?model=vae")
     with torch.inference_mode():
         expected = vae.module(torch.from_numpy(ROWS)).numpy()
@@ -366,9 +368,9 @@ def test_flood_of_requests_gets_prompt_refusals_and_correct_responses(
     assert process.stop() == 0
 
 
-def test_request_is_refused_before_its_body_arrives_if_the_queue_is_full_and_may_be_sent_again(artifacts: Path) -> None:
+def test_request_is_refused_before_its_body_arrives_if_the_queue_is_full_and_may_be_sent_again(vae_only: Path) -> None:
     async def scenario() -> None:
-        async with serving(Settings(artifacts=artifacts, max_rows=3, queue_rows=3)) as (service, port):
+        async with serving(Settings(artifacts=vae_only, max_rows=3, queue_rows=3)) as (service, port):
             gate = Gate()
             held = await gate.hold(service.batcher, service.find(None), np.repeat(ROWS, 3, axis=0))
             reader, writer = await connect(port)
@@ -400,10 +402,10 @@ def test_request_is_refused_before_its_body_arrives_if_the_queue_is_full_and_may
     ],
 )
 def test_stream_of_rows_waits_instead_of_being_refused_if_the_queue_is_full(
-    artifacts: Path, content_type: str, accept: list[str]
+    vae_only: Path, content_type: str, accept: list[str]
 ) -> None:
     async def scenario() -> None:
-        async with serving(Settings(artifacts=artifacts, max_rows=3, queue_rows=3)) as (service, port):
+        async with serving(Settings(artifacts=vae_only, max_rows=3, queue_rows=3)) as (service, port):
             gate = Gate()
             held = await gate.hold(service.batcher, service.find(None), np.repeat(ROWS, 3, axis=0))
             headers = [("content-type", content_type), *(("accept", line) for line in accept)]
@@ -420,9 +422,9 @@ def test_stream_of_rows_waits_instead_of_being_refused_if_the_queue_is_full(
     asyncio.run(scenario())
 
 
-def test_deadline_that_passes_in_the_queue_gives_504_only_to_its_own_request(artifacts: Path) -> None:
+def test_deadline_that_passes_in_the_queue_gives_504_only_to_its_own_request(vae_only: Path) -> None:
     async def scenario() -> None:
-        async with serving(Settings(artifacts=artifacts)) as (service, port):
+        async with serving(Settings(artifacts=vae_only)) as (service, port):
             gate = Gate()
             held = await gate.hold(service.batcher, service.find(None), ROWS)
             connections = [await connect(port) for _ in range(WORK_SLOTS + 3)]
@@ -445,9 +447,10 @@ def test_deadline_that_passes_in_the_queue_gives_504_only_to_its_own_request(art
     asyncio.run(scenario())
 
 
-def test_incomplete_bodies_do_not_delay_complete_requests(artifacts: Path) -> None:
+@pytest.mark.alone
+def test_incomplete_bodies_do_not_delay_complete_requests(vae_only: Path) -> None:
     async def scenario() -> None:
-        async with serving(Settings(artifacts=artifacts, queue_seconds=0.001)) as (service, port):
+        async with serving(Settings(artifacts=vae_only, queue_seconds=0.001)) as (service, port):
             slow = [await connect(port) for _ in range(2 * WORK_SLOTS)]
             for _, writer in slow:
                 writer.write(REQUEST[:-10])

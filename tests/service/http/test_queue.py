@@ -13,12 +13,12 @@ from service.settings import Settings
 from tests.service.gate import Gate
 from tests.service.serving import BODY, REQUEST, ROWS, serving, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 
-def test_request_of_a_disconnected_client_is_dropped_from_the_queue_before_it_runs(artifacts: Path) -> None:
+def test_request_of_a_disconnected_client_is_dropped_from_the_queue_before_it_runs(vae_only: Path) -> None:
     async def scenario() -> None:
-        async with serving(Settings(artifacts=artifacts)) as (service, port):
+        async with serving(Settings(artifacts=vae_only)) as (service, port):
 
             def requests_with(status: str) -> float:
                 labels = {"endpoint": "/encode", "model": "vae", "version": "1", "status": status}
@@ -46,9 +46,9 @@ def test_request_of_a_disconnected_client_is_dropped_from_the_queue_before_it_ru
     asyncio.run(scenario())
 
 
-def test_request_gets_429_with_a_retry_after_if_the_queue_is_full(artifacts: Path) -> None:
+def test_request_gets_429_with_a_retry_after_if_the_queue_is_full(vae_only: Path) -> None:
     async def scenario() -> None:
-        async with serving(Settings(artifacts=artifacts, max_rows=3, queue_rows=3)) as (service, port):
+        async with serving(Settings(artifacts=vae_only, max_rows=3, queue_rows=3)) as (service, port):
             gate = Gate()
             held = await gate.hold(service.batcher, service.find(None), np.repeat(ROWS, 3, axis=0))
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
@@ -63,9 +63,9 @@ def test_request_gets_429_with_a_retry_after_if_the_queue_is_full(artifacts: Pat
     asyncio.run(scenario())
 
 
-def test_request_gets_504_at_once_and_never_runs_if_its_deadline_passes_in_the_queue(artifacts: Path) -> None:
+def test_request_gets_504_at_once_and_never_runs_if_its_deadline_passes_in_the_queue(vae_only: Path) -> None:
     async def scenario() -> None:
-        async with serving(Settings(artifacts=artifacts, request_timeout=20)) as (service, port):
+        async with serving(Settings(artifacts=vae_only, request_timeout=20)) as (service, port):
             gate = Gate()
             held = await gate.hold(service.batcher, service.find(None), ROWS)
             url = f"http://127.0.0.1:{port}/encode"
@@ -86,9 +86,9 @@ def test_request_gets_504_at_once_and_never_runs_if_its_deadline_passes_in_the_q
     asyncio.run(scenario())
 
 
-def test_job_raises_deadline_exceeded_if_its_deadline_passes_while_the_model_runs(artifacts: Path) -> None:
+def test_job_raises_deadline_exceeded_if_its_deadline_passes_while_the_model_runs(vae_only: Path) -> None:
     async def scenario() -> None:
-        async with serving(Settings(artifacts=artifacts)) as (service, _):
+        async with serving(Settings(artifacts=vae_only)) as (service, _):
             gate = Gate()
             with pytest.raises(DeadlineExceeded):
                 await service.batcher.run(service.find(None), gate.operation, ROWS, deadline=perf_counter() + 0.05)
@@ -97,9 +97,9 @@ def test_job_raises_deadline_exceeded_if_its_deadline_passes_while_the_model_run
     asyncio.run(scenario())
 
 
-def test_only_the_connection_whose_body_does_not_arrive_gets_408_and_is_closed(artifacts: Path) -> None:
+def test_only_the_connection_whose_body_does_not_arrive_gets_408_and_is_closed(vae_only: Path) -> None:
     async def scenario() -> None:
-        async with serving(Settings(artifacts=artifacts, request_timeout=0.2)) as (service, port):
+        async with serving(Settings(artifacts=vae_only, request_timeout=1.0)) as (service, port):
             slow = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
             for _, writer in slow:
                 writer.write(REQUEST[:-10])
@@ -115,10 +115,10 @@ def test_only_the_connection_whose_body_does_not_arrive_gets_408_and_is_closed(a
     asyncio.run(scenario())
 
 
-def test_body_is_refused_while_other_bodies_fill_the_limit_on_held_bytes(artifacts: Path) -> None:
+def test_body_is_refused_while_other_bodies_fill_the_limit_on_held_bytes(vae_only: Path) -> None:
     async def scenario() -> None:
         size = 2 * len(BODY)
-        settings = Settings(artifacts=artifacts, max_body_bytes=max(size, 1024), held_bytes=max(size, 1024))
+        settings = Settings(artifacts=vae_only, max_body_bytes=max(size, 1024), held_bytes=max(size, 1024))
         capacity = settings.held_bytes // len(BODY)
         async with serving(settings) as (service, port):
             gate = Gate()
@@ -138,11 +138,11 @@ def test_body_is_refused_while_other_bodies_fill_the_limit_on_held_bytes(artifac
     asyncio.run(scenario())
 
 
-def test_request_that_is_refused_before_its_handler_runs_frees_its_place_in_the_queue(artifacts: Path) -> None:
+def test_request_that_is_refused_before_its_handler_runs_frees_its_place_in_the_queue(vae_only: Path) -> None:
     """3,000 such requests once made the server refuse all others with 429 until it was restarted."""
 
     async def scenario() -> None:
-        async with serving(Settings(artifacts=artifacts)) as (service, port):
+        async with serving(Settings(artifacts=vae_only)) as (service, port):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             for _ in range(3):
                 writer.write(REQUEST.replace(b"Host: elbo\r\n", b""))

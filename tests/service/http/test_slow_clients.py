@@ -16,7 +16,7 @@ from tests.service.raw_http import read_response, read_to_end, request_head
 from tests.service.scrape import scrape, total
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 TIMEOUT = 2.0  # seconds; ELBO_REQUEST_TIMEOUT of the server
 MIB = 2**20
@@ -86,6 +86,7 @@ def sample(body: bytes) -> bytes:
     return request_head("/sample", f"Content-Length: {len(body)}") + body
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("start", "piece"), ENDLESS.values(), ids=[name.replace(" ", "-") for name in ENDLESS])
 def test_connection_is_closed_if_the_client_sends_too_many_bytes_that_belong_to_no_body(
     server: ServerProcess, start: bytes, piece: bytes
@@ -106,6 +107,7 @@ def test_request_with_too_many_headers_gets_400(server: ServerProcess) -> None:
             assert read_response(connection)[9:12] == status
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("repeats", [1, 4], ids=["one-request", "pipelined"])
 def test_server_answers_small_requests_in_bounded_memory_while_many_clients_do_not_read_large_responses(
     server: ServerProcess, repeats: int
@@ -127,10 +129,11 @@ def test_server_answers_small_requests_in_bounded_memory_while_many_clients_do_n
     close_all(connections)
 
 
-def test_large_response_waits_until_the_client_that_fills_the_memory_counts_as_slow(artifacts: Path) -> None:
+@pytest.mark.alone
+def test_large_response_waits_until_the_client_that_fills_the_memory_counts_as_slow(pca_only: Path) -> None:
     """One such response fits, but not two. A client counts as slow when it has read nothing for one second."""
     with server_starter() as start_server:
-        server = start_server(artifacts, MAX_BODY_BYTES=MIB, HELD_BYTES=MIB, DEFAULT_MODEL="pca")
+        server = start_server(pca_only, MAX_BODY_BYTES=MIB, HELD_BYTES=MIB)
         with connect_with_small_buffer(server) as first, server.client() as client:
             first.sendall(sample(LARGE_SAMPLE))
             assert first.recv(1) == b"H"
@@ -141,6 +144,7 @@ def test_large_response_waits_until_the_client_that_fills_the_memory_counts_as_s
                 assert len(read_to_end(first)) < len(accepted.content)
 
 
+@pytest.mark.alone
 def test_client_that_reads_one_byte_at_a_time_is_dropped_after_the_request_timeout(server: ServerProcess) -> None:
     with connect_with_small_buffer(server) as connection:
         connection.sendall(sample(LARGE_SAMPLE))
@@ -153,6 +157,7 @@ def test_client_that_reads_one_byte_at_a_time_is_dropped_after_the_request_timeo
     assert TIMEOUT / 2 < time.monotonic() - started < 5 * TIMEOUT
 
 
+@pytest.mark.alone
 def test_next_request_starts_when_the_client_has_read_the_last_large_response(server: ServerProcess) -> None:
     def requests() -> float:
         with server.client() as client:
@@ -180,6 +185,7 @@ def test_next_request_starts_when_the_client_has_read_the_last_large_response(se
     assert requests() == before + 3
 
 
+@pytest.mark.alone
 def test_pipelined_requests_are_all_answered_in_order_and_in_bounded_memory(server: ServerProcess) -> None:
     count = 20_000
     before, peak = memory(server), 0
@@ -201,6 +207,7 @@ def test_pipelined_requests_are_all_answered_in_order_and_in_bounded_memory(serv
     assert peak - before < 16 * MIB
 
 
+@pytest.mark.alone
 def test_pipelined_requests_of_clients_that_do_not_read_take_bounded_memory(server: ServerProcess) -> None:
     before = memory(server)
     requests = b"GET /models HTTP/1.1\r\nHost: elbo\r\n\r\n" * 5000
@@ -242,6 +249,7 @@ def test_connection_is_closed_after_the_timeout_if_an_answered_request_still_arr
     assert time.monotonic() - started < 4 * TIMEOUT
 
 
+@pytest.mark.alone
 def test_stream_stops_computing_while_its_client_does_not_read(server: ServerProcess) -> None:
     row = b'{"cpu [%]": 1, "memory/used [MB]": 2, "disk~io": 3, "load": 4}\n'
     chunk = b"%x\r\n%b\r\n" % (1000 * len(row), row * 1000)

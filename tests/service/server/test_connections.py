@@ -43,7 +43,7 @@ def start_with_few_files(
 ) -> ServerProcess:
     limit = ["prlimit", f"--nofile={files}"]
     require(subprocess.run([*limit, "true"], check=False).returncode == 0, "the test needs prlimit of util-linux")
-    return start(artifacts, prefix=limit, DEFAULT_MODEL="pca", **settings)
+    return start(artifacts, prefix=limit, **settings)
 
 
 def open_files(pid: int) -> int:
@@ -68,9 +68,9 @@ def connect_strangers(process: ServerProcess, sent: bytes, count: int) -> list[s
 
 @pytest.mark.parametrize("sent", STRANGERS.values(), ids=[name.replace(" ", "-") for name in STRANGERS])
 def test_server_answers_and_logs_one_error_if_strangers_open_too_many_connections(
-    start: Callable[..., ServerProcess], artifacts: Path, sent: bytes
+    start: Callable[..., ServerProcess], pca_only: Path, sent: bytes
 ) -> None:
-    process = start_with_few_files(start, artifacts)
+    process = start_with_few_files(start, pca_only)
     strangers = connect_strangers(process, sent, 2 * FILES)
     time.sleep(1.1)  # until a request whose body does not arrive counts as slow
     for _ in range(20):
@@ -91,10 +91,10 @@ def test_server_answers_and_logs_one_error_if_strangers_open_too_many_connection
 
 
 def test_new_connection_waits_without_load_until_another_connection_may_be_closed(
-    start: Callable[..., ServerProcess], artifacts: Path
+    start: Callable[..., ServerProcess], pca_only: Path
 ) -> None:
     """No open connection may be closed at first: a body that has begun to arrive counts as slow after a second."""
-    process = start(artifacts, MAX_CONNECTIONS=4, DEFAULT_MODEL="pca")
+    process = start(pca_only, MAX_CONNECTIONS=4)
     strangers = connect_strangers(process, STRANGERS["half a body"], 4)
     time.sleep(0.1)
     before = cpu_seconds(process.popen.pid)
@@ -109,9 +109,9 @@ def test_new_connection_waits_without_load_until_another_connection_may_be_close
 
 
 def test_idle_connections_are_closed_before_those_that_are_used(
-    start: Callable[..., ServerProcess], artifacts: Path
+    start: Callable[..., ServerProcess], pca_only: Path
 ) -> None:
-    process = start(artifacts, MAX_CONNECTIONS=50, DEFAULT_MODEL="pca")
+    process = start(pca_only, MAX_CONNECTIONS=50)
     strangers: list[socket.socket] = []
     with process.client() as client:
         assert client.get("/livez").status_code == 200
@@ -127,17 +127,17 @@ def test_idle_connections_are_closed_before_those_that_are_used(
 
 
 def test_server_warns_if_it_may_open_fewer_files_than_max_connections_needs(
-    start: Callable[..., ServerProcess], artifacts: Path
+    start: Callable[..., ServerProcess], pca_only: Path
 ) -> None:
-    process = start_with_few_files(start, artifacts, MAX_CONNECTIONS=1000)
+    process = start_with_few_files(start, pca_only, MAX_CONNECTIONS=1000)
     warnings = [line["message"] for line in process.lines if line["level"] == "warning"]
     assert any("ELBO_MAX_CONNECTIONS is 1000, but only 256 files may be open" in message for message in warnings)
     assert any("ulimit -n" in message and "1100" in message for message in warnings)
 
 
-def test_server_accepts_again_after_it_had_no_free_file(start: Callable[..., ServerProcess], artifacts: Path) -> None:
+def test_server_accepts_again_after_it_had_no_free_file(start: Callable[..., ServerProcess], pca_only: Path) -> None:
     """The limit on open files is lowered while the server runs, below the files that it has open."""
-    process = start_with_few_files(start, artifacts)
+    process = start_with_few_files(start, pca_only)
     pid = process.popen.pid
     with process.client() as client:
         assert client.get("/livez").status_code == 200
@@ -154,8 +154,8 @@ def test_server_accepts_again_after_it_had_no_free_file(start: Callable[..., Ser
     assert process.stop() == 0
 
 
-def test_no_worker_exceeds_the_limit_on_connections(start: Callable[..., ServerProcess], artifacts: Path) -> None:
-    process = start_with_few_files(start, artifacts, WORKERS=2)
+def test_no_worker_exceeds_the_limit_on_connections(start: Callable[..., ServerProcess], pca_only: Path) -> None:
+    process = start_with_few_files(start, pca_only, WORKERS=2)
     process.wait_for_worker()
     strangers = connect_strangers(process, b"", 3 * FILES)
     for _ in range(20):
@@ -169,9 +169,9 @@ def test_no_worker_exceeds_the_limit_on_connections(start: Callable[..., ServerP
 
 
 def test_workers_share_the_connections_equally_after_one_was_replaced(
-    start: Callable[..., ServerProcess], artifacts: Path
+    start: Callable[..., ServerProcess], pca_only: Path
 ) -> None:
-    process = start(artifacts, WORKERS=2, DEFAULT_MODEL="pca")
+    process = start(pca_only, WORKERS=2)
     process.wait_for_worker()
     clients = [process.client() for _ in range(12)]
 
