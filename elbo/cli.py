@@ -361,8 +361,17 @@ def train(
             "than the served version",
         ),
     ] = None,
+    per_group: Annotated[
+        bool,
+        typer.Option(
+            "--per-group",
+            help="train a model NAME-GROUP for each value of the column --group; publish each if it is better than its "
+            "served version",
+        ),
+    ] = False,
     engine: Annotated[
-        Engine, typer.Option(help="where the models of --sweep are trained: local (one after another) or ray")
+        Engine,
+        typer.Option(help="where the models of --sweep or --per-group are trained: local (one after another) or ray"),
     ] = Engine.local,
 ) -> None:
     """Train a model on DATA and publish it.
@@ -372,16 +381,22 @@ def train(
     """
     config = _train_config(context.obj)
     key = _private_key(sign)
-    if sweep:
+    if sweep or per_group:
+        kind = "--sweep" if sweep else "--per-group"
         given = {"--resume": resume, "--tensorboard": tensorboard, "--policy": policy is not None}
+        given["--per-group"] = bool(sweep) and per_group
         if unusable := [option for option, value in given.items() if value]:
-            raise OptionError(f"{unusable[0]} is not for --sweep: leave one of them out")
+            raise OptionError(f"{unusable[0]} is not for {kind}: leave one of them out")
+    if per_group:
+        _train_groups(config, data, artifacts, runs, engine, force=force, replace_features=replace_features, key=key)
+        return
+    if sweep:
         _sweep(
             context.obj, sweep, data, artifacts, runs, engine, force=force, replace_features=replace_features, key=key
         )
         return
     if engine is not Engine.local:
-        raise OptionError("--engine is for --sweep: a single model is trained on this machine")
+        raise OptionError("--engine is for --sweep and --per-group: a single model is trained on this machine")
     from training.train import read
 
     table = read(data, config)
@@ -468,6 +483,54 @@ def _sweep(
     typer.echo(f"{sweep.describe(found, base.name)}; page: {page}")
     if found.path is not None:
         _note_missing_signature(found.path)
+
+
+def _train_groups(
+    config: "TrainConfig",
+    data: str,
+    artifacts: Path,
+    runs: Path,
+    engine: Engine,
+    *,
+    force: bool,
+    replace_features: bool,
+    key: "PrivateKey | None",
+) -> None:
+    """Train a model for each group, publish each, and print and write the table of results. See `run_groups`."""
+    from training import groups
+    from training.train import read
+
+    if config.group is None:
+        raise OptionError("--per-group trains a model for each value of the column --group: add --group and --time")
+    train_all: groups.Engine = groups.train_here
+    if engine is Engine.ray:
+        from training.ray_tasks import train_groups_on_ray
+
+        train_all = train_groups_on_ray
+    table = read(data, config)
+    for note in [*table.notes, *table.warnings]:
+        typer.echo(note, err=True)
+    total = 1 if table.timeline is None else len(table.timeline.groups)
+    done = 0
+
+    def show(result: groups.GroupResult) -> None:
+        nonlocal done
+        done += 1
+        typer.echo(f"{done}/{total} {result.trained.name}: {result.describe()}", err=True)
+
+    found = groups.run_groups(
+        config, table, artifacts, train_all, force=force, replace_features=replace_features, key=key, show=show
+    )
+    folder = runs / config.name
+    folder.mkdir(parents=True, exist_ok=True)
+    page = folder / "groups.html"
+    _write(page, groups.groups_page(found, config.name))
+    typer.echo(printable_lines(groups.format_groups(found)))
+    typer.echo(f"{groups.count_states(found)}; page: {page}")
+    published = [result for result in found if result.state == groups.PUBLISHED]
+    if published:
+        newest = published[0]
+        _note_missing_signature(artifacts / newest.trained.name / str(newest.version) / "model.pt")
 
 
 def _train_config(arguments: dict[str, Any]) -> "TrainConfig":

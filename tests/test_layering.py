@@ -31,8 +31,13 @@ MAY_IMPORT = {
     "training.exporting": "models adoption errors",
     "training.scoring": "models evaluation data errors",
     "training.train": "models publishing evaluation reports fitting data config errors progress",
-    "training.sweep": "models train publishing evaluation config errors progress",
-    "training.ray_tasks": "models.errors scoring sweep",
+    "training.results_table": "evaluation",
+    "training.served_version": "models evaluation",
+    "training.sweep": "models train served_version results_table publishing evaluation config errors progress",
+    "training.groups": (
+        "models train served_version results_table publishing evaluation fitting data config errors progress"
+    ),
+    "training.ray_tasks": "models.errors scoring sweep groups",
     "training.__main__": "elbo.cli",
     "elbo.errors": "models.errors",
     "elbo.options": "models.season",

@@ -12,11 +12,15 @@ import pytest
 import torch
 
 from models.artifact import load
+from models.manifest import read_manifest
 from tests.commands import in_process, train_hosts, two_factor_rows, write
 from tests.conftest import require
 from tests.data import ROOT
-from tests.ray_programs.trials import TRIALS
+from tests.hosts_table import write_hosts
+from tests.ray_programs.trials import GROUPS, TRIALS
+from training.groups import run_groups, train_here
 from training.sweep import Sweep, train_locally
+from training.train import read
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]  # Ray gives up if a busy machine starts a node too slowly
 
@@ -41,7 +45,7 @@ def run(program: str, *arguments: object) -> dict[str, Any]:
     return found
 
 
-def test_scores_and_sweeps_on_ray_are_those_of_this_machine_although_a_node_is_killed(
+def test_scores_and_models_on_ray_are_those_of_this_machine_although_a_node_is_killed(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = two_factor_rows(200_000, seed=1)
@@ -49,10 +53,11 @@ def test_scores_and_sweeps_on_ray_are_those_of_this_machine_although_a_node_is_k
     data = tmp_path / "rows.npy"
     np.save(data, rows)
     table = write(tmp_path / "table.csv", two_factor_rows(300, seed=2))
+    hosts = write_hosts(tmp_path / "hosts.csv", {"a": 100, "b": 100, "c": 100, "short": 6})
     for engine in ("on_ray", "locally"):
         (tmp_path / engine).mkdir()
     artifact = root / "hosts" / "1" / "model.pt"
-    found = run("lose_a_node", artifact, data, tmp_path / "ray", table, tmp_path / "on_ray")
+    found = run("lose_a_node", artifact, data, tmp_path / "ray", table, tmp_path / "on_ray", hosts)
     assert (found["parts"], found["rows"], found["faulty"], found["nodes"]) == (100, 200_000, 1, 1)
     assert 4 <= found["finished_at_kill"] < 100
     assert found["usage_statistics"] == "0"
@@ -70,7 +75,19 @@ def test_scores_and_sweeps_on_ray_are_those_of_this_machine_although_a_node_is_k
     assert found["sweep"] == expected
     assert [sorted(each) for each in expected] == [["detection", "log_likelihood", "reconstruction_error"]] * 2 + [[]]
     names = ["0000.pt", "0001.pt"]
-    assert [sorted(path.name for path in (tmp_path / each).iterdir()) for each in ("on_ray", "locally")] == [names] * 2
+    assert [sorted(path.name for path in (tmp_path / each).glob("*.pt")) for each in ("on_ray", "locally")] == [
+        names
+    ] * 2
+    groups = run_groups(GROUPS, read(hosts, GROUPS), tmp_path / "locally" / "groups", train_here)
+    assert found["groups"] == [[each.trained.name, each.state, each.trained.means] for each in groups]
+    assert [each.state for each in groups] == ["published"] * 3 + ["failed"]
+    assert found["killed"]
+    manifests = [
+        read_manifest(tmp_path / each / "groups" / f"hosts-{group}" / "1" / "model.pt")
+        for group in "abc"
+        for each in ("on_ray", "locally")
+    ]
+    assert [each.weights_sha256 for each in manifests[::2]] == [each.weights_sha256 for each in manifests[1::2]]
 
 
 def test_replicas_of_ray_serve_answer_as_the_service_does(root: Path, tmp_path: Path) -> None:

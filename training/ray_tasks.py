@@ -1,15 +1,16 @@
-"""Run the parts of a scoring job, or the trials of a sweep, as tasks of Ray.
+"""Run the parts of a scoring job, the trials of a sweep, or the training of groups as tasks of Ray.
 
 This is the only module of `training` that imports Ray.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 from models.errors import ElboError
-from training import sweep
+from training import groups, sweep
 from training.scoring.job import Job, Part, Report, score_part
 from training.scoring.job import Show as ShowRows
 
@@ -64,19 +65,10 @@ def score_on_ray(job: Job, parts: Sequence[Part], workers: int | None, show: Sho
         TaskDied: the process of a task died each time.
     """
     with connected() as ray:
-        task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES, scheduling_strategy="SPREAD")(_score)
-        waiting = list(reversed(parts))
-        running: dict[Any, Part] = {}
-        while waiting or running:
-            most = workers or TASKS_PER_CORE * max(1, int(ray.cluster_resources().get("CPU", 1)))
-            while waiting and len(running) < most:
-                part = waiting.pop()
-                running[task.remote(job, part)] = part
-            ready, _ = ray.wait(list(running), num_returns=1)
-            for reference in ready:
-                part = running.pop(reference)
-                work = f"scoring the rows of {part.source} from row {part.first_row:,} on"
-                show(_result(ray, reference, work, ", or make the parts smaller with --part-rows").rows)
+        works = ((part, (job, part)) for part in parts)
+        for part, reference in _in_turns(ray, _score, works, workers):
+            work = f"scoring the rows of {part.source} from row {part.first_row:,} on"
+            show(_result(ray, reference, work, ", or make the parts smaller with --part-rows").rows)
 
 
 def train_on_ray(job: sweep.Sweep, trials: Sequence[sweep.Trial], show: sweep.Show) -> list[sweep.TrialResult]:
@@ -100,12 +92,57 @@ def train_on_ray(job: sweep.Sweep, trials: Sequence[sweep.Trial], show: sweep.Sh
     return [results[trial.index] for trial in trials]
 
 
+def train_groups_on_ray(jobs: Iterator[groups.GroupJob]) -> Iterator[groups.TrainedGroup]:
+    """Train the models of groups as tasks of Ray with one core each. Yield each as soon as it is trained.
+
+    Ray carries the rows of a group to the machine that trains it, so the machines share no folder. This process holds
+    the rows of as many groups as there are submitted tasks.
+    """
+    with connected() as ray:
+        works = (((job.group, job.config.name, len(job.table.x)), (job,)) for job in jobs)
+        for (group, name, rows), reference in _in_turns(ray, _train_group, works):
+            try:
+                yield _result(ray, reference, f"training {name}")
+            except TaskDied as error:  # the other groups are not lost
+                yield groups.TrainedGroup(group, name, rows, error=str(error))
+
+
+def _in_turns(
+    ray: Any, function: Any, works: Iterable[tuple[Any, tuple[Any, ...]]], most: int | None = None
+) -> Iterator[tuple[Any, Any]]:
+    """Run `function` for each of `works` as tasks with one core each. Yield works as they end, with their references.
+
+    Args:
+        ray: the module.
+        function: what a task runs.
+        works: what the caller recognises the work by, and the arguments of the function. They are read only when their
+            task is submitted.
+        most: how many tasks are submitted at the same time; by default, TASKS_PER_CORE.
+    """
+    task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES, scheduling_strategy="SPREAD")(function)
+    waiting = iter(works)
+    running: dict[Any, Any] = {}
+    while True:
+        limit = most or TASKS_PER_CORE * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        for work, arguments in islice(waiting, max(0, limit - len(running))):
+            running[task.remote(*arguments)] = work
+        if not running:
+            return
+        ready, _ = ray.wait(list(running), num_returns=1)
+        for reference in ready:
+            yield running.pop(reference), reference
+
+
 def _score(job: Job, part: Part) -> Report:
     return score_part(job, part)
 
 
 def _train(job: sweep.Sweep, trial: sweep.Trial) -> sweep.TrialResult:
     return sweep.train_trial(job, trial)
+
+
+def _train_group(job: groups.GroupJob) -> groups.TrainedGroup:
+    return groups.train_group(job)
 
 
 def _result(ray: Any, reference: Any, work: str, remedy: str = "") -> Any:

@@ -7,16 +7,11 @@ and compared on the same held-out rows, even if the seed is varied.
 import csv
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from models.artifact import Artifact, load, publish_content, require_writable
 from models.errors import ArtifactError, ElboError, join_names
@@ -26,7 +21,6 @@ from training.config import TrainConfig
 from training.errors import FitError
 from training.evaluation.model_selection import (
     MEANING,
-    SIGN,
     Measures,
     mean_of,
     measure,
@@ -35,6 +29,16 @@ from training.evaluation.model_selection import (
 )
 from training.progress import SilentReporter
 from training.publishing.compatibility import refuse_other_features
+from training.results_table import align, cells_of, results_page
+from training.served_version import (
+    REFUSED,
+    SERVED,
+    held_out_rows,
+    is_comparable,
+    means_of,
+    measure_artifact,
+    why_not_better,
+)
 from training.train import fit_model, read, split_data
 
 # Options that change neither the rows nor their split, so that all models of a sweep have the same held-out rows.
@@ -43,17 +47,8 @@ SWEPT = (
     "learning_rate", "likelihood", "masking", "model", "network", "noise", "output", "patience", "samples", "seed",
     "variance", "warm_up",
 )  # fmt: skip
-REFUSED = ("window", "condition", "scale_by_group")  # models with these options take more than the row itself
 MAX_TRIALS = 1000
 COMPARED = 20  # trials with the best mean on a measure, which are compared with each other
-SERVED = "served"  # the name of the served version in comparisons
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; }
-th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #8886; }
-tr.best { font-weight: bold; }
-"""
 
 
 @dataclass(frozen=True)
@@ -185,10 +180,10 @@ def run_sweep(
     served = None
     if served_artifact is not None:  # the options of `config` may not fit the data, those of the best do
         served = _measure_served(served_artifact, best.trial.config, source, split_seed)
-    means = {name: _means(of_model) for name, of_model in measures.items()}
+    means = {name: means_of(of_model) for name, of_model in measures.items()}
     if served is not None:
-        means[SERVED] = _means(served)
-    refusal = _refusal(best, served)
+        means[SERVED] = means_of(served)
+    refusal = why_not_better(best.measures, served, is_worse_than_mean=best.is_worse_than_mean)
     if refusal is not None:
         reason = f"--force was given, although {refusal}" if force else refusal
     elif served is not None:
@@ -241,7 +236,7 @@ def train_trial(sweep: Sweep, trial: Trial) -> TrialResult:
     except ElboError as error:
         return TrialResult(trial, time.monotonic() - began, error=str(error))
     _artifact_file(sweep.folder, trial).write_bytes(content)
-    rows, scale = _held_out(fitted.data)
+    rows, scale = held_out_rows(fitted.data)
     measures = measure(fitted.chosen.pipeline, rows, scale, sweep.split_seed)
     return TrialResult(trial, time.monotonic() - began, measures, fitted.chosen.is_worse_than_mean)
 
@@ -259,21 +254,8 @@ def _artifact_file(folder: Path, trial: Trial) -> Path:
     return folder / f"{trial.index:04}.pt"
 
 
-def _held_out(data: Any) -> tuple[Tensor, Tensor]:
-    """Return the held-out rows [M, D] without missing values, and the unit of errors [D].
-
-    The unit is the standard deviation of each column of these rows, or 1 if the column is constant.
-    """
-    rows: Tensor = data.fill_missing(data.held_out)
-    scale = rows.std(dim=0, correction=0)
-    return rows, torch.where(scale > 0, scale, torch.ones_like(scale))
-
-
 def _load_served(artifacts: Path, name: str, features: Sequence[str]) -> Artifact | None:
-    """Return the newest version if it can be compared: it can be loaded, and takes rows of `features` and nothing else.
-
-    The model is tried on two rows before the training, because a sweep may train for hours before it is compared.
-    """
+    """Return the newest version if it can be compared; see `is_comparable`. This is checked before the training."""
     present = versions(artifacts, name)
     if not present:
         return None
@@ -281,44 +263,13 @@ def _load_served(artifacts: Path, name: str, features: Sequence[str]) -> Artifac
         artifact = load(version_folder(artifacts, name, present[-1]) / FILE_NAME)
     except ArtifactError:
         return None
-    manifest = artifact.manifest
-    if [feature.name for feature in manifest.features] != list(features):
-        return None
-    if manifest.window is not None or manifest.conditions is not None or manifest.training.get("scale_by_group"):
-        return None
-    medians = torch.tensor([[feature.median for feature in manifest.features]] * 2)
-    try:
-        _measure(artifact, medians, torch.ones(medians.shape[1]), 0)
-    except (RuntimeError, AttributeError):  # an adopted module without forward or score, or one that takes other rows
-        return None
-    return artifact
+    return artifact if is_comparable(artifact, features) else None
 
 
 def _measure_served(artifact: Artifact, config: TrainConfig, source: str, split_seed: int) -> Measures | None:
     """Return the measures of the served version on the held-out rows; None if the prepared rows have other columns."""
-    rows, scale = _held_out(split_data(config, read(source, config), split_seed))
-    return _measure(artifact, rows, scale, split_seed) if rows.shape[1] == artifact.manifest.width else None
-
-
-def _measure(artifact: Artifact, rows: Tensor, scale: Tensor, seed: int) -> Measures:
-    sizes = [len(category.levels) for category in artifact.manifest.categories]
-    return measure(artifact.module, rows, scale, seed, sizes)
-
-
-def _refusal(best: TrialResult, served: Measures | None) -> str | None:
-    """Return why the best model should not be published, or None."""
-    if best.is_worse_than_mean:
-        return "it reconstructs held-out rows worse than predicting the mean of every column"
-    if served is None:
-        return None
-    wins = significant_wins({best.trial.label: best.measures, SERVED: served})
-    if wins_minus_losses(wins, best.trial.label) > 0:
-        return None
-    return "it is not significantly better than the served version on the held-out rows"
-
-
-def _means(measures: Measures) -> dict[str, float]:
-    return {name: SIGN[name] * mean_of(name, values)[0] for name, values in measures.items()}
+    rows, scale = held_out_rows(split_data(config, read(source, config), split_seed))
+    return measure_artifact(artifact, rows, scale, split_seed) if rows.shape[1] == artifact.manifest.width else None
 
 
 def sweep_table(result: SweepResult) -> list[list[str]]:
@@ -328,38 +279,24 @@ def sweep_table(result: SweepResult) -> list[list[str]]:
     for each in result.results:
         options = [each.trial.options[name] for name in names]
         note = each.error or ("best" if each is result.best else "")
-        lines.append([*options, *_cells(result.means.get(each.trial.label, {})), f"{each.seconds:.1f}", note])
+        lines.append([*options, *cells_of(result.means.get(each.trial.label, {})), f"{each.seconds:.1f}", note])
     if SERVED in result.means:
-        lines.append([SERVED, *[""] * (len(names) - 1), *_cells(result.means[SERVED]), "", ""])
+        lines.append([SERVED, *[""] * (len(names) - 1), *cells_of(result.means[SERVED]), "", ""])
     return lines
-
-
-def _cells(means: Mapping[str, float]) -> list[str]:
-    return [f"{means[name]:.4g}" if name in means else "-" for name in MEANING]
 
 
 def format_table(result: SweepResult) -> str:
     """Return the table as text, its columns aligned."""
-    lines = sweep_table(result)
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return align(sweep_table(result))
 
 
 def sweep_page(result: SweepResult, name: str) -> str:
     """Return the table as one HTML page without scripts."""
-    head, *lines = sweep_table(result)
-    rows = [
-        f"<tr{' class=best' if line[-1] == 'best' else ''}>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>"
-        for line in lines
-    ]
-    meanings = "".join(f"<li>{escape(measure)}: {escape(meaning)}</li>" for measure, meaning in MEANING.items())
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Sweep of {escape(name)}</title>'
-        f"<style>{STYLE}</style><h1>Sweep of {escape(name)}</h1><p>{escape(describe(result, name))}</p>"
-        f"<table><tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>{''.join(rows)}</table>"
-        "<p>All models are measured on the same held-out rows. In the reconstruction error, the model unit of a column "
-        f"is its standard deviation in these rows.</p><ul>{meanings}</ul>"
+    explanation = (
+        "All models are measured on the same held-out rows. In the reconstruction error, the model unit of a column "
+        "is its standard deviation in these rows."
     )
+    return results_page(f"Sweep of {name}", describe(result, name), sweep_table(result), explanation, "best")
 
 
 def describe(result: SweepResult, name: str) -> str:

@@ -43,7 +43,7 @@ from training.errors import DataError
 if TYPE_CHECKING:
     from models.manifest import Category, Manifest
 
-__all__ = ["MINIMUM_ROWS", "DataError", "Split", "Table", "read_for_model", "read_table", "split_rows"]
+__all__ = ["MINIMUM_ROWS", "DataError", "Split", "Table", "read_for_model", "read_table", "rows_of_group", "split_rows"]
 
 MEMORY_BYTES = 512 << 20  # tables with more bytes of float32 values stay on disk
 MINIMUM_ROWS = 10  # with fewer rows, a part of the split would be empty
@@ -325,6 +325,52 @@ def read_table(
     table = _in_order_of_time(table, raw, statistics, limit)
     _refuse_counters(table, keep)
     return table
+
+
+def rows_of_group(table: Table, group: int) -> Table:
+    """Return the rows of one group as a table of their own, in memory. The group keeps its name.
+
+    Args:
+        table: a table with a timeline.
+        group: index of the group in the timeline.
+
+    Raises:
+        DataError: a column has no value in these rows, or the rows are all equal.
+    """
+    timeline = table.timeline
+    if timeline is None:
+        raise ValueError("the table has no groups")
+    rows = slice(int(timeline.starts[group]), int(timeline.starts[group + 1]))
+
+    def cut(values: npt.NDArray[Any] | None) -> npt.NDArray[Any] | None:
+        return None if values is None else values[rows]
+
+    x = table.x.read_range(rows.start, rows.stop)
+    statistics = ColumnStatistics(table.x.width)
+    statistics.add(x)
+    source = f"{table.source}, group {timeline.groups[group]!r}"
+    _refuse_empty_columns(source, table.names, statistics)
+    if not table.categories:
+        _refuse_equal_rows(source, statistics)
+    numbers = len(table.names) - sum(len(category.levels) for category in table.categories)
+    own = replace(
+        timeline,
+        time=timeline.time[rows],
+        group=np.zeros(len(x), np.int32),
+        groups=(timeline.groups[group],),
+        source_rows=timeline.source_rows[rows],
+    )
+    return replace(
+        table,
+        x=RowStore(x),
+        labels=cut(table.labels),
+        normal=cut(table.normal),
+        anomalous=cut(table.anomalous),
+        missing=np.isnan(x).sum(axis=0),
+        timeline=own,
+        notes=[*own.notes(), *_notes(table.names[:numbers], statistics.select(range(numbers)))],
+        conditions=(),
+    )
 
 
 def _with_categories(
