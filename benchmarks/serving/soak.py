@@ -211,6 +211,9 @@ class Soak:
             "FAKETIME_TIMESTAMP_FILE": str(self.clock),
             "FAKETIME_CACHE_DURATION": "1",
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",  # as on a machine whose clock is set: only the wall clock jumps
+            # Otherwise libfaketime takes deadlines on the monotonic clock for times on the wall clock, which are long
+            # past. Threads that wait for Python's interpreter lock then never sleep, and requests wait for seconds.
+            "FAKETIME_FORCE_MONOTONIC_FIX": "0",
         }
         return self._start_server(self.clock_port, self.folder / "clock.log", workers=1, environment=environment)
 
