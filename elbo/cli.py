@@ -1135,7 +1135,7 @@ def score(
         ),
     ] = Engine.local,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="parts of DATA that are scored at the same time; default: one per core")
+        int | None, typer.Option(min=1, help="parts of DATA scored at the same time; default: one more than cores")
     ] = None,
     part_rows: Annotated[
         int | None,

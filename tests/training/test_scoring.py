@@ -86,6 +86,35 @@ def test_output_has_the_rows_ids_and_verdicts_that_are_printed_whatever_the_part
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+DIRTY: dict[str, Callable[[list[str]], list[str]]] = {
+    "a number that is not finite": lambda cells: ["1e400", *cells[1:]],
+    "text": lambda cells: [*cells[:-1], "abc"],
+    "a value too few": lambda cells: cells[:-1],
+    "a value too many": lambda cells: [*cells, "5"],
+    "a separator at the end": lambda cells: [*cells, ""],
+    "a missing value": lambda cells: ["", *cells[1:]],
+    "bytes that are not UTF-8": lambda cells: [*cells[:-1], "\udcff"],
+    "blank": lambda _: [" "],
+}
+
+
+@pytest.mark.parametrize("dirt", DIRTY)
+def test_line_with_a_fault_is_read_in_a_part_as_in_a_whole_file(dirt: str, tmp_path: Path, score: Score) -> None:
+    lines = [",".join(map(str, row)) for row in two_factor_rows(90, 1).tolist()]
+    lines[40] = ",".join(DIRTY[dirt](lines[40].split(",")))
+    data = tmp_path / "rows.csv"
+    data.write_bytes("\n".join([",".join(NAMES), *lines, ""]).encode(errors="surrogateescape"))
+    _, out, _ = score(data, "--format", "csv")  # reads the cells as text, and the parts as numbers
+    expected = pl.read_csv(out.encode())
+    score(data, tmp_path / "out.csv", "--part-rows", "20")
+    found, faults = pl.read_csv(tmp_path / "out.csv"), tmp_path / "out.csv.faults.ndjson"
+    scored = expected.filter(pl.col("score").is_not_null())
+    assert found["row"].to_list() == scored["row"].to_list()
+    np.testing.assert_allclose(found["score"].to_numpy(), scored["score"].to_numpy(), rtol=2e-4, atol=1e-6)
+    details = [json.loads(line)["detail"] for line in faults.read_text().splitlines()] if faults.exists() else []
+    assert details == expected.filter(pl.col("score").is_null())["detail"].to_list()
+
+
 def test_folder_of_files_is_one_dataset_whose_rows_name_their_file(tmp_path: Path, score: Score) -> None:
     (tmp_path / "data").mkdir()
     arrays = {name: two_factor_rows(rows, rows) for name, rows in (("a", 40), ("b", 70))}
@@ -246,10 +275,11 @@ def test_options_that_cannot_work_are_refused_and_write_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
 
 
-def test_largest_contributions_are_those_of_a_stable_sort() -> None:
+@pytest.mark.parametrize("columns", [1, 12, 100])
+def test_largest_contributions_are_those_of_a_stable_sort(columns: int) -> None:
     random = np.random.RandomState(0)
-    contribution = random.randint(0, 4, (200, 12)).astype(np.float32)  # many are equal
-    for count in (0, 1, 5, 12, 20):
+    contribution = random.randint(0, 4, (200, columns)).astype(np.float32)  # many are equal
+    for count in (0, 1, 5, 8, 9, 12, 20):
         expected = np.argsort(-contribution, axis=1, kind="stable")[:, :count]
         np.testing.assert_array_equal(largest(contribution, count), expected)
 

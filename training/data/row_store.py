@@ -20,6 +20,15 @@ MEDIAN_BYTES = 64 << 20  # medians are computed from rows that together have at 
 Floats = npt.NDArray[np.float32]
 
 
+def all_finite(values: npt.NDArray[Any]) -> bool:
+    """Return whether no number is NaN or infinite."""
+    # NaN and infinity stay in a sum, and a sum takes a fifth of the time of np.isfinite. Large finite numbers can also
+    # make the sum infinite, so then np.isfinite decides.
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = values.sum()
+    return bool(np.isfinite(total) or np.isfinite(values).all())
+
+
 class FileArray:
     """An array [N, ...] in C order in a file. Indexing the array with a slice or with row numbers reads those rows.
 

@@ -14,7 +14,7 @@ from models.timestamps import to_unix_seconds
 from training.data.conditions import LISTED_LEVELS, NO_LEVEL, code_cells, missing_column, one_hot
 from training.data.ingest import full_disk_as_data_error
 from training.data.readers import InMemory, RawTable
-from training.data.row_store import Floats
+from training.data.row_store import Floats, all_finite
 from training.data.table import open_for_model
 from training.errors import DataError
 
@@ -113,20 +113,12 @@ class RowStream:
         """Return a batch of the block that begins at `row`. The batch begins at position `start` in the block."""
         first, details = row + start, self.raw.details
         with np.errstate(over="ignore", invalid="ignore"):
-            x = values.astype(np.float32)  # a copy
+            x = values.astype(np.float32, order="C")  # a copy
         faults = _of_batch(details.faults, first, len(values))
-        infinite, missing = np.isinf(x), np.isnan(x)
-        for position in np.flatnonzero(missing.all(axis=1)).tolist():
-            faults.setdefault(position, "the row has no value in any column")
-        imputed = missing & ~self.may_be_missing
-        for position in np.flatnonzero(imputed.sum(axis=1) > self.max_missing).tolist():
-            self._add_missing(faults, position, imputed[position])
-        for position, column in np.argwhere(infinite).tolist():
-            faults.setdefault(position, self._infinite(column, float(values[position, column])))
-        if self.keeps_gaps:
-            x[list(faults)] = self.medians
+        if all_finite(x) and not faults:
+            missing = np.zeros(x.shape, bool)
         else:
-            x = np.where(infinite | imputed, self.medians, x)
+            x, missing = self._without_faulty_values(values, x, faults)
 
         def cells(name: str | None) -> list[Any] | None:
             return None if name is None else details.cells[name][start : start + len(values)].to_list()
@@ -153,6 +145,30 @@ class RowStream:
             unknown_levels=_of_batch(details.unknown_levels, first, len(values)),
             passed_on={name: details.cells[name][start : start + len(values)] for name in self.passed_on},
         )
+
+    def _without_faulty_values(
+        self, values: npt.NDArray[Any], x: Floats, faults: dict[int, str]
+    ) -> tuple[Floats, npt.NDArray[np.bool_]]:
+        """Return x [B, D] as in `StreamedRows`, and a mask [B, D] of its missing values.
+
+        Args:
+            values: the rows as they were read, [B, D].
+            x: the same in float32; it may be changed.
+            faults: gets the rows that cannot be scored.
+        """
+        infinite, missing = np.isinf(x), np.isnan(x)
+        for position in np.flatnonzero(missing.all(axis=1)).tolist():
+            faults.setdefault(position, "the row has no value in any column")
+        imputed = missing & ~self.may_be_missing
+        for position in np.flatnonzero(imputed.sum(axis=1) > self.max_missing).tolist():
+            self._add_missing(faults, position, imputed[position])
+        for position, column in np.argwhere(infinite).tolist():
+            faults.setdefault(position, self._infinite(column, float(values[position, column])))
+        if self.keeps_gaps:
+            x[list(faults)] = self.medians
+        else:
+            x = np.where(infinite | imputed, self.medians, x)
+        return x, missing
 
     def _levels(
         self,

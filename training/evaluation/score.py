@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from models.artifact import score as score_with_gaps
 from models.categories import CategoryColumns
 from models.manifest import Manifest, Window
 from models.silences import Silences
-from training.data.row_store import Floats
+from training.data.row_store import Floats, all_finite
 from training.data.row_stream import BATCH_ROWS, RowStream, StreamedRows
 from training.data.table import DataError, Table
 from training.data.windowed_stream import JudgedBatch, judged_batches
@@ -41,14 +42,23 @@ class Scores:
     contribution: Floats  # [B, D]
     expected: Floats  # [B, D], raw units
 
+    @cached_property
+    def all_finite(self) -> bool:
+        """Whether every number is finite. This is the case for almost every batch."""
+        return all(map(all_finite, (self.score, self.severity, self.parts, self.contribution, self.expected)))
+
     @property
     def usable(self) -> npt.NDArray[np.bool_]:
         """A mask [B] of the rows that get a verdict: no number is NaN, and all expected values are finite."""
+        if self.all_finite:
+            return np.ones(len(self.score), bool)
         numbers = np.column_stack((self.score, self.severity, self.parts, self.contribution))
         return np.asarray(~np.isnan(numbers).any(axis=1) & np.isfinite(self.expected).all(axis=1))
 
     def clipped(self) -> "Scores":
         """Return the same scores with the largest float32 in place of infinity."""
+        if self.all_finite:
+            return self
         names = ("score", "severity", "parts", "contribution")
         return replace(self, **{name: np.clip(getattr(self, name), -MAX_FLOAT32, MAX_FLOAT32) for name in names})
 

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import numpy as np
+
 from training.data.readers.csv_text import read_csv_head
 
 PIECE_BYTES = 4 << 20
+LINE_END = ord("\n")
 # Lines whose quotations all begin and end at the borders of a cell, within their line. Every line is then one record.
 REGULAR = re.compile(rb'(?:(?: *+"(?:[^"\n]|"")*+"|[^",\n]*+)[,\n])*+(?: *+"(?:[^"\n]|"")*+"|[^",\n]*+)')
-MAY_BE_BLANK = re.compile(rb"\n[\n \t]")  # the start of a line that may be blank
 QUOTED_BLANK = re.compile(rb'(?:^|\n) *"[ \t]*"(?:\n|$)')  # a line that is no row, because its only cell is blank
 
 
@@ -45,12 +47,12 @@ def divide_csv(path: Path, escape: str | None, part_rows: int) -> list[CsvPart] 
             text = _as_lines(piece, escape, head.columns)
             if text is None:
                 return None
-            rows = _count_rows(text)
+            line_ends, rows = _count(text)
             if (filled := len(piece.rstrip(b',"\r\n'))) > 0:
                 end = piece.find(b"\n", filled) + 1 or len(piece)
                 last = file.tell() - len(piece) + end
-                last_row = row + (rows if end == len(piece) else _count_rows(piece[:end].replace(b"\r\n", b"\n")))
-            line, row = line + text.count(b"\n"), row + rows
+                last_row = row + (rows if end == len(piece) else _count(piece[:end].replace(b"\r\n", b"\n"))[1])
+            line, row = line + line_ends, row + rows
             if row - first_row >= part_rows:
                 parts.append(CsvPart(start, file.tell(), first_line, first_row, row - first_row))
                 start, first_line, first_row = file.tell(), line, row
@@ -71,7 +73,7 @@ def _pieces(file: BinaryIO, part_rows: int) -> Iterator[bytes]:
 
 def _as_lines(piece: bytes, escape: str | None, columns: int) -> bytes | None:
     """Return `piece` with LF instead of CRLF at the ends of lines; None if its lines may not be its records."""
-    text = piece.replace(b"\r\n", b"\n")
+    text = piece.replace(b"\r\n", b"\n") if b"\r" in piece else piece
     if b"\r" in text or (escape == "backslash" and b"\\" in text):
         return None
     if b'"' in text and (columns == 1 or QUOTED_BLANK.search(text) or not REGULAR.fullmatch(text)):
@@ -79,12 +81,15 @@ def _as_lines(piece: bytes, escape: str | None, columns: int) -> bytes | None:
     return text
 
 
-def _count_rows(text: bytes) -> int:
-    """Return the number of lines in `text` that are not blank."""
-    lines = text.count(b"\n") + bool(text and not text.endswith(b"\n"))
-    if text.startswith((b"\n", b" ", b"\t")) or MAY_BE_BLANK.search(text):
-        return sum(bool(line.strip()) for line in text.split(b"\n"))
-    return lines
+def _count(text: bytes) -> tuple[int, int]:
+    """Return the number of line ends in `text`, and the number of lines that are not blank."""
+    content = np.frombuffer(text, np.uint8)
+    ends = np.flatnonzero(content == LINE_END)
+    following = content[ends[: len(ends) - text.endswith(b"\n")] + 1]  # the first character of each line but the first
+    may_be_blank = (following == LINE_END) | (following == ord(" ")) | (following == ord("\t"))
+    if text.startswith((b"\n", b" ", b"\t")) or may_be_blank.any():
+        return len(ends), sum(bool(line.strip()) for line in text.split(b"\n"))
+    return len(ends), len(ends) + bool(text and not text.endswith(b"\n"))
 
 
 def _without_empty_end(parts: list[CsvPart], last: int, last_row: int) -> list[CsvPart]:

@@ -22,6 +22,7 @@ VERDICT = ("row", "score", "p_value", "severity", "is_anomaly")
 FEATURE = ("feature", "value", "expected", "contribution")
 WINDOW = ("window_rows", "warming_up")
 FILE = "file"
+FEW_COLUMNS = 32
 
 
 class FaultyRow(NamedTuple):
@@ -139,16 +140,38 @@ def largest(contribution: npt.NDArray[np.float32], count: int) -> npt.NDArray[np
     Equal contributions are in the order of their indices, as in a stable sort. Finding a few takes a tenth of the time
     of sorting all.
     """
-    count = min(count, contribution.shape[1])
+    width = contribution.shape[1]
+    count = min(count, width)
     if count > 8:
         return np.argsort(-contribution, axis=1, kind="stable")[:, :count]
-    remaining = contribution.copy()
-    top = np.empty((len(remaining), count), np.intp)
-    every = np.arange(len(remaining))
+    top = np.empty((len(contribution), count), np.intp)
+    if width > FEW_COLUMNS:
+        remaining = contribution.copy()
+        every = np.arange(len(remaining))
+        for k in range(count):
+            top[:, k] = remaining.argmax(axis=1)
+            remaining[every, top[:, k]] = -np.inf
+        return top
+    columns = np.array(contribution.T, order="C")  # [D, B], a copy
+    every = np.arange(len(contribution))
     for k in range(count):
-        top[:, k] = remaining.argmax(axis=1)
-        remaining[every, top[:, k]] = -np.inf
+        top[:, k] = _argmax_of_columns(columns)
+        columns[top[:, k], every] = -np.inf
     return top
+
+
+def _argmax_of_columns(columns: npt.NDArray[np.float32]) -> npt.NDArray[np.int8]:
+    """Return for each row the index of the first of the largest values, [B]. `columns` [D, B], D at most FEW_COLUMNS.
+
+    This is `columns.argmax(axis=0)`, which compares one value after another. Here each step compares many rows at once,
+    which takes a fifth of the time if there are few columns.
+    """
+    largest_so_far, found = columns[0].copy(), np.zeros(columns.shape[1], np.int8)
+    for index in range(1, len(columns)):
+        is_larger = columns[index] > largest_so_far
+        np.maximum(found, is_larger.view(np.int8) * np.int8(index), out=found)  # a later index is a larger number
+        np.maximum(largest_so_far, columns[index], out=largest_so_far)
+    return found
 
 
 def _explained(
@@ -156,18 +179,21 @@ def _explained(
 ) -> dict[str, pl.Series]:
     """Return the columns on the features with the largest contributions; `top` [B, k] has their indices."""
     names = pl.Series(stream.names, dtype=pl.Enum(stream.names))
-    every = np.arange(len(top))
+    first = np.arange(len(top)) * len(stream.names)  # [B], the index of the first value of each row in `ravel()`
+    has_gaps = bool(batch.rows.missing.any())
     fields = {}
     for k in range(top.shape[1]):
-        place = top[:, k]
-        value = np.where(batch.rows.missing[every, place], np.float32(np.nan), batch.rows.x[every, place])
-        for title, values in (
-            (FEATURE[0], names.gather(place)),
-            (FEATURE[1], pl.Series(value).fill_nan(None)),
-            (FEATURE[2], verdicts.scores.expected[every, place]),
-            (FEATURE[3], verdicts.contribution[every, place]),
-        ):
-            fields[f"{title}_{k + 1}"] = values if isinstance(values, pl.Series) else pl.Series(values)
+        index = first + top[:, k]
+        value = batch.rows.x.ravel().take(index)
+        if has_gaps:
+            value[batch.rows.missing.ravel().take(index)] = np.nan
+        values = (
+            names.gather(top[:, k]),
+            pl.Series(value, nan_to_null=True),
+            pl.Series(verdicts.scores.expected.ravel().take(index)),
+            pl.Series(verdicts.contribution.ravel().take(index)),
+        )
+        fields |= {f"{title}_{k + 1}": series for title, series in zip(FEATURE, values, strict=True)}
     return fields
 
 

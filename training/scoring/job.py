@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import orjson
 import polars as pl
@@ -30,6 +30,7 @@ from training.scoring.frames import FaultyRow, ScoredBatch, score_batches
 
 BATCH_ROWS = 16_384  # rows per call of the model; larger batches are no faster
 TIME_UNITS = (1, 100, 10**3, 10**6, 10**9)  # ns, in which file systems give the time of the last change
+COMPRESSION: Literal["snappy"] = "snappy"  # takes a third of the time of zstd, and the files are 14 % larger
 REPORTS, FAULTS, PARTS = "reports", "faults", "parts"  # the folders of a job
 
 Show = Callable[[int], None]
@@ -288,7 +289,7 @@ def write_frame(frame: pl.DataFrame, path: Path, format_: str) -> None:
     """
     with polars_errors_as_data_error(f"the rows cannot be written as {format_}"):
         if format_ == "parquet":
-            frame.write_parquet(path)
+            frame.write_parquet(path, compression=COMPRESSION)
         elif format_ == "csv":
             frame.with_columns(pl.col(pl.Boolean).cast(pl.Int8)).write_csv(path)
         else:

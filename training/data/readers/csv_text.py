@@ -260,8 +260,6 @@ class _CsvReader:
 
     def _read_plain(self, piece: bytes, first_line: int, first_row: int) -> "_Records":
         """Read a piece without quotation marks."""
-        import polars as pl
-
         if b"\r" in piece:
             piece = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         count = piece.count(b"\n") + (not piece.endswith(b"\n"))
@@ -272,27 +270,36 @@ class _CsvReader:
             piece, lines = b"\n".join(text for text in texts if text.strip()), lines[filled]
         if not len(lines):
             return _Records.of([], lines, count, 0, count, len(self.header))
-        if self._faults is not None:
-            piece = self._replace_ragged(piece, first_row).decode(errors="replace").encode()
-        names = ",".join(map(str, range(len(self.header)))).encode()
+        frame = self._read_lines(piece, lines, first_row)
+        blank_after = first_line + count - 1 - int(lines[-1])
+        return _Records(frame, lines, count, count - len(lines) - blank_after, blank_after)
+
+    def _read_lines(self, piece: bytes, lines: npt.NDArray[np.int64], first_row: int) -> "pl.DataFrame":
+        """Return the records of a piece, of which each line is one. `lines` has the line numbers."""
+        import polars as pl
+
+        header = ",".join(map(str, range(len(self.header)))).encode() + b"\n"
+        frame = self._read_numbers(header + piece)
+        if self._faults is not None and not _is_complete(frame, len(lines)):
+            regular = self._replace_ragged(piece, first_row).decode(errors="replace").encode()
+            if regular != piece:
+                piece, frame = regular, self._read_numbers(header + regular)
         try:
-            frame = self._read_numbers(names + b"\n" + piece)
             if frame is None:
-                frame = pl.read_csv(names + b"\n" + piece, infer_schema=False, quote_char=None)
+                frame = pl.read_csv(header + piece, infer_schema=False, quote_char=None)
         except pl.exceptions.PolarsError as error:
             self._refuse_other_encoding(piece, lines)
             shorter = b"\n".join(self._without_last_separator(text) for text in piece.split(b"\n"))
             self._refuse_ragged(shorter, lines)
             try:
-                frame = pl.read_csv(names + b"\n" + shorter, infer_schema=False, quote_char=None)
+                frame = pl.read_csv(header + shorter, infer_schema=False, quote_char=None)
             except pl.exceptions.PolarsError:
                 raise self._invalid(str(error).splitlines()[0]) from error
-        if len(frame) != len(lines) or any(column.null_count() for column in frame):
+        if not _is_complete(frame, len(lines)):
             self._refuse_ragged(piece, lines)
         if len(frame) != len(lines):
             raise self._invalid(f"{len(lines)} lines contain {len(frame)} records")
-        blank_after = first_line + count - 1 - int(lines[-1])
-        return _Records(frame, lines, count, count - len(lines) - blank_after, blank_after)
+        return frame
 
     def _read_numbers(self, content: bytes) -> "pl.DataFrame | None":
         """Read the columns `numbers` of a piece as numbers. Return None if a cell in them is neither number nor empty.
@@ -479,6 +486,11 @@ class _Records:
         columns = list(zip(*cells, strict=True)) or [()] * width
         frame = pl.DataFrame([pl.Series(str(i), column, dtype=pl.String) for i, column in enumerate(columns)])
         return cls(frame, lines, lines_read, blank_before, blank_after)
+
+
+def _is_complete(frame: "pl.DataFrame | None", rows: int) -> bool:
+    """Return whether a frame has this number of rows, and a value in each cell, so that no line was too short."""
+    return frame is not None and len(frame) == rows and not any(column.null_count() for column in frame)
 
 
 def _have_separators(piece: bytes, count: int) -> bool:
