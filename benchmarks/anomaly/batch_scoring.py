@@ -128,6 +128,7 @@ def measure_memory(folder: Path, sizes: list[float]) -> Iterator[str]:
     """Yield the lines of the table of peak memory, for inputs of `sizes` in GB."""
     if not (folder / "pca").exists():
         models_in(folder)
+    output = folder / "memory"
     yield "| format | input | rows | time | peak memory |"
     yield "|---|---|---|---|---|"
     for suffix in ("npy", "csv"):
@@ -135,14 +136,14 @@ def measure_memory(folder: Path, sizes: list[float]) -> Iterator[str]:
         for size in sizes:
             data = folder / f"large.{suffix}"
             rows = write_large(data, int(size * 1e9))
-            command = [sys.executable, __file__, "--score", str(folder), str(data), str(folder / "out")]
+            command = [sys.executable, __file__, "--score", str(folder), str(data), str(output)]
             result = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True,
                                     capture_output=True, text=True)  # fmt: skip
             seconds, peak = map(float, result.stdout.split()[-2:])
             peaks.append(peak)
             yield f"| {suffix} | {data.stat().st_size / 1e9:.2f} GB | {rows:,} | {seconds:.1f} s | {peak:.0f} MB |"
             data.unlink()
-            shutil.rmtree(folder / "out")
+            shutil.rmtree(output)
         growth = peaks[-1] / peaks[0]
         verdict = "met" if growth <= FLAT_TARGET else "MISSED"
         yield f"| {suffix} | | | | × {growth:.2f} (target ≤ {FLAT_TARGET}: {verdict}) |"
