@@ -15,7 +15,6 @@ results/batch_scoring.md.
 
 import argparse
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -176,7 +175,9 @@ def score_and_report(folder: Path, data: Path, output: Path) -> None:
     began = time.perf_counter()
     score_file(artifact, data, output, partial(score_locally, artifact))
     seconds = time.perf_counter() - began
-    print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+    # `ru_maxrss` of getrusage would be at least the memory of the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    print(seconds, int(status.partition("VmHWM:")[2].split()[0]) / 1e3)
 
 
 def measure_ray(folder: Path, rows: int) -> Iterator[str]:
