@@ -47,7 +47,8 @@ RAY_PACKAGE := ray[serve]==2.60.0
 # What reads buckets on S3, a server that speaks S3 for the tests (moto), and MLflow with its server. They require 60
 # packages. mlflow requires 40 more, most of which its server does not use, so it is installed without its requirements.
 REMOTE := .venv-remote
-REMOTE_PACKAGES := s3fs==2026.9.0 'moto[s3,server]==5.2.5' mlflow-skinny==3.17.2 alembic sqlalchemy graphene flask-cors huey
+REMOTE_PACKAGES := s3fs==2026.9.0 'moto[s3,server]==5.2.5' gcsfs==2026.10.1 gcp-storage-emulator==2026.7.19 \
+	mlflow-skinny==3.17.2 alembic sqlalchemy graphene flask-cors huey
 MLFLOW_PACKAGE := mlflow==3.17.2
 INSTALL := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check install
 PEER_INSTALL := $(PEERS)/bin/python -m pip --quiet --disable-pip-version-check install
@@ -262,7 +263,7 @@ $(RAY)/.ready: $(READY)
 # The packages of .venv count as installed, and pip installs the others. torch is a constraint: it must not change.
 $(REMOTE)/.ready: $(READY)
 	$(call environment_with_packages_of_venv,$(REMOTE))
-	@echo "installing the servers of S3 and MLflow of the tests"
+	@echo "installing the servers of S3, Google Cloud Storage and MLflow of the tests"
 	@$(REMOTE)/bin/python -m pip --quiet --disable-pip-version-check install $(TORCH) $(REMOTE_PACKAGES)
 	@$(REMOTE)/bin/python -m pip --quiet --disable-pip-version-check install --no-deps $(MLFLOW_PACKAGE)
 	@touch $@

@@ -9,14 +9,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from models.errors import ArtifactMissing, printable
 from models.manifest import FILE_NAME, model_folder, names, parse, read_sealed, version_folder, versions
-from models.signatures import SIGNATURE_NAME, TrustedKeys
+from models.signatures import MAX_SIGNATURE_BYTES, SIGNATURE_NAME, TrustedKeys
 from models.staging import staging_folder
 from models.versions import unwritable_as_artifact_error
 from service.repository.index import (
@@ -251,16 +251,25 @@ class RemoteRepository:
                 )
 
     def store(self, name: VersionName, staging: Path, only_signature: bool) -> None:
-        """See `Repository`. The artifact comes first, because an artifact of another process stops the copy."""
+        """See `Repository`. The signature of a new version comes first, so that no reader finds the version unsigned.
+
+        It replaces no signature of another push before the artifact is ours: the artifact of the other push may differ.
+        """
         model, signature = name.files
+        is_signed = (staging / SIGNATURE_NAME).exists()
+        is_uploaded = False
         if not only_signature:
+            if is_signed and self._storage.tag(model) is None:
+                with suppress(RepositoryConflict):
+                    self._storage.upload(staging / SIGNATURE_NAME, signature, is_new=True)
+                    is_uploaded = True
             try:
                 self._storage.upload(staging / FILE_NAME, model, is_new=True)
             except RepositoryConflict:
                 with _staging() as downloaded:
                     self._storage.download(model, downloaded / FILE_NAME, MAX_FILE_BYTES, lambda: False)
                     _require_same(name, sha256_of(downloaded / FILE_NAME), sha256_of(staging / FILE_NAME))
-        if (staging / SIGNATURE_NAME).exists():
+        if is_signed and not is_uploaded:
             self._storage.upload(staging / SIGNATURE_NAME, signature, is_new=False)
 
     def write_index(self, added: Entries) -> None:
@@ -268,18 +277,40 @@ class RemoteRepository:
         for _ in range(MAX_TRIES):
             tag = self._storage.tag(INDEX_NAME)
             found = self._with_hashes(added)
-            for name, numbers in added.items():
+            for name, numbers in self._with_signatures(added).items():
                 found[name] = {**found.get(name, {}), **numbers}
             try:
                 self._storage.write(INDEX_NAME, render_index(found), tag)
             except RepositoryConflict:
                 continue
-            if _contains(parse_index(self._storage.read(INDEX_NAME), str(self._location)), added):
+            written = parse_index(self._storage.read(INDEX_NAME), str(self._location))
+            if _contains(written, self._with_signatures(added)):
                 return
         raise RepositoryConflict(
             f"cannot write {INDEX_NAME} of {self._location}, because other processes replaced it {MAX_TRIES} times: "
             "the files of the versions are copied, but servers do not see them yet; run the command again"
         )
+
+    def _with_signatures(self, added: Entries) -> Entries:
+        """Return `added` with the signatures that the repository has now: another push may have replaced them."""
+        return {
+            name: {
+                version: entry.model_copy(update={"signature": self._signature_of(VersionName(name, version))})
+                for version, entry in numbers.items()
+            }
+            for name, numbers in added.items()
+        }
+
+    def _signature_of(self, name: VersionName) -> FileEntry | None:
+        _, path = name.files
+        with _staging() as staging:
+            try:
+                self._storage.download(path, staging / SIGNATURE_NAME, MAX_SIGNATURE_BYTES, lambda: False)
+            except RepositoryFileMissing:
+                return None
+            return FileEntry(
+                bytes=(staging / SIGNATURE_NAME).stat().st_size, sha256=sha256_of(staging / SIGNATURE_NAME)
+            )
 
     def _with_hashes(self, added: Entries) -> Entries:
         """Return the versions of the repository, with hashes. Those in `added` are left out: they have hashes."""

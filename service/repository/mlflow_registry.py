@@ -42,6 +42,7 @@ EXPERIMENT = "elbo"
 PAGE = 200  # versions in a response of the registry
 NUMBER, BYTES, HASH = "elbo.version", "elbo.bytes", "elbo.sha256"  # tags of a version
 SIGNATURE_BYTES, SIGNATURE_HASH = "elbo.signature.bytes", "elbo.signature.sha256"
+NEXT_SIGNATURE_HASH = "elbo.signature.next"  # of a signature that is being replaced: the file has one of both hashes
 ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 DEFAULTS = {  # of variables of MLflow; by default, MLflow tries for minutes to reach a server that is away
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -118,7 +119,7 @@ class MlflowRepository:
         for file, expected in ((FILE_NAME, entry.model), (SIGNATURE_NAME, entry.signature)):
             if expected is None:
                 continue
-            if (size := sizes.get(file)) not in (None, expected.bytes):
+            if file == FILE_NAME and (size := sizes.get(file)) not in (None, expected.bytes):
                 raise RepositoryCorrupt(
                     f"{file} of {name} in MLflow (version {registered.version}) has {size} bytes, and its tag names "
                     f"{expected.bytes}: the file was altered or damaged after it was pushed"
@@ -126,21 +127,24 @@ class MlflowRepository:
             with self._failures(f"{file} of {name}"):
                 self._mlflow.artifacts.download_artifacts(artifact_uri=f"{place}/{file}", dst_path=str(staging))
             found = sha256_of(staging / file)
-            if found != expected.sha256:
+            if found != expected.sha256 and not (file == SIGNATURE_NAME and self._is_signature(name, found)):
                 raise RepositoryCorrupt(
                     f"{file} of {name} in MLflow (version {registered.version}) has the SHA-256 {found}, and its tag "
                     f"names {expected.sha256}: the file was altered or damaged after it was pushed"
                 )
 
+    def _is_signature(self, name: VersionName, digest: str) -> bool:
+        """Return whether the tags of a version allow the signature `digest` now: another push may have replaced it."""
+        with self._failures():
+            tags = self._client.get_model_version(name.name, self._found[name].version).tags
+        return digest in (tags.get(SIGNATURE_HASH), tags.get(NEXT_SIGNATURE_HASH))
+
     def store(self, name: VersionName, staging: Path, only_signature: bool) -> None:
         """See `Repository`. The version appears in the registry after its files are in the artifacts of a run."""
         entry = entry_of_folder(staging)
         if only_signature:
-            registered = self._found[name]
             with self._failures():
-                self._client.log_artifact(registered.run_id, str(staging / SIGNATURE_NAME), FOLDER)
-                for tag, value in _tags(name, entry).items():
-                    self._client.set_model_version_tag(name.name, registered.version, tag, value)
+                self._replace_signature(name, staging / SIGNATURE_NAME, _tags(name, entry))
             return
         with tempfile.TemporaryDirectory() as folder:
             _write_model(Path(folder), staging, name)
@@ -151,6 +155,18 @@ class MlflowRepository:
             with self._failures():
                 self._client.delete_model_version(name.name, registered.version)
             self._join(name, entry, staging)
+
+    def _replace_signature(self, name: VersionName, signature: Path, tags: dict[str, str]) -> None:
+        """Replace the signature of a version. Readers accept the version at any moment, also if this process ends.
+
+        MLflow cannot change a file and its tags at once. The first tag therefore allows the new file, too.
+        """
+        registered = self._found[name]
+        self._client.set_model_version_tag(name.name, registered.version, NEXT_SIGNATURE_HASH, tags[SIGNATURE_HASH])
+        self._client.log_artifact(registered.run_id, str(signature), FOLDER)
+        for tag, value in tags.items():
+            self._client.set_model_version_tag(name.name, registered.version, tag, value)
+        self._client.delete_model_version_tag(name.name, registered.version, NEXT_SIGNATURE_HASH)
 
     def _register(self, name: VersionName, folder: Path, tags: dict[str, str]) -> Any:
         """Return a new version of MLflow with the files in `folder`, which are the artifacts of a new run."""

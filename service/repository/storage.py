@@ -10,6 +10,7 @@ request for the index has If-None-Match, so the web server sends the index only 
 import errno
 import hashlib
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -167,6 +168,10 @@ class FsspecStorage:
         """Return the file system. The package of the scheme is imported now, because it takes a second to import."""
         if self._file_system is None:
             package = _PACKAGES.get(self._location.scheme, "fsspec")
+            if package == "gcsfs":
+                # Otherwise, gcsfs asks for the type of the bucket before each request, and logs a warning each time if
+                # it may not know. Only zonal buckets need this.
+                os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
             try:
                 import fsspec
 
@@ -263,16 +268,40 @@ class FsspecStorage:
             )
 
     def write(self, path: str, content: bytes, expected_tag: str | None) -> None:
-        """See `Storage`. S3 compares the tag when it writes; the other storages do not."""
+        """See `Storage`. S3 and Google Cloud Storage compare the tag when they write; `file://` does not."""
         condition = {}
         if self._location.scheme == "s3":
             condition = {"IfMatch": expected_tag} if expected_tag else {"IfNoneMatch": "*"}
+        elif self._location.scheme == "gs" and expected_tag is None:
+            condition = {"mode": "create"}
         with failures_of(self._location, path):
+            if self._location.scheme == "gs" and expected_tag is not None:
+                self._replace_generation(path, content, expected_tag)
+                return
             self._write_if(
                 path,
                 lambda file_system, condition: file_system.pipe_file(self._path(path), content, **condition),
                 condition,
             )
+
+    def _replace_generation(self, path: str, content: bytes, generation: str) -> None:
+        """Replace an object of Google Cloud Storage that has this generation; gcsfs has no argument for it.
+
+        If the generation is another, gcsfs raises FileExistsError for the status 412.
+        """
+        file_system = self._open()
+        bucket, key, _ = file_system.split_path(self._path(path))
+        file_system.call(
+            "POST",
+            file_system.base.replace("/storage/v1/", "/upload/storage/v1/") + "b/{}/o",
+            bucket,
+            uploadType="media",
+            name=key,
+            ifGenerationMatch=generation,
+            headers={"Content-Type": "application/octet-stream"},
+            data=content,
+            **self._deadline(),
+        )
 
     def _write_if(self, path: str, write: Callable[[Any, dict[str, str]], None], condition: dict[str, str]) -> None:
         """Write a file under a condition. Raise RepositoryConflict if the storage finds that it does not hold."""
@@ -398,8 +427,8 @@ def _require_size(location: Location, path: str, size: int, limit: int) -> None:
 
 
 def _tag(info: dict[str, Any]) -> str:
-    """Return the ETag or the generation of an object; of a file in a folder, its size, inode and time of change."""
-    found = info.get("ETag") or info.get("etag") or info.get("generation")
+    """Return the generation or the ETag of an object; of a file in a folder, its size, inode and time of change."""
+    found = info.get("generation") or info.get("ETag") or info.get("etag")
     return str(found) if found else f"{info['size']}-{info.get('ino')}-{info.get('mtime')}"
 
 

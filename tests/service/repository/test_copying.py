@@ -2,6 +2,7 @@
 
 import errno
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,23 @@ from models.manifest import FILE_NAME
 from models.signatures import sign, trusted_keys
 from service.repository.copying import (
     FolderRepository,
+    RemoteRepository,
     copy_versions,
     open_repository,
     write_index_of,
 )
-from service.repository.index import INDEX_NAME, FileEntry, VersionEntry, VersionName, parse_index, render_index
+from service.repository.index import (
+    INDEX_NAME,
+    FileEntry,
+    VersionEntry,
+    VersionName,
+    entries_of,
+    parse_index,
+    render_index,
+)
 from service.repository.location import RepositoryInvalid, parse_location
 from service.repository.mirror import Mirror
-from service.repository.storage import CopyConflict, RepositoryUnavailable, failures_of, sha256_of
+from service.repository.storage import CopyConflict, FsspecStorage, RepositoryUnavailable, failures_of, sha256_of
 from tests.models.publishing import publish
 from tests.service.repository.folders import files_in
 
@@ -176,3 +186,59 @@ def test_repository_on_a_drive_that_this_user_may_not_read_names_the_permissions
     denied = PermissionError(errno.EACCES, "Permission denied", str(target))
     with pytest.raises(PermissionError), failures_of(location, "web/1/model.pt", target):
         raise denied
+
+
+class WatchedStorage(FsspecStorage):
+    """A folder as remote storage, which calls `after` with the path of each file that was uploaded."""
+
+    def __init__(self, folder: Path, after: Callable[[str], None]) -> None:
+        folder.mkdir(exist_ok=True)
+        super().__init__(parse_location(f"file://{folder}"))
+        self._folder, self._after = folder, after
+
+    def upload(self, source: Path, path: str, is_new: bool) -> None:
+        (self._folder / path).parent.mkdir(parents=True, exist_ok=True)
+        super().upload(source, path, is_new)
+        self._after(path)
+
+
+def remote(folder: Path, after: Callable[[str], None] = lambda path: None) -> RemoteRepository:  # noqa: ARG005
+    """Return the remote repository in `folder`."""
+    return RemoteRepository(parse_location(f"file://{folder}"), WatchedStorage(folder, after))
+
+
+def signed_copy(folder: Path, target: Path, key: str) -> Path:
+    """Copy web@1 of `folder` to the artifact folder `target`, and sign it with a new key."""
+    shutil.copytree(folder / "web/1", target / "web/1")
+    create_key(target / key, key)
+    sign(target / "web/1/model.pt", read_private_key(target / key))
+    return target
+
+
+def test_no_reader_finds_a_signed_version_without_its_signature(folder: Path, tmp_path: Path) -> None:
+    own = signed_copy(folder, tmp_path / "own", "release")
+    seen = []
+
+    def look(path: str) -> None:
+        listed = entries_of(FsspecStorage(parse_location(f"file://{tmp_path}/remote")).list_files())
+        seen.append((path, {name: found[1].signature is not None for name, found in listed.items()}))
+
+    copy_versions(FolderRepository(own), remote(tmp_path / "remote", look), ["web@1"])
+    assert seen == [("web/1/model.pt.sig", {}), ("web/1/model.pt", {"web": True})]
+
+
+def test_index_has_the_hash_of_the_signature_that_another_push_wrote_meanwhile(folder: Path, tmp_path: Path) -> None:
+    own = signed_copy(folder, tmp_path / "own", "release")
+    rival = signed_copy(folder, tmp_path / "rival", "rival")
+
+    def push_rival(path: str) -> None:
+        if path == "web/1/model.pt":
+            copy_versions(FolderRepository(rival), remote(tmp_path / "remote"), ["web@1"])
+
+    copy_versions(FolderRepository(own), remote(tmp_path / "remote", push_rival), ["web@1"])
+    assert copied(f"file://{tmp_path}/remote", tmp_path / "pulled") == ["copied web@1"]
+    index = parse_index((tmp_path / "remote" / INDEX_NAME).read_bytes(), "")
+    signature = index["web"][1].signature
+    assert signature is not None
+    assert signature.sha256 == sha256_of(rival / "web/1/model.pt.sig") != sha256_of(own / "web/1/model.pt.sig")
+    assert (tmp_path / "pulled/web/1/model.pt.sig").read_bytes() == (rival / "web/1/model.pt.sig").read_bytes()

@@ -73,6 +73,7 @@ def test_versions_are_registered_loaded_by_mlflow_and_pulled(server: str, tmp_pa
     first = publish(own, name="web")
     path = publish(own, name="web", kind="ae")
     create_key(tmp_path / "release.key", "release")
+    create_key(tmp_path / "second.key", "second")
     sign(path, read_private_key(tmp_path / "release.key"))
     shutil.copytree(first.parent, tmp_path / "signed/web/1")
     sign(tmp_path / "signed/web/1/model.pt", read_private_key(tmp_path / "release.key"))
@@ -86,6 +87,9 @@ def test_versions_are_registered_loaded_by_mlflow_and_pulled(server: str, tmp_pa
     assert found["again"] == ["present web@2"]
     assert found["conflict"] == found["late conflict"] == "copy_conflict"
     assert found["signed"] == [["present web@1"], ["signature web@1"]]
+    assert found["after a push that ended half-way"] == ["copied web@1", "signature web@1", "copied web@1"]
+    signatures = [(tmp_path / each / "web/1/model.pt.sig").read_bytes() for each in ("signed", "between", "after")]
+    assert signatures[0] == signatures[1] == signatures[2] != (tmp_path / "pulled/web/1/model.pt.sig").read_bytes()
     versions = registered(server)
     tags = [{tag["key"]: tag["value"] for tag in version["tags"]} for version in versions]
     assert [each["elbo.version"] for each in tags] == ["2", "1"]  # MLflow numbers the versions by itself
