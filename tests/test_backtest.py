@@ -24,6 +24,7 @@ from service.monitoring.alerts import AlertState
 from service.monitoring.background import find_usual_step
 from service.settings import Settings
 from tests.commands import in_process
+from tests.plain_http import NO_AUTHORITIES
 from tests.service.running import post, running
 from tests.service.scrape import scrape
 from tests.waiting import wait_until
@@ -435,7 +436,10 @@ def test_replay_stops_when_its_client_disconnects(root: Path, monkeypatch: pytes
     monkeypatch.setattr("service.backtest.replay.CHUNK_ROWS", 5)
     monkeypatch.setattr(Replayer, "join", join_slowly)
     with running(create_app(settings_of(root))) as client:
-        with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=client.base_url, timeout=1.0) as leaving:
+        with (
+            pytest.raises(httpx.ReadTimeout),
+            httpx.Client(verify=NO_AUTHORITIES, base_url=client.base_url, timeout=1.0) as leaving,
+        ):
             backtest_csv(leaving, (root / "history.csv").read_text())
         labels = {("endpoint", "/backtest"), ("model", "rows"), ("version", "1"), ("status", "499")}
         wait_until(lambda: scrape(client).get(("elbo_requests_total", frozenset(labels))) == 1)

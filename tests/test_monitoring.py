@@ -26,6 +26,7 @@ from service.monitoring.metrics import Metrics
 from service.shared_memory import SharedCounters
 from tests.conftest import require
 from tests.data import ROOT
+from tests.plain_http import NO_AUTHORITIES
 from tests.ports import free_port, free_ports
 from tests.preloaded import PreloadedProcess
 from tests.service.access.keys import KeySet
@@ -207,7 +208,7 @@ def running_alertmanager(folder: Path) -> Iterator[httpx.Client]:
         "prometheus-alertmanager", f"--config.file={DEPLOY}/alertmanager/alertmanager.yml", "--cluster.listen-address=",
         f"--storage.path={folder}/am", f"--web.listen-address=127.0.0.1:{port}",
     ]  # fmt: skip
-    with running_program(*command), httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+    with running_program(*command), httpx.Client(verify=NO_AUTHORITIES, base_url=f"http://127.0.0.1:{port}") as client:
         wait_until(is_up(port, "/-/ready"), 60, httpx.TransportError)
         yield client
 
@@ -304,12 +305,12 @@ def running_program(*command: str, **environment: str) -> Iterator[None]:
 
 
 def is_up(port: int, path: str) -> Callable[[], bool]:
-    return lambda: httpx.get(f"http://127.0.0.1:{port}{path}").status_code == 200
+    return lambda: httpx.get(f"http://127.0.0.1:{port}{path}", verify=NO_AUTHORITIES).status_code == 200
 
 
 def anomaly_alerts(port: int) -> list[dict[str, Any]]:
     """Return the alerts about anomalies that Alertmanager lists."""
-    alerts: list[dict[str, Any]] = httpx.get(f"http://127.0.0.1:{port}/api/v2/alerts").json()
+    alerts: list[dict[str, Any]] = httpx.get(f"http://127.0.0.1:{port}/api/v2/alerts", verify=NO_AUTHORITIES).json()
     return [alert for alert in alerts if alert["labels"]["alertname"] == "ElboAnomaly"]
 
 
@@ -381,7 +382,7 @@ def test_anomaly_in_node_metrics_raises_an_alert_that_ends_with_the_anomaly(tmp_
         assert re.search(causes, alert["annotations"]["description"])
         app.overloaded = False
         wait_until(lambda: anomaly_alerts(alertmanager) == [], 60, httpx.TransportError)
-        text = httpx.get(f"http://127.0.0.1:{elbo}/metrics").text
+        text = httpx.get(f"http://127.0.0.1:{elbo}/metrics", verify=NO_AUTHORITIES).text
         assert re.search(r'^elbo_anomalies_total\{group="web1",model="node",version="1"\} [1-9]', text, re.MULTILINE)
         assert re.search(r'^elbo_alerts\{model="node"\} 0', text, re.MULTILINE)
 
@@ -406,7 +407,7 @@ def train_on_history(folder: Path, mapping: Path, prometheus: int) -> None:
 
 def scored_rows(port: int) -> float:
     """Return how many rows Elbo has scored."""
-    text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    text = httpx.get(f"http://127.0.0.1:{port}/metrics", verify=NO_AUTHORITIES).text
     match = re.search(r"^elbo_scored_rows_total\{.*\} (\S+)", text, re.MULTILINE)
     return float(match[1]) if match else 0.0
 
@@ -431,7 +432,7 @@ def test_prometheus_scrapes_and_sends_with_a_key_if_authorization_is_uncommented
 
     def counted(endpoint: str, status: int) -> bool:
         headers = {"X-API-Key": keys.values["prometheus"]}
-        metrics = httpx.get(f"http://127.0.0.1:{elbo}/metrics", headers=headers).text
+        metrics = httpx.get(f"http://127.0.0.1:{elbo}/metrics", verify=NO_AUTHORITIES, headers=headers).text
         return f'endpoint="{endpoint}",key="prometheus",model="",status="{status}",version=""' in metrics
 
     settings = {"ELBO_PORT": str(elbo), "ELBO_ARTIFACTS": str(tmp_path / "none"), "ELBO_API_KEYS_FILE": str(keys.path)}
@@ -444,5 +445,7 @@ def test_prometheus_scrapes_and_sends_with_a_key_if_authorization_is_uncommented
         # No model is served, so the samples are refused, but not because of the key.
         wait_until(lambda: counted("/api/v1/write", 503), 60, httpx.TransportError)
         assert not counted("/api/v1/write", 403)
-        query = httpx.get(f"http://127.0.0.1:{prometheus}/api/v1/query", params={"query": 'up{job="elbo"}'}).json()
+        query = httpx.get(
+            f"http://127.0.0.1:{prometheus}/api/v1/query", verify=NO_AUTHORITIES, params={"query": 'up{job="elbo"}'}
+        ).json()
         assert query["data"]["result"][0]["value"][1] == "1"

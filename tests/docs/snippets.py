@@ -24,6 +24,7 @@ import httpx
 
 from models.manifest import names, versions
 from tests.forked_command import forked_elbo
+from tests.plain_http import NO_AUTHORITIES
 from tests.preloaded import run_preloaded
 from tests.service.process import ServerProcess
 from tests.waiting import wait_until
@@ -52,7 +53,7 @@ class Servers:
 
     def has_loaded_everything(self) -> bool:
         """Return whether the newest version of every model in the folder, and no removed one, is served."""
-        models = httpx.get(f"http://127.0.0.1:{self.port}/models").json()["models"]
+        models = httpx.get(f"http://127.0.0.1:{self.port}/models", verify=NO_AUTHORITIES).json()["models"]
         served = {(model["name"], model["version"]) for model in models}
         newest = {(name, max(versions(self.artifacts, name))) for name in names(self.artifacts)}
         return newest <= served <= self.published()

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 
 from tests.data import ROOT
+from tests.plain_http import NO_AUTHORITIES
 from tests.preloaded import PreloadedProcess
 from tests.service.scrape import scrape, total
 
@@ -83,7 +84,7 @@ class ServerProcess:
 
     def client(self) -> httpx.Client:
         """Return an HTTP client of the server."""
-        return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=20)
+        return httpx.Client(verify=NO_AUTHORITIES, base_url=f"http://127.0.0.1:{self.port}", timeout=20)
 
     def connect(self) -> socket.socket:
         """Return a TCP connection to the server."""

@@ -10,6 +10,8 @@ import httpx
 import uvicorn
 from starlette.types import ASGIApp
 
+from tests.plain_http import NO_AUTHORITIES
+
 
 @contextmanager
 def running(app: ASGIApp, protocol: Any = "auto") -> Iterator[httpx.Client]:
@@ -23,7 +25,9 @@ def running(app: ASGIApp, protocol: Any = "auto") -> Iterator[httpx.Client]:
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=30) as client:
+        with httpx.Client(
+            verify=NO_AUTHORITIES, base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=30
+        ) as client:
             client.get("/livez")  # waits until the server has started
             yield client
     finally:

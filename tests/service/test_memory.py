@@ -27,6 +27,7 @@ from service.inference.model_loader import ModelLoader
 from service.inference.operations import Operation, reconstruct
 from service.inference.registry import ModelRegistry
 from service.settings import Settings
+from tests.plain_http import NO_AUTHORITIES
 from tests.service.batching import BareModel, random_rows, reconstruction, running_batcher
 
 pytestmark = pytest.mark.slow
@@ -194,7 +195,7 @@ def test_body_is_not_copied_if_it_arrives_in_one_piece(artifacts: Path) -> None:
 
     async def scenario() -> None:
         serving = asyncio.create_task(server.serve([listener]))
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(verify=NO_AUTHORITIES) as client:
             for _ in range(2):  # the second request uses the same connection
                 port = listener.getsockname()[1]
                 assert (await client.post(f"http://127.0.0.1:{port}/", content=b"x" * 5000)).status_code == 204

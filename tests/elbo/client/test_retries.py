@@ -49,6 +49,7 @@ from tests.elbo.client.scripted import (
     scripted,
     wait,
 )
+from tests.plain_http import NO_AUTHORITIES
 from tests.ports import free_port
 from tests.service.access.keys import one_key_per_scope
 from tests.service.gate import Gate
@@ -354,7 +355,10 @@ def test_full_queue_is_waited_for_and_a_row_that_counts_is_never_sent_again(mode
             held = await gate.hold(service.batcher, service.find(None), np.repeat(ROWS, 3, axis=0))
             address = f"http://127.0.0.1:{port}"
             try:
-                async with AsyncClient(address, retries=FAST) as elbo, httpx.AsyncClient(base_url=address) as plain:
+                async with (
+                    AsyncClient(address, retries=FAST) as elbo,
+                    httpx.AsyncClient(verify=NO_AUTHORITIES, base_url=address) as plain,
+                ):
                     with pytest.raises(TooManyRequests, match="overloaded") as raised:
                         await elbo.anomaly(ROWS)
                     assert raised.value.retry_after is not None

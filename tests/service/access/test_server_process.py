@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from tests.data import ROOT
+from tests.plain_http import NO_AUTHORITIES
 from tests.preloaded import PreloadedProcess
 from tests.service.access.keys import KeySet, one_key_per_scope
 from tests.service.process import ServerProcess, server_starter
@@ -109,7 +110,7 @@ def test_traceback_of_a_request_names_the_key_without_its_value(tmp_path: Path, 
         try:
             wait_until(lambda: "listening on" in output.read_text(), 30)
             url = output.read_text().partition("listening on ")[2].partition('"')[0]
-            assert httpx.get(f"{url}/models", headers=keys.headers("infer")).status_code == 500
+            assert httpx.get(f"{url}/models", verify=NO_AUTHORITIES, headers=keys.headers("infer")).status_code == 500
         finally:
             process.terminate()
             process.wait(20)

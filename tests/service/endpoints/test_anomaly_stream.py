@@ -24,6 +24,7 @@ from service.codec.ndjson import LineSplitter
 from service.codec.row_errors import MalformedRow
 from service.endpoints.context import ServiceContext
 from service.settings import Settings
+from tests.plain_http import NO_AUTHORITIES
 from tests.service.groups import settings_of
 from tests.service.hosts import HOST_FEATURES, as_ndjson, host_records, host_rows
 from tests.service.running import running
@@ -195,7 +196,7 @@ def test_concurrent_streams_get_their_own_responses(hosts: httpx.Client) -> None
     rows: dict[int, int] = {}
 
     def stream(count: int) -> None:
-        with httpx.Client(base_url=hosts.base_url, timeout=30) as client:
+        with httpx.Client(verify=NO_AUTHORITIES, base_url=hosts.base_url, timeout=30) as client:
             body, _ = as_ndjson(host_rows(count))
             *_, last = response_lines(client.post("/anomaly", content=body, headers=HEADERS))
             rows[count] = last["rows"]

@@ -15,6 +15,7 @@ from service.anomaly.online_calibration import RECENT_ROWS
 from service.app import create_app
 from service.schemas import FeedbackAnswer, GroupFeedback
 from service.settings import Settings
+from tests.plain_http import NO_AUTHORITIES
 from tests.service.access.keys import one_key_per_scope
 from tests.service.groups import Record, send, settings_of
 from tests.service.running import running
@@ -299,7 +300,9 @@ def test_request_that_waits_for_a_group_ends_and_changes_nothing_if_the_client_d
             transaction.end()
             assert memory.file.is_idle
             assert not memory.file.has_slot("web-0")
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            async with httpx.AsyncClient(
+                verify=NO_AUTHORITIES, base_url=f"http://127.0.0.1:{port}", timeout=20
+            ) as client:
                 answer = await client.post("/anomaly?model=windows", json={"records": stream("web-0")[:1]})
             assert answer.json()["results"][0]["window_rows"] == 1
 

@@ -22,6 +22,7 @@ from service.app import create_app
 from service.codec import remote_write
 from service.endpoints import offload
 from service.endpoints.group_scoring import run_to_end
+from tests.plain_http import NO_AUTHORITIES
 from tests.service.gate import Gate
 from tests.service.groups import FEATURES, Record, records, send, settings_of
 from tests.service.process import ServerProcess, server_starter
@@ -274,7 +275,7 @@ def test_request_that_ends_while_its_rows_wait_for_the_model_changes_nothing(
         found: list[Record] = []
         async with (
             serving(settings_of(group_models, tmp_path)) as (service, port),
-            httpx.AsyncClient(timeout=20) as client,
+            httpx.AsyncClient(verify=NO_AUTHORITIES, timeout=20) as client,
         ):
             for number, row in enumerate(rows):
                 if number == 40:  # once: the batcher would run a second gate in the event loop
@@ -395,7 +396,9 @@ def test_killed_worker_releases_its_groups_and_what_is_sent_again_is_judged_as_b
     answers: dict[int, Record] = {}
 
     async def send_all() -> None:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{process.port}", timeout=20) as client:
+        async with httpx.AsyncClient(
+            verify=NO_AUTHORITIES, base_url=f"http://127.0.0.1:{process.port}", timeout=20
+        ) as client:
             for number, row in enumerate(rows):
                 if number in (25, 62):  # kill a worker at some moment of the next request
                     delay = choices.uniform(0.0, 0.006)
@@ -433,7 +436,7 @@ def test_requests_with_many_groups_leave_the_server_responsive(group_models: Pat
 
         async def probe() -> httpx.Response:
             nonlocal slowest
-            async with httpx.AsyncClient(base_url=client.base_url, timeout=60) as probing:
+            async with httpx.AsyncClient(verify=NO_AUTHORITIES, base_url=client.base_url, timeout=60) as probing:
                 sending = asyncio.create_task(
                     probing.post("/anomaly", params={"model": "windows", "explain": 0}, json={"records": rows})
                 )

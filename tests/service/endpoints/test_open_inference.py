@@ -23,6 +23,7 @@ from tests.models import conditional
 from tests.models.builders import B, D, K, batch, pipeline
 from tests.models.publishing import publish, publish_conditional, publish_windowed
 from tests.models.windows import N, windowed
+from tests.plain_http import NO_AUTHORITIES
 from tests.service.access.keys import KeySet
 from tests.service.gate import Gate
 from tests.service.running import running
@@ -408,7 +409,9 @@ def test_full_queue_gives_429_and_a_passed_timeout_504(root: Path) -> None:
             gate = Gate()
             held = await gate.hold(service.batcher, service.find("pca"), np.zeros((2, D), np.float32))
             body = {"inputs": [GOOD], "outputs": outputs("mean"), "parameters": {"timeout": 100_000}}
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            async with httpx.AsyncClient(
+                verify=NO_AUTHORITIES, base_url=f"http://127.0.0.1:{port}", timeout=20
+            ) as client:
                 late = await client.post("/v2/models/pca/infer", json=body)
                 other = await gate.hold(service.batcher, service.find("pca"), np.zeros((1, D), np.float32))
                 refused = await client.post("/v2/models/pca/infer", json=body)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import expect
 
+from tests.plain_http import NO_AUTHORITIES
 from tests.service.explorer.browser import ExplorerPage, click_button, save_npy
 from tests.service.scrape import scrape, total
 
@@ -116,7 +117,7 @@ def test_only_the_first_5000_rows_of_a_long_file_are_scored_and_a_note_says_so(
 
 def test_anomaly_view_counts_no_row_as_live_traffic(explorer: ExplorerPage, site_url: str) -> None:
     """A visitor who looks at abnormal rows must not raise an alert."""
-    with httpx.Client(base_url=site_url) as client:
+    with httpx.Client(verify=NO_AUTHORITIES, base_url=site_url) as client:
         before = scrape(client)
         explorer.open("?view=anomaly&model=hosts")
         page = explorer.page

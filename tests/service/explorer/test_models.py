@@ -5,6 +5,7 @@ import re
 import httpx
 from playwright.sync_api import expect
 
+from tests.plain_http import NO_AUTHORITIES
 from tests.service.explorer.browser import ExplorerPage, canvas_hash, click_button
 
 
@@ -42,7 +43,7 @@ def test_buttons_of_a_model_draw_new_samples_copy_a_command_and_open_a_view(expl
 
 def test_card_of_each_model_shows_its_warnings(explorer: ExplorerPage) -> None:
     explorer.open()
-    models = httpx.get(f"{explorer.base_url}/models").json()["models"]
+    models = httpx.get(f"{explorer.base_url}/models", verify=NO_AUTHORITIES).json()["models"]
     assert any("worse than PCA" in warning for model in models for warning in model["warnings"])
     for model in models:
         heading = explorer.page.get_by_role("heading", name=re.compile(f"^{model['name']} version"))

@@ -22,6 +22,7 @@ from service.inference.batch_queue import BatchResult
 from service.inference.batcher import Batcher
 from service.inference.operations import Operation, reconstruct
 from service.settings import Settings
+from tests.plain_http import NO_AUTHORITIES
 from tests.service.batching import BareModel, random_rows, running_batcher
 from tests.service.gate import Gate
 from tests.service.process import ServerProcess, server_starter
@@ -380,7 +381,9 @@ def test_request_is_refused_before_its_body_arrives_if_the_queue_is_full_and_may
                 assert (status, headers["x-request-id"]) == (429, 'a"b')
                 assert json.loads(body)["request_id"] == 'a"b'
                 writer.write(REQUEST[-40:])
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            async with httpx.AsyncClient(
+                verify=NO_AUTHORITIES, base_url=f"http://127.0.0.1:{port}", timeout=20
+            ) as client:
                 assert (await client.get("/readyz")).status_code == 200
                 assert (await client.get("/encode")).status_code == 405
             gate.open.set()
@@ -409,7 +412,9 @@ def test_stream_of_rows_waits_instead_of_being_refused_if_the_queue_is_full(
             gate = Gate()
             held = await gate.hold(service.batcher, service.find(None), np.repeat(ROWS, 3, axis=0))
             headers = [("content-type", content_type), *(("accept", line) for line in accept)]
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            async with httpx.AsyncClient(
+                verify=NO_AUTHORITIES, base_url=f"http://127.0.0.1:{port}", timeout=20
+            ) as client:
                 line = json.dumps(ROWS[0].tolist()).encode() + b"\n"
                 stream = asyncio.create_task(client.post("/anomaly", content=line, headers=headers))
                 await asyncio.sleep(0.2)

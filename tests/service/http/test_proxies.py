@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from service.settings import Settings
 from tests.conftest import require
+from tests.plain_http import NO_AUTHORITIES
 from tests.ports import free_port
 from tests.service.explorer.browser import chromium
 from tests.service.process import ServerProcess, server_starter
@@ -77,7 +78,9 @@ def proxy(
     nginx = subprocess.Popen([program, "-e", f"{folder}/error.log", "-p", folder, "-c", f"{folder}/nginx.conf"])
     port = ports["port" if request.param == "prefix removed" else "port_kept"]
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20, follow_redirects=True) as client:
+        with httpx.Client(
+            verify=NO_AUTHORITIES, base_url=f"http://127.0.0.1:{port}", timeout=20, follow_redirects=True
+        ) as client:
             wait_until(lambda: client.get("/elbo/livez").status_code == 200, ignore=httpx.TransportError)
             yield client
     finally:

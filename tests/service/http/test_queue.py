@@ -10,6 +10,7 @@ import pytest
 
 from service.errors import DeadlineExceeded
 from service.settings import Settings
+from tests.plain_http import NO_AUTHORITIES
 from tests.service.gate import Gate
 from tests.service.serving import BODY, REQUEST, ROWS, serving, until
 
@@ -51,7 +52,9 @@ def test_request_gets_429_with_a_retry_after_if_the_queue_is_full(vae_only: Path
         async with serving(Settings(artifacts=vae_only, max_rows=3, queue_rows=3)) as (service, port):
             gate = Gate()
             held = await gate.hold(service.batcher, service.find(None), np.repeat(ROWS, 3, axis=0))
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            async with httpx.AsyncClient(
+                verify=NO_AUTHORITIES, base_url=f"http://127.0.0.1:{port}", timeout=20
+            ) as client:
                 refused = await client.post("/encode", json={"inputs": ROWS.tolist()})
                 gate.open.set()
                 await held
@@ -69,7 +72,7 @@ def test_request_gets_504_at_once_and_never_runs_if_its_deadline_passes_in_the_q
             gate = Gate()
             held = await gate.hold(service.batcher, service.find(None), ROWS)
             url = f"http://127.0.0.1:{port}/encode"
-            async with httpx.AsyncClient(timeout=20) as client:
+            async with httpx.AsyncClient(verify=NO_AUTHORITIES, timeout=20) as client:
                 json_body = {"inputs": ROWS.tolist()}
                 timed_out = await client.post(url, json=json_body, headers={"x-request-timeout": "0.05"})
                 assert not gate.open.is_set()
@@ -103,7 +106,7 @@ def test_only_the_connection_whose_body_does_not_arrive_gets_408_and_is_closed(v
             slow = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
             for _, writer in slow:
                 writer.write(REQUEST[:-10])
-            async with httpx.AsyncClient(timeout=20) as client:
+            async with httpx.AsyncClient(verify=NO_AUTHORITIES, timeout=20) as client:
                 response = await client.post(f"http://127.0.0.1:{port}/encode", json={"inputs": ROWS.tolist()})
             assert response.status_code == 200
             for reader, writer in slow:
@@ -124,7 +127,9 @@ def test_body_is_refused_while_other_bodies_fill_the_limit_on_held_bytes(vae_onl
             gate = Gate()
             held = await gate.hold(service.batcher, service.find(None), ROWS)
             url = f"http://127.0.0.1:{port}/encode"
-            async with httpx.AsyncClient(timeout=20, headers={"content-type": "application/json"}) as client:
+            async with httpx.AsyncClient(
+                verify=NO_AUTHORITIES, timeout=20, headers={"content-type": "application/json"}
+            ) as client:
                 tasks = [asyncio.create_task(client.post(url, content=BODY)) for _ in range(capacity)]
                 await until(lambda: service.batcher.pending_rows == 1 + capacity)
                 refused = await client.post(url, content=BODY)

@@ -20,6 +20,7 @@ from tests.conftest import require
 from tests.data import ROOT
 from tests.models.builders import D
 from tests.models.publishing import publish
+from tests.plain_http import NO_AUTHORITIES
 from tests.ports import free_port
 from tests.service.repository.folders import files_in
 from tests.waiting import wait_until
@@ -46,7 +47,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
         try:
-            wait_until(lambda: httpx.get(f"{url}/health").status_code == 200, seconds=300, ignore=httpx.TransportError)
+            wait_until(
+                lambda: httpx.get(f"{url}/health", verify=NO_AUTHORITIES).status_code == 200,
+                seconds=300,
+                ignore=httpx.TransportError,
+            )
             yield url
         finally:
             os.killpg(process.pid, 15)
@@ -64,7 +69,9 @@ def test_registry_without_an_address_is_refused() -> None:
 
 def registered(server: str) -> list[dict[str, Any]]:
     """Return what the REST API of the server says about the versions of `web`, oldest first."""
-    found = httpx.get(f"{server}/api/2.0/mlflow/model-versions/search", params={"filter": "name = 'web'"}).json()
+    found = httpx.get(
+        f"{server}/api/2.0/mlflow/model-versions/search", verify=NO_AUTHORITIES, params={"filter": "name = 'web'"}
+    ).json()
     return sorted(found["model_versions"], key=lambda each: int(each["version"]))
 
 

@@ -22,6 +22,7 @@ import pytest
 from service.settings import Settings
 from tests.conftest import require
 from tests.data import ROOT
+from tests.plain_http import NO_AUTHORITIES
 from tests.ports import free_port
 from tests.preloaded import PreloadedProcess, run_preloaded
 from tests.service.access.keys import one_key_per_scope
@@ -578,7 +579,7 @@ def test_server_replaces_closed_standard_output_and_error_by_the_null_device(art
     options = ["--port", str(port), "--artifacts", str(artifacts)]
     process = subprocess.Popen([*shell, sys.executable, "-m", "elbo", "serve", *options], cwd=ROOT)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+        with httpx.Client(verify=NO_AUTHORITIES, base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
             wait_until(lambda: client.get("/readyz").status_code == 200, ignore=httpx.TransportError)
         descriptors = Path(f"/proc/{process.pid}/fd")
         assert [str((descriptors / number).readlink()) for number in ("1", "2")] == [os.devnull, os.devnull]
@@ -611,7 +612,7 @@ def test_server_counts_lost_log_lines_and_stops_in_order_if_its_log_cannot_be_wr
             stderr=stderr,
         )
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+        with httpx.Client(verify=NO_AUTHORITIES, base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
             wait_until(lambda: client.get("/readyz").status_code == 200, ignore=httpx.TransportError)
             for _ in range(100):
                 assert client.post("/sample", json={"n": 1}).status_code == 200
@@ -640,7 +641,7 @@ def test_server_answers_and_stops_if_the_reader_of_both_its_streams_is_blocked(a
         stderr=log.descriptor,
     )
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+        with httpx.Client(verify=NO_AUTHORITIES, base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
             wait_until(lambda: client.get("/readyz").status_code == 200, ignore=httpx.TransportError)
             for _ in range(60):
                 with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
@@ -693,7 +694,7 @@ def test_log_continues_with_the_number_of_lost_lines_when_the_disk_has_room_agai
             stderr=subprocess.DEVNULL,
         )
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+        with httpx.Client(verify=NO_AUTHORITIES, base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
             wait_until(lambda: client.get("/readyz").status_code == 200, ignore=httpx.TransportError)
             while path.stat().st_size < FILE_LIMIT:
                 client.get("/livez")
