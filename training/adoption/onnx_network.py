@@ -329,7 +329,7 @@ def _axes(node: Node, given: Value) -> list[int] | None:
 
 
 def _arithmetic(of_tensors: Callable[[Any, Any], Any]) -> Callable[..., Value]:
-    def run(node: Node, a: Value, b: Value) -> Value:  # noqa: ARG001
+    def run(node: Node, a: Value, b: Value) -> Value:
         if _is_size(a) and _is_size(b):
             return _of_sizes(of_tensors, a, b)
         return of_tensors(a if isinstance(a, Tensor) else _tensor(a, b), b if isinstance(b, Tensor) else _tensor(b, a))
@@ -354,13 +354,13 @@ def _divide(a: Any, b: Any) -> Any:
     return a // b if a % b == 0 or (a >= 0) == (b > 0) else -(-a // b)
 
 
-def _equal(node: Node, a: Value, b: Value) -> Value:  # noqa: ARG001
+def _equal(node: Node, a: Value, b: Value) -> Value:
     if _is_size(a) and _is_size(b):
         return _of_sizes(lambda x, y: bool(x == y), a, b)
     return _tensor(a) == _tensor(b)
 
 
-def _where(node: Node, condition: Value, a: Value, b: Value) -> Value:  # noqa: ARG001
+def _where(node: Node, condition: Value, a: Value, b: Value) -> Value:
     if isinstance(condition, list | bool):
         conditions = condition if isinstance(condition, list) else [condition]
         first, second = (_ints(value) * (len(conditions) if len(_ints(value)) == 1 else 1) for value in (a, b))
@@ -369,7 +369,7 @@ def _where(node: Node, condition: Value, a: Value, b: Value) -> Value:  # noqa: 
 
 
 def _variadic(function: Callable[[Any, Any], Any]) -> Callable[..., Value]:
-    def run(node: Node, first: Value, *others: Value) -> Value:  # noqa: ARG001
+    def run(node: Node, first: Value, *others: Value) -> Value:
         for other in others:
             first = function(first, other)
         return first
@@ -486,7 +486,7 @@ def _gather_tensor(x: Tensor, axis: int, places: Tensor) -> Tensor:
     return found
 
 
-def _expand(node: Node, x: Tensor, shape: Value) -> Tensor:  # noqa: ARG001
+def _expand(node: Node, x: Tensor, shape: Value) -> Tensor:
     sizes = _ints(shape)
     missing = len(sizes) - x.dim()
     found = list(x.shape)
@@ -565,7 +565,7 @@ def _gelu(node: Node, x: Tensor) -> Tensor:
     return functional.gelu(x, approximate=node.get("approximate", "none"))
 
 
-def _prelu(node: Node, x: Tensor, slope: Tensor) -> Tensor:  # noqa: ARG001
+def _prelu(node: Node, x: Tensor, slope: Tensor) -> Tensor:
     return torch.where(x >= 0, x, x * slope)
 
 
@@ -785,7 +785,7 @@ def _mean_of_draw(node: Node, x: Value = None) -> Tensor:
 
 
 def _unary(function: Callable[[Tensor], Tensor]) -> Callable[..., Value]:
-    return lambda node, x: function(x)  # noqa: ARG005
+    return lambda node, x: function(x)
 
 
 OPERATORS: dict[str, Callable[..., Value]] = {
@@ -831,8 +831,8 @@ OPERATORS: dict[str, Callable[..., Value]] = {
     "Clip": _clip,
     "Softmax": _softmax(torch.softmax),
     "LogSoftmax": _softmax(torch.log_softmax),
-    "Identity": lambda node, x: x,  # noqa: ARG005
-    "Dropout": lambda node, x, *others: x,  # noqa: ARG005
+    "Identity": lambda node, x: x,
+    "Dropout": lambda node, x, *others: x,
     "Cast": _cast,
     "Shape": _shape,
     "Reshape": _reshape,
@@ -845,7 +845,7 @@ OPERATORS: dict[str, Callable[..., Value]] = {
     "Split": _split,
     "Gather": _gather,
     "Expand": _expand,
-    "Tile": lambda node, x, repeats: x.repeat(_ints(repeats)),  # noqa: ARG005
+    "Tile": lambda node, x, repeats: x.repeat(_ints(repeats)),
     "ConstantOfShape": _constant_of_shape,
     "Pad": _pad,
     "ReduceMean": _reduce(lambda x, axes, keep: x.mean(axes, keep)),
@@ -856,14 +856,14 @@ OPERATORS: dict[str, Callable[..., Value]] = {
     "ReduceSumSquare": _reduce(lambda x, axes, keep: x.square().sum(axes, keep)),
     "ReduceProd": _reduce(lambda x, axes, keep: x.prod(axes[0], keep)),
     "Scaler": _scaler,
-    "MatMul": lambda node, a, b: a @ b,  # noqa: ARG005
+    "MatMul": lambda node, a, b: a @ b,
     "Gemm": _gemm,
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
     "MaxPool": _max_pool,
     "AveragePool": _average_pool,
-    "GlobalAveragePool": lambda node, x: x.mean(list(range(2, x.dim())), keepdim=True),  # noqa: ARG005
-    "GlobalMaxPool": lambda node, x: x.amax(list(range(2, x.dim())), keepdim=True),  # noqa: ARG005
+    "GlobalAveragePool": lambda node, x: x.mean(list(range(2, x.dim())), keepdim=True),
+    "GlobalMaxPool": lambda node, x: x.amax(list(range(2, x.dim())), keepdim=True),
     "BatchNormalization": _batch_norm,
     "LayerNormalization": _layer_norm,
     "InstanceNormalization": _instance_norm,
