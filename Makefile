@@ -177,7 +177,7 @@ fuzz: $(READY) $(FUZZER)/.ready ## Fuzz every reader for FUZZ_SECONDS (default 1
 
 coverage: $(READY) $(GENERATOR)/.ready $(CLIENTS)/.ready $(KUBERNETES)/.ready $(RAY)/.ready $(REMOTE)/.ready $(COVERAGE)/.ready ## List the branches that no test reaches; TESTS='tests/models' for some tests
 	@$(COVERAGE)/bin/python -m coverage erase
-	@$(COVERAGE)/bin/python -m coverage run -m pytest -n 0 $(TESTS); status=$$?; \
+	@PYTHONPATH=$(CURDIR)/tests/coverage_start $(COVERAGE)/bin/python -m coverage run -m pytest -n 0 $(TESTS); status=$$?; \
 		$(COVERAGE)/bin/python -m coverage combine --quiet && $(COVERAGE)/bin/python -m coverage report --include='models/*,service/*' && exit $$status
 
 mutants: $(READY) $(MUTATOR)/.ready ## Count the small changes of the code that no test notices; MUTANTS='--count 10 models/pca.py' for some

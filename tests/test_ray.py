@@ -38,7 +38,8 @@ def run(program: str, *arguments: object) -> dict[str, Any]:
     """Run a program of `tests/ray_programs` in .venv-ray. Return the JSON object in its last line."""
     require(PYTHON.exists(), "no .venv-ray: make test installs it")
     command = [str(PYTHON), "-m", f"tests.ray_programs.{program}", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # `make coverage` sets the variable
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr
     found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
