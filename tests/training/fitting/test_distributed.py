@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,12 @@ from models.manifest import resolve, versions
 from tests.commands import in_process
 from tests.data import ROOT
 from tests.preloaded import PreloadedProcess
+from tests.training.reporters import RecordingReporter
+from training.config import TrainConfig
+from training.data.table import read_table
+from training.errors import FitError
 from training.fitting.distributed import ProcessGroup
+from training.train import train
 
 pytestmark = pytest.mark.slow
 
@@ -99,11 +105,17 @@ def test_run_can_be_resumed_in_one_process_after_one_of_two_processes_is_killed(
     load(resolve(tmp_path / "artifacts", "m"))
 
 
-@pytest.mark.parametrize("options", [("--variance", "optimal"), ("--free-bits", "0.1")])
-def test_training_in_two_processes_fails_if_an_option_needs_the_whole_batch(
-    tmp_path: Path, options: tuple[str, ...]
+@pytest.mark.parametrize("option", [{"variance": "optimal"}, {"free_bits": 0.1}])
+def test_one_of_two_processes_refuses_an_option_that_needs_the_whole_batch(
+    tmp_path: Path, option: dict[str, Any]
 ) -> None:
-    run = start_training(tmp_path, "--model", "vae", *options)
+    config = TrainConfig(model="vae", name="m", **option)
+    with pytest.raises(FitError, match="need the whole batch in one process"):
+        train(config, read_table("digits"), tmp_path, RecordingReporter(), processes=ProcessGroup(0, 2))
+
+
+def test_training_in_two_processes_fails_if_an_option_needs_the_whole_batch(tmp_path: Path) -> None:
+    run = start_training(tmp_path, "--model", "vae", "--free-bits", "0.1")
     output, _ = run.communicate(timeout=120)
     assert run.returncode != 0
     assert "need the whole batch in one process: train without torchrun" in output
