@@ -1,7 +1,6 @@
 """`elbo.adopt`: publish a network that was trained elsewhere, and return it as a model."""
 
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from elbo.errors import ElboWarning
 from elbo.model import Model, artifact_folder
+from elbo.notes import warn_of
 from elbo.sources import Data, as_source
 from models.columns import parse_title
 from models.keys import PrivateKey, read_private_key
@@ -119,9 +118,7 @@ def adopt(
         replace_features=replace_features,
         report=report,
     )
-    for note in report.notes:
-        if note.startswith("WARNING"):
-            warnings.warn(note.removeprefix("WARNING: "), ElboWarning, stacklevel=2)
+    warn_of(report.notes, stacklevel=2)
     return Model.from_bytes(read_sealed(path), path=path, notes=report.notes)
 
 

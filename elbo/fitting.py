@@ -5,7 +5,6 @@ import difflib
 import os
 import re
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -14,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from pydantic import ValidationError
 
-from elbo.errors import ElboWarning, OptionError
+from elbo.errors import OptionError
 from elbo.model import Model
+from elbo.notes import warn_of
 from elbo.sources import LABEL_COLUMN, Data, Labels, as_source
 from models.errors import ElboError, first_fault
 from training.config import COLUMN_OPTIONS, Kind, TrainConfig
@@ -84,9 +84,7 @@ def fit(
         if not isinstance(report, SilentReporter):
             report.close()
     notes = [python_words(note) for note in fitted.notes]
-    for note in notes:
-        if note.startswith("WARNING") or note in fitted.chosen.warnings:
-            warnings.warn(note.removeprefix("WARNING: "), ElboWarning, stacklevel=2)
+    warn_of(notes, stacklevel=2)
     return Model.from_bytes(content, notes=notes)
 
 

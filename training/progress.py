@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 LINES = 10  # number of plain progress lines per run
 STAGES = 6  # statistics, calibration, evaluation, ONNX twin, artifact, plots
 STAGE_SHARE = 0.03  # length of a stage on the bar, as a share of the training
+WARNING = "WARNING: "  # how a note begins that is a warning; of a lesser problem, in small letters
+
+
+def is_warning(note: str) -> bool:
+    """Return whether a note tells of a problem."""
+    return note[: len(WARNING)].upper() == WARNING
 
 
 class Reporter(Protocol):

@@ -35,7 +35,7 @@ from training.fitting.cross_calibration import fit_and_calibrate, with_calibrati
 from training.fitting.distributed import ProcessGroup
 from training.fitting.prepared_data import PreparedData
 from training.fitting.windows import prepare, with_window
-from training.progress import Reporter, SilentReporter
+from training.progress import Reporter, SilentReporter, is_warning
 from training.publishing.compatibility import refuse_other_features
 from training.publishing.publish import Parts, assemble, publish
 from training.reports.describe import DEFAULT_ALPHA, few_calibration_rows
@@ -431,9 +431,9 @@ def _finish(
         store.remove()
         if candidate is chosen:
             _write_report(folder, manifest, candidate, data, report, plots)
-    for warning in data.notes:
-        if warning.startswith("WARNING"):
-            report.note(warning)  # again, because the progress of a long run has hidden the first
+    for note in data.notes:
+        if is_warning(note):
+            report.note(note)  # again, because the progress of a long run has hidden the first
     if not manifest.calibration.reaches(DEFAULT_ALPHA):
         report.note(few_calibration_rows(manifest.calibration))
     return path

@@ -1,7 +1,6 @@
 """Base class of the detectors and the transformers: options, fitting, pickling and publishing."""
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -16,7 +15,6 @@ from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from elbo.errors import ElboWarning
 from models.errors import ElboError
 
 if TYPE_CHECKING:
@@ -98,13 +96,12 @@ class ElboEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn publis
     def _fit(self, X: Any) -> Self:
         """Fit the model to X [N, D]."""
         from elbo.fitting import python_words
+        from elbo.notes import warn_of
 
         x = self._read(X, reset=True, ensure_min_samples=MINIMUM_ROWS)[0]
         fitted = self._fit_model(x)
         self.notes_ = list(map(python_words, fitted.notes))
-        for note in self.notes_:
-            if note.startswith("WARNING: "):
-                warnings.warn(note.removeprefix("WARNING: "), ElboWarning, stacklevel=3)
+        warn_of(self.notes_, stacklevel=3)
         self._fitted, self._content, self._model = fitted, None, None
         self._missing = np.asarray(np.isnan(x).any(axis=0))
         # In float64, the other rows of a batch change the result for a row by at most 1e-7.

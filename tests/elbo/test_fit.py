@@ -12,6 +12,7 @@ import pytest
 
 import elbo
 from elbo.errors import ElboWarning, OptionError
+from elbo.notes import warn_of
 from models.manifest import read_manifest
 from tests.elbo.conftest import metric_rows, series
 from training.config import TrainConfig
@@ -26,6 +27,7 @@ ROWS = metric_rows(200)
 
 
 @pytest.mark.parametrize("kind", ["ae", "ensemble"])
+@pytest.mark.filterwarnings("ignore::elbo.errors.ElboWarning")  # few epochs: PCA is better
 def test_fitted_model_has_the_weights_that_elbo_train_publishes(kind: Any, tmp_path: Path) -> None:
     pd.DataFrame(ROWS, columns=["a", "b", "c"]).to_csv(tmp_path / "rows.csv", index=False)
     options: dict[str, Any] = {"latents": 1, "hidden": (8,), "epochs": 3, "seed": 5, "calibration": "split"}
@@ -75,6 +77,13 @@ def test_warnings_about_the_rows_are_warnings_of_python_and_notes_of_the_model()
     with pytest.warns(ElboWarning, match="rows that follow each other in the file resemble each other"):
         model = elbo.fit(rows, "pca", calibration="split")
     assert any("train with time COLUMN" in note for note in model.notes)
+
+
+def test_notes_that_are_warnings_in_any_letters_are_warnings_of_python() -> None:
+    with pytest.warns(ElboWarning) as issued:
+        warn_of(["WARNING: rows repeat", "warning: PCA is better", "3 rows are copies"], stacklevel=1)
+    assert [str(each.message) for each in issued] == ["rows repeat", "PCA is better"]
+    assert {each.filename for each in issued} == {__file__}
 
 
 @pytest.mark.filterwarnings("ignore::elbo.errors.ElboWarning")  # two epochs are too few

@@ -15,7 +15,10 @@ import elbo
 from elbo.errors import ElboWarning
 from elbo.pyod import PCA, VAE, AutoEncoder, PyODDetector
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:the model reconstructs held-out rows worse than PCA:elbo.errors.ElboWarning"),
+]
 
 # A call with PyOD's defaults for the parameters that change what PyOD trains, but few and small layers.
 MAKERS: dict[str, Callable[[], PyODDetector]] = {

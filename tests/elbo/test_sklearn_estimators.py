@@ -40,7 +40,10 @@ from training.data.table import read_table
 from training.progress import SilentReporter
 from training.train import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:the model reconstructs held-out rows worse than PCA:elbo.errors.ElboWarning"),
+]
 
 Array = npt.NDArray[Any]
 ALPHA = 0.1

@@ -11,7 +11,7 @@ from training.fitting.distributed import ProcessGroup
 from training.fitting.pipeline import fit_pipeline
 from training.fitting.policy import score_rows, set_calibration
 from training.fitting.prepared_data import PreparedData, prepare_data
-from training.progress import Reporter, SilentReporter
+from training.progress import Reporter, SilentReporter, is_warning
 
 FOLDS = {"pca": 20}  # PCA is fitted within milliseconds, and more folds bring the false-alarm rate nearer to alpha
 DEFAULT_FOLDS = 5
@@ -85,5 +85,5 @@ class _FoldReporter(SilentReporter):
 
     def note(self, message: str) -> None:
         """Pass on `message` if it is a warning."""
-        if message.lower().startswith("warning"):
+        if is_warning(message):
             self._inner.note(f"fold {self._fold}: {message}")
