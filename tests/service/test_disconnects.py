@@ -25,9 +25,9 @@ def start() -> Iterator[Callable[..., ServerProcess]]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_server_under_random_disconnects_serves_the_remaining_clients_and_releases_all_rows(
-    start: Callable[..., ServerProcess], artifacts: Path, vae: Artifact, digits: np.ndarray, workers: int
+    start: Callable[..., ServerProcess], vae_only: Path, vae: Artifact, digits: np.ndarray, workers: int
 ) -> None:
-    process = start(artifacts, WORKERS=workers)
+    process = start(vae_only, WORKERS=workers)
     for _ in range(workers - 1):  # `start` waits for the first worker
         process.wait_for_worker()
     x = digits[:64]

@@ -353,12 +353,12 @@ def test_client_gets_400_if_its_head_is_too_large(server: ServerProcess) -> None
 @pytest.mark.parametrize(("limit", "value"), [("MAX_DISCARDED_BYTES", 2**20), ("MAX_DISCARDING_SECONDS", 0.3)])
 @pytest.mark.parametrize("path", ["/encode", "/no/such/path"])
 def test_client_is_disconnected_if_it_never_stops_sending(
-    artifacts: Path, monkeypatch: pytest.MonkeyPatch, path: str, limit: str, value: float
+    vae_only: Path, monkeypatch: pytest.MonkeyPatch, path: str, limit: str, value: float
 ) -> None:
     monkeypatch.setattr(protocol, limit, value)
 
     async def scenario() -> None:
-        async with serving(Settings(artifacts=artifacts)) as (_, port):
+        async with serving(Settings(artifacts=vae_only)) as (_, port):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(f"POST {path} HTTP/1.1\r\nHost: elbo\r\nContent-Length: 99999999999\r\n\r\n".encode())
             assert (await reader.readline()).split()[1] in (b"404", b"413")

@@ -102,10 +102,10 @@ def test_answer_is_sent_at_once_if_too_many_others_are_delayed(monkeypatch: pyte
 
 @pytest.mark.slow
 def test_connection_that_is_refused_again_and_again_gets_every_answer_later_and_is_served_when_there_is_room(
-    artifacts: Path,
+    vae_only: Path,
 ) -> None:
     async def scenario() -> None:
-        async with serving(Settings(artifacts=artifacts, max_rows=3, queue_rows=3)) as (service, port):
+        async with serving(Settings(artifacts=vae_only, max_rows=3, queue_rows=3)) as (service, port):
             gate = Gate()
             held = await gate.hold(service.batcher, service.find(None), np.repeat(ROWS, 3, axis=0))
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -141,13 +141,13 @@ def test_connection_that_is_refused_again_and_again_gets_every_answer_later_and_
 
 @pytest.mark.slow
 def test_delayed_answer_is_sent_when_the_client_ends_its_side_of_the_connection(
-    artifacts: Path, monkeypatch: pytest.MonkeyPatch
+    vae_only: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(repeated_refusals, "DELAY_SECONDS", (60.0, 60.0))
     delay_of.cache_clear()
 
     async def scenario() -> None:
-        async with serving(Settings(artifacts=artifacts, max_rows=3, queue_rows=3)) as (service, port):
+        async with serving(Settings(artifacts=vae_only, max_rows=3, queue_rows=3)) as (service, port):
             gate = Gate()
             held = await gate.hold(service.batcher, service.find(None), np.repeat(ROWS, 3, axis=0))
             reader, writer = await asyncio.open_connection("127.0.0.1", port)

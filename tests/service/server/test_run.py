@@ -54,9 +54,9 @@ def server(artifacts: Path) -> Iterator[ServerProcess]:
 
 
 def test_server_drains_after_sigterm_and_then_finishes_the_requests_in_progress(
-    start: Callable[..., ServerProcess], artifacts: Path
+    start: Callable[..., ServerProcess], vae_only: Path
 ) -> None:
-    process = start(artifacts, DRAIN_SECONDS=1)
+    process = start(vae_only, DRAIN_SECONDS=1)
     body = json.dumps({"inputs": [ROW]}).encode()
     with process.client() as client, process.connect() as slow:
         slow.sendall(request_head("/encode", f"Content-Length: {len(body)}") + body[:10])
@@ -74,9 +74,9 @@ def test_server_drains_after_sigterm_and_then_finishes_the_requests_in_progress(
 
 
 def test_response_to_a_request_that_began_before_sigterm_announces_that_the_connection_closes(
-    start: Callable[..., ServerProcess], artifacts: Path
+    start: Callable[..., ServerProcess], vae_only: Path
 ) -> None:
-    process = start(artifacts)
+    process = start(vae_only)
     body = json.dumps({"inputs": [ROW]}).encode()
     with process.connect() as connection:
         connection.sendall(request_head("/encode", f"Content-Length: {len(body)}") + body[:10])
@@ -92,9 +92,9 @@ def test_response_to_a_request_that_began_before_sigterm_announces_that_the_conn
 
 @pytest.mark.parametrize("sent", [0, 20])
 def test_first_request_of_a_connection_is_served_if_it_arrives_while_the_server_stops(
-    start: Callable[..., ServerProcess], artifacts: Path, sent: int
+    start: Callable[..., ServerProcess], vae_only: Path, sent: int
 ) -> None:
-    process = start(artifacts)
+    process = start(vae_only)
     body = json.dumps({"inputs": [ROW]}).encode()
     request = request_head("/encode", f"Content-Length: {len(body)}") + body
     with process.connect() as connection:
@@ -108,18 +108,18 @@ def test_first_request_of_a_connection_is_served_if_it_arrives_while_the_server_
 
 
 def test_server_stops_within_seconds_if_a_client_connects_and_sends_nothing(
-    start: Callable[..., ServerProcess], artifacts: Path
+    start: Callable[..., ServerProcess], vae_only: Path
 ) -> None:
-    process = start(artifacts)
+    process = start(vae_only)
     with process.connect():
         process.popen.send_signal(signal.SIGTERM)
         assert process.popen.wait(10) == 0
 
 
-def test_server_exits_with_a_one_line_error_if_the_port_is_in_use(artifacts: Path) -> None:
+def test_server_exits_with_a_one_line_error_if_the_port_is_in_use(vae_only: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other_server:
         port = other_server.getsockname()[1]
-        environment = os.environ | {"ELBO_PORT": str(port), "ELBO_ARTIFACTS": str(artifacts)}
+        environment = os.environ | {"ELBO_PORT": str(port), "ELBO_ARTIFACTS": str(vae_only)}
         result = run_preloaded([sys.executable, "-m", "service"], cwd=ROOT, env=environment, text=True)
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
@@ -163,12 +163,12 @@ def health_check(address: str, **variables: str) -> int:
 
 
 def test_server_and_health_check_use_the_default_port_if_kubernetes_has_set_the_port_variable(
-    start: Callable[..., ServerProcess], artifacts: Path
+    start: Callable[..., ServerProcess], vae_only: Path
 ) -> None:
     address = "127.0.0.77"  # port 8000 of 127.0.0.1 may be in use
     variables = {"SERVICE_HOST": "10.96.12.3", "SERVICE_PORT": "80", "SERVICE_PORT_HTTP": "80"}
     variables |= {"PORT_80_TCP": SERVICE_LINK, "BACKEND": "torchscript"}
-    process = start(artifacts, PORT=SERVICE_LINK, HOST=address, **variables)
+    process = start(vae_only, PORT=SERVICE_LINK, HOST=address, **variables)
     assert process.port == 8000
     (warning,) = [line for line in process.lines if line["level"] == "warning"]
     assert f"ignored ELBO_PORT={SERVICE_LINK}" in warning["message"]
@@ -350,9 +350,9 @@ def test_stalled_clients_do_not_delay_other_requests(server: ServerProcess) -> N
 
 
 def test_connection_is_closed_after_the_request_timeout_if_the_request_head_is_incomplete(
-    start: Callable[..., ServerProcess], artifacts: Path
+    start: Callable[..., ServerProcess], vae_only: Path
 ) -> None:
-    process = start(artifacts, REQUEST_TIMEOUT=0.5)
+    process = start(vae_only, REQUEST_TIMEOUT=0.5)
     with process.connect() as silent, process.connect() as slow, process.client() as client:
         slow.sendall(b"POST /encode HTTP/1.1\r\nHost: el")
         assert client.post("/encode", json={"inputs": [ROW]}).status_code == 200
@@ -592,13 +592,13 @@ def test_server_replaces_closed_standard_output_and_error_by_the_null_device(art
     ("kind", "workers"), [("closed", 1), ("closed", 2), ("full", 1), ("full", 2), ("reader gone", 1), ("blocked", 1)]
 )
 def test_server_counts_lost_log_lines_and_stops_in_order_if_its_log_cannot_be_written(
-    artifacts: Path, tmp_path: Path, kind: str, workers: int
+    vae_only: Path, tmp_path: Path, kind: str, workers: int
 ) -> None:
     port = free_port()
     log = UnwritableLog(kind)
     variables = {
         "PORT": port,
-        "ARTIFACTS": artifacts,
+        "ARTIFACTS": vae_only,
         "WORKERS": workers,
         "LOG_FORMAT": "text",
         "BACKEND": "torchscript",
@@ -628,11 +628,11 @@ def test_server_counts_lost_log_lines_and_stops_in_order_if_its_log_cannot_be_wr
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_server_answers_and_stops_if_the_reader_of_both_its_streams_is_blocked(artifacts: Path, workers: int) -> None:
+def test_server_answers_and_stops_if_the_reader_of_both_its_streams_is_blocked(vae_only: Path, workers: int) -> None:
     port = free_port()
     log = UnwritableLog("blocked")
     fill(log.descriptor)
-    variables = {"PORT": port, "ARTIFACTS": artifacts, "WORKERS": workers, "BACKEND": "torchscript"}
+    variables = {"PORT": port, "ARTIFACTS": vae_only, "WORKERS": workers, "BACKEND": "torchscript"}
     process = PreloadedProcess(
         [sys.executable, "-c", NOISY_SERVER],
         cwd=ROOT,
@@ -679,11 +679,11 @@ def test_failed_start_ends_if_the_reader_of_standard_error_is_blocked(tmp_path: 
 
 
 def test_log_continues_with_the_number_of_lost_lines_when_the_disk_has_room_again(
-    artifacts: Path, tmp_path: Path
+    vae_only: Path, tmp_path: Path
 ) -> None:
     """A size limit of the log file stands in for the full disk: writes beyond it fail until the file is emptied."""
     port = free_port()
-    variables = {"PORT": port, "ARTIFACTS": artifacts, "BACKEND": "torchscript"}
+    variables = {"PORT": port, "ARTIFACTS": vae_only, "BACKEND": "torchscript"}
     path = tmp_path / "log"
     with path.open("ab") as log:
         process = subprocess.Popen(

@@ -133,9 +133,9 @@ def test_listener_that_is_about_to_close_keeps_the_connections_it_has_and_gets_n
 
 
 def test_workers_get_equally_many_connections_and_export_the_sums_over_all_workers(
-    start: Callable[..., ServerProcess], artifacts: Path
+    start: Callable[..., ServerProcess], vae_only: Path
 ) -> None:
-    process = start(artifacts, WORKERS=2)
+    process = start(vae_only, WORKERS=2)
     process.wait_for_worker()
     before = [count_open_sockets(pid) for pid in worker_pids(process)]
     clients = [process.client() for _ in range(10)]
@@ -151,9 +151,9 @@ def test_workers_get_equally_many_connections_and_export_the_sums_over_all_worke
 
 
 def test_killed_worker_is_replaced_and_loses_its_connections_but_not_its_counts(
-    start: Callable[..., ServerProcess], artifacts: Path
+    start: Callable[..., ServerProcess], vae_only: Path
 ) -> None:
-    process = start(artifacts, WORKERS=2)
+    process = start(vae_only, WORKERS=2)
     process.wait_for_worker()
     with under_load(process, 4) as load:
         half_sent = [process.connect() for _ in range(2)]  # one connection per worker
@@ -186,9 +186,9 @@ def test_killed_worker_is_replaced_and_loses_its_connections_but_not_its_counts(
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("delay", [0, 0.5])
 def test_sigterm_under_load_loses_no_request(
-    start: Callable[..., ServerProcess], artifacts: Path, count: int, delay: float
+    start: Callable[..., ServerProcess], vae_only: Path, count: int, delay: float
 ) -> None:
-    process = start(artifacts, WORKERS=count, DRAIN_SECONDS=delay)
+    process = start(vae_only, WORKERS=count, DRAIN_SECONDS=delay)
     with under_load(process, 6) as load:
         wait_until(lambda: load.correct > 30)
         assert process.stop() == 0
@@ -218,10 +218,10 @@ StoppingSupervisor(options, run.bind(options.host, options.port)).run()
 """
 
 
-def test_server_exits_without_an_error_if_a_worker_becomes_ready_while_the_server_stops(artifacts: Path) -> None:
+def test_server_exits_without_an_error_if_a_worker_becomes_ready_while_the_server_stops(vae_only: Path) -> None:
     """The worker has sent READY, but the supervisor reads this message only after it has killed the worker."""
     environment = os.environ | {
-        "ELBO_PORT": "0", "ELBO_WORKERS": "2", "ELBO_DRAIN_SECONDS": "0", "ELBO_ARTIFACTS": str(artifacts),
+        "ELBO_PORT": "0", "ELBO_WORKERS": "2", "ELBO_DRAIN_SECONDS": "0", "ELBO_ARTIFACTS": str(vae_only),
     }  # fmt: skip
     command = [sys.executable, "-c", STOP_WHILE_LOADING]
     result = run_preloaded(command, cwd=ROOT, env=environment, text=True)
@@ -287,9 +287,9 @@ def test_new_worker_does_not_serve_while_the_artifact_folder_is_missing(
 
 
 def test_worker_reports_that_it_is_not_ready_but_keeps_serving_while_it_drains(
-    start: Callable[..., ServerProcess], artifacts: Path
+    start: Callable[..., ServerProcess], vae_only: Path
 ) -> None:
-    process = start(artifacts, WORKERS=2, DRAIN_SECONDS=1)
+    process = start(vae_only, WORKERS=2, DRAIN_SECONDS=1)
     process.wait_for_worker()
     process.popen.send_signal(signal.SIGTERM)
     process.wait_for_log("stopping")
@@ -301,9 +301,9 @@ def test_worker_reports_that_it_is_not_ready_but_keeps_serving_while_it_drains(
     assert process.popen.wait(20) == 0
 
 
-def test_server_exits_with_an_error_if_the_first_worker_cannot_start(artifacts: Path) -> None:
+def test_server_exits_with_an_error_if_the_first_worker_cannot_start(vae_only: Path) -> None:
     environment = os.environ | {
-        "ELBO_PORT": "0", "ELBO_WORKERS": "2", "ELBO_DEVICE": "cuda", "ELBO_ARTIFACTS": str(artifacts),
+        "ELBO_PORT": "0", "ELBO_WORKERS": "2", "ELBO_DEVICE": "cuda", "ELBO_ARTIFACTS": str(vae_only),
         "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
     command = [sys.executable, "-m", "service"]
@@ -312,8 +312,8 @@ def test_server_exits_with_an_error_if_the_first_worker_cannot_start(artifacts: 
     assert "cuda was requested" in result.stderr
 
 
-def test_workers_end_after_their_supervisor_is_killed(start: Callable[..., ServerProcess], artifacts: Path) -> None:
-    process = start(artifacts, WORKERS=2)
+def test_workers_end_after_their_supervisor_is_killed(start: Callable[..., ServerProcess], vae_only: Path) -> None:
+    process = start(vae_only, WORKERS=2)
     process.wait_for_worker()
     orphans = worker_pids(process)
     assert len(orphans) == 2
@@ -330,11 +330,11 @@ def is_alive(pid: int) -> bool:
 
 
 def test_every_worker_reconstructs_rows_as_the_pytorch_module_does(
-    start: Callable[..., ServerProcess], artifacts: Path, vae: Artifact, digits: np.ndarray
+    start: Callable[..., ServerProcess], vae_only: Path, vae: Artifact, digits: np.ndarray
 ) -> None:
     import torch
 
-    process = start(artifacts, WORKERS=2, BACKEND="torchscript")
+    process = start(vae_only, WORKERS=2, BACKEND="torchscript")
     process.wait_for_worker()
     with torch.inference_mode():
         expected = vae.module(torch.from_numpy(digits[:3])).numpy()

@@ -112,11 +112,11 @@ def test_slow_tls_client_is_closed_after_the_request_timeout(server: ServerProce
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_renewed_certificate_is_presented_without_a_restart(artifacts: Path, tmp_path: Path, workers: int) -> None:
+def test_renewed_certificate_is_presented_without_a_restart(vae_only: Path, tmp_path: Path, workers: int) -> None:
     certificate, key = issue(tmp_path)
     first = certificate.read_text().strip()
     with server_starter() as start_server:
-        server = start_server(artifacts, TLS_CERTIFICATE=certificate, TLS_KEY=key, WORKERS=workers)
+        server = start_server(vae_only, TLS_CERTIFICATE=certificate, TLS_KEY=key, WORKERS=workers)
         with connect(server) as older:
             older.sendall(LIVEZ)
             assert read_response(older).startswith(b"HTTP/1.1 200")
@@ -136,10 +136,10 @@ def test_renewed_certificate_is_presented_without_a_restart(artifacts: Path, tmp
             pass
 
 
-def test_server_with_open_tls_connections_stops(artifacts: Path, tmp_path: Path) -> None:
+def test_server_with_open_tls_connections_stops(vae_only: Path, tmp_path: Path) -> None:
     certificate, key = issue(tmp_path)
     with server_starter() as start_server:
-        server = start_server(artifacts, TLS_CERTIFICATE=certificate, TLS_KEY=key)
+        server = start_server(vae_only, TLS_CERTIFICATE=certificate, TLS_KEY=key)
         with connect(server) as idle, https_client(server, certificate) as client:
             assert client.get("/readyz").status_code == 200
             server.popen.send_signal(signal.SIGTERM)
@@ -153,7 +153,7 @@ def test_server_with_open_tls_connections_stops(artifacts: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("fault", ["no certificate", "no key", "another key", "no PEM file", "a password", "a folder"])
 def test_server_does_not_start_with_a_certificate_that_cannot_be_loaded(
-    artifacts: Path, tmp_path: Path, fault: str
+    vae_only: Path, tmp_path: Path, fault: str
 ) -> None:
     certificate, key = issue(tmp_path, password=fault == "a password")
     if fault == "no certificate":
@@ -166,7 +166,7 @@ def test_server_does_not_start_with_a_certificate_that_cannot_be_loaded(
         certificate.write_text("nonsense")
     elif fault == "a folder":
         certificate = tmp_path
-    options = {"ARTIFACTS": artifacts, "PORT": 0, "TLS_CERTIFICATE": certificate, "TLS_KEY": key}
+    options = {"ARTIFACTS": vae_only, "PORT": 0, "TLS_CERTIFICATE": certificate, "TLS_KEY": key}
     environment = os.environ | {f"ELBO_{name}": str(value) for name, value in options.items()}
     command = [sys.executable, "-m", "service"]
     run = run_preloaded(command, cwd=ROOT, env=environment, text=True)
@@ -188,12 +188,12 @@ def test_key_without_a_certificate_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_https", [False, True])
-def test_health_check_tells_whether_the_server_is_ready(artifacts: Path, tmp_path: Path, is_https: bool) -> None:
+def test_health_check_tells_whether_the_server_is_ready(vae_only: Path, tmp_path: Path, is_https: bool) -> None:
     options = dict(zip(("TLS_CERTIFICATE", "TLS_KEY"), issue(tmp_path), strict=True)) if is_https else {}
     environment = os.environ | {f"ELBO_{name}": str(path) for name, path in options.items()}
     command = [sys.executable, "-m", "service.healthcheck"]
     with server_starter() as start_server:
-        server = start_server(artifacts, ALLOWED_HOSTS="elbo.example.com", **options)
+        server = start_server(vae_only, ALLOWED_HOSTS="elbo.example.com", **options)
         environment["ELBO_PORT"] = str(server.port)
         assert subprocess.run(command, cwd=ROOT, env=environment, timeout=60).returncode == 0
     environment["ELBO_PORT"] = str(free_port())
