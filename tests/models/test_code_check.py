@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from models.code_check import MAX_DEPTH, Code, check_code
+from models.code_check import MAX_CALLS, MAX_DEPTH, Code, check_code
 from models.errors import ArtifactUnsafe
 from models.pickle_check import PickledObject, PickledTensor
 
@@ -87,6 +87,12 @@ def test_code_that_keeps_every_rule_is_accepted(lines: str) -> None:
         ("def f(x: Tensor) -> Tensor:\n  return ...\n", "has the constant ..."),
         ("def f(x: Tensor) -> Tensor:\n  return torch.add(x\n", "cannot be parsed (SyntaxError)"),
         (" " * (2 * MAX_DEPTH) + "x\n", "has blocks nested more than"),
+        ("(" * (MAX_DEPTH + 1) + "1" + ")" * (MAX_DEPTH + 1) + "\n", "has brackets nested more than"),
+        ("def f(x: Tensor) -> Tensor:\n  return x + x\n", "has x + x, a BinOp"),
+        ("def f(x: Tensor) -> Tensor:\n  return lambda: x\n", "has lambda: x, a Lambda"),
+        (FUNCTION + "# a comment\n", "has the character '#'"),
+        ("def f(x: Tensor) -> Tensor:\n  return torch.from_file(x)\n", "calls torch.from_file"),
+        ("def f(x: Tensor) -> Tensor:\n  return open(x)\n", "calls open"),
     ],
 )
 def test_definition_that_no_artifact_has_is_refused(source: str, reason: str) -> None:
@@ -138,12 +144,57 @@ FOR_7_ROWS = "if torch.eq((torch.size(x))[0], 7):\n  {}\nelse:\n  pass\n"
         ("k = (torch.size(x))[torch.sum(x)]\n", "takes an element at a place that depends on the values of a row"),
         ("t = (x, x)\nk = t[2]\n", "takes element 2 of 2"),
         ("k = torch.relu_(x)\n", "would change a weight or a row"),
+        ("k = (self).encode(x, )\n", "calls encode from itself"),
+        ("for i in range((torch.size(x))[0]):\n  pass\n", "whose length is not that of a weight"),
+        (FOR_7_ROWS.format("for i in range(2):\n    pass"), "has the loop over range(2) in only some requests"),
+        ("if torch.eq(x, 7):\n  pass\nelse:\n  pass\n", "which depends on the values of a row"),
+        ("k = _0(x)\n", "calls _0"),
+        ("k = unchecked_cast(Tensor, x)\n", "only List[int] may follow unchecked_cast"),
+        ("k = int(x)\n", "which needs numbers that do not depend on the values of a row"),
+        (FOR_7_ROWS.format("k = torch.cat([x, x])"), "in only some requests"),
+        ("k = torch.reshape(x, [int(torch.sum(x)), 1])\n", "numbers that do not depend on the values of a row"),
+        ("k = torch.add(x, x, out=x)\n", "with the argument out"),
+        ("k = torch.append([1], 2)\n", "for a list that is not empty at first"),
+        ("k = torch.where(x)\n", "with a size that depends on the values of a row"),
+        ("k = torch.index(x, [x])\n", "with places that are not those of torch.searchsorted"),
+        ("k = torch.floordiv(3, -1)\n", "which does not divide by a positive number"),
+        ('k = torch.format(torch.format("a", 1), 2)\n', "with a text that torch.format has made"),
     ],
 )
 def test_statement_that_no_artifact_has_is_refused(lines: str, reason: str) -> None:
     with pytest.raises(ArtifactUnsafe) as refusal:
         check(method_with(lines))
     assert reason in str(refusal.value)
+
+
+def methods_that_call(levels: int) -> str:
+    """Return methods f0 to f`levels`: f0 runs 10 operators, and each other one calls the one before it 10 times.
+
+    A call counts as an operator, so f1 runs 110 operators, f2 1,110 and f3 11,110.
+    """
+    bodies = ["    x = torch.add(x, 1)\n"] + [f"    x = (self).f{n}(x, )\n" for n in range(levels)]
+    return "".join(
+        f"  def f{n}(self: {MODULE}.M, x: Tensor) -> Tensor:\n{body * 10}    return x\n"
+        for n, body in enumerate(bodies)
+    )
+
+
+def test_method_whose_calls_multiply_is_refused() -> None:
+    with pytest.raises(ArtifactUnsafe, match=f"runs more than {MAX_CALLS} operators"):
+        check(HEAD + ENCODE + "    return (self).f9(x, )\n" + methods_that_call(9))
+
+
+@pytest.mark.parametrize(("extra", "is_allowed"), [(1, True), (2, False)])
+def test_method_with_too_many_operators_is_refused(extra: int, is_allowed: bool) -> None:
+    lines = "    x = (self).f3(x, )\n" + "    x = (self).f2(x, )\n" * 8 + "    x = torch.add(x, 1)\n" * extra
+    source = HEAD + ENCODE + lines + "    return x\n" + methods_that_call(3)
+    count = 11_111 + 8 * 1_111 + extra
+    assert (count <= MAX_CALLS) == is_allowed
+    if is_allowed:
+        check(source)
+    else:
+        with pytest.raises(ArtifactUnsafe, match=f"runs {count} operators in the method encode, in loops 0 deep"):
+            check(source)
 
 
 def test_attribute_whose_class_is_not_in_the_code_is_refused() -> None:
