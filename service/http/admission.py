@@ -296,24 +296,27 @@ class Ticket:
     def check(self, rows: int) -> None:
         """Raise Overloaded if the server refuses to run `rows` rows of this request now. The batcher gets them next.
 
+        The other rows of a request that runs in parts still count as pending, until their part is checked.
+
         A request that has the turn is not refused: the rows that wait behind it would count against it. Clients that
         always try again would then fill the queue, and no large request would ever get a response.
         """
         if self._has_turn:
-            self._leave_to_batcher()
+            self._leave_to_batcher(rows)
         else:
             self._admission.check(rows=rows, is_queued=True)
 
-    def _leave_to_batcher(self) -> None:
-        self._admission.leave_to_batcher(self._rows_ahead)
-        self._rows_ahead = 0
+    def _leave_to_batcher(self, rows: int) -> None:
+        left = min(rows, self._rows_ahead)
+        self._admission.leave_to_batcher(left)
+        self._rows_ahead -= left
 
     def release(self) -> None:
         """Give up the place in the queue, the work slot and the turn. A second call does nothing."""
         self._is_released = True
         if self._has_turn:
             self._has_turn = False
-            self._leave_to_batcher()
+            self._leave_to_batcher(self._rows_ahead)
             self._admission.turn.release()
         if self._is_large:
             self._is_large = False

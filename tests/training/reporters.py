@@ -4,14 +4,16 @@ from collections.abc import Mapping
 
 
 class RecordingReporter:
-    """Records epochs and notes; prints nothing."""
+    """Records titles, epochs and notes; prints nothing."""
 
     def __init__(self) -> None:
+        self.started: list[str] = []
         self.epochs: list[dict[str, float]] = []
         self.notes: list[str] = []
 
-    def start(self, title: str, total_steps: int) -> None:
-        """Do nothing."""
+    def start(self, title: str, total_steps: int) -> None:  # noqa: ARG002  # names set by the protocol
+        """Record the title."""
+        self.started.append(title)
 
     def epoch(self, epoch: int, step: int, terms: Mapping[str, float]) -> None:  # noqa: ARG002  # names set by the protocol
         """Record the loss terms."""

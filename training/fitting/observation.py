@@ -38,6 +38,17 @@ def fit_observation(core: Core, prior: Prior, scaling: Scaling, data: PreparedDa
     return _observation(core, _noise_covariance(core, prior, scaling, data), scaling, data)
 
 
+def check_bounds(bounds: Sequence[str], data: PreparedData) -> None:
+    """Check that `set_bounds` will accept the option --bounds. Call this before the training.
+
+    Raises:
+        FitError: no value is within the bounds of a column.
+    """
+    if bounds:  # a model with a window has none
+        low, high, whole = _limits(data)
+        set_bounds(Observation(torch.zeros_like(low), low, high, whole), bounds, data.table.names)
+
+
 def set_bounds(observation: Observation, bounds: Sequence[str], names: Sequence[str]) -> None:
     """Set the bounds of `observation` to those of the option --bounds. An infinite end stays as it is.
 
@@ -85,7 +96,6 @@ def fit_row_observation(
 
 def _observation(core: Core, covariance: Tensor, scaling: Scaling, data: PreparedData) -> Observation:
     """Return the noise with `covariance` [D, D], or with these variances [D], in model units, for rows like `data`."""
-    low, high = data.moments.low, data.moments.high
     if isinstance(core, VAE) and isinstance(core.likelihood, BernoulliLikelihood):
         return BernoulliObservation(scaling.shift, scaling.shift + scaling.scale)
     scale = scaling.scale.double()
@@ -96,13 +106,19 @@ def _observation(core: Core, covariance: Tensor, scaling: Scaling, data: Prepare
     else:
         factor = scale * covariance.sqrt()
         variance = factor.square()
-    whole = ((data.sample == data.sample.round()) | data.sample.isnan()).all(dim=0)
+    low, high, whole = _limits(data)
     kept = (1.0 - ROUNDING_VARIANCE / variance.clamp(min=1e-30)).clamp(min=0.0).sqrt()
     kept = torch.where(whole, kept, 1.0)
     factor = factor * (kept.unsqueeze(1) if factor.dim() == 2 else kept)
     if data.category_sizes:
-        return MixedObservation(data.category_sizes, factor.float(), low.float(), high.float(), whole)
-    return Observation(factor.float(), low.float(), high.float(), whole)
+        return MixedObservation(data.category_sizes, factor.float(), low, high, whole)
+    return Observation(factor.float(), low, high, whole)
+
+
+def _limits(data: PreparedData) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the smallest and the largest value of each column, and whether its values are whole numbers, [D] each."""
+    whole = ((data.sample == data.sample.round()) | data.sample.isnan()).all(dim=0)
+    return data.moments.low.float(), data.moments.high.float(), whole
 
 
 def _noise_covariance(core: Core, prior: Prior, scaling: Scaling, data: PreparedData) -> Tensor:

@@ -28,7 +28,7 @@ from training.fitting.distributed import ProcessGroup
 from training.fitting.explanation import fit_explanation
 from training.fitting.heavy_tailed import count_axes, fit_heavy_tailed_ensemble, fit_heavy_tailed_pca, with_heavy_tails
 from training.fitting.level_correction import fit_level_correction
-from training.fitting.observation import fit_observation, set_bounds
+from training.fitting.observation import check_bounds, fit_observation, set_bounds
 from training.fitting.pca import fit_pca, pca_from_moments, spectrum_from_moments
 from training.fitting.policy import fit_policy, fit_usual_score, score_rows, set_calibration
 from training.fitting.prepared_data import MAX_COVARIANCE_FEATURES, PreparedData
@@ -68,6 +68,7 @@ def fit_pipeline(
             f"{latents} latents need at least {latents + 1} rows to fit, got {len(data.split.fit)}: "
             "add rows, or lower --latents"
         )
+    check_bounds(config.bounds, data)
     held_out, sample = scaling(data.held_out), scaling(data.sample)
     to_core = core_inputs(scaling)
     held_out_inputs, sample_inputs = to_core(data.held_out_inputs), to_core(data.sample_inputs)

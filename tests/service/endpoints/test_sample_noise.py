@@ -47,6 +47,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = read_table(write(folder / "rows.csv", rows(), HEADER))
     for kind in EVERY_KIND:
         train(TrainConfig(model=kind, name=kind, epochs=40), table, folder / "artifacts", RecordingReporter())
+    bounded = TrainConfig(model="pca", name="bounded", bounds=("share=40:60", "requests=18.5:"))
+    train(bounded, table, folder / "artifacts", RecordingReporter())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(artifact, "METHODS", tuple(name for name in artifact.METHODS if name != "observe"))
         patch.delattr(Pipeline, "observe")
@@ -83,6 +85,18 @@ def test_samples_of_a_table_keep_bounds_and_whole_numbers(client: httpx.Client, 
     assert np.array_equal(drawn[:, 3:], drawn[:, 3:].round())
     assert set(np.unique(drawn[:, 4])) == {0.0, 1.0}
     assert not np.array_equal(drawn[:, 1], drawn[:, 1].round())
+
+
+def test_samples_and_imputed_values_of_a_model_with_bounds_are_within_them(client: httpx.Client) -> None:
+    drawn = sample(client, "bounded", n=2000)
+    assert (drawn[:, 2].min(), drawn[:, 2].max()) == (40.0, 60.0)
+    assert drawn[:, 3].min() == 19.0  # the first whole number
+    assert 25.0 < drawn[:, 3].max() <= rows()[:, 3].max()  # the end that is not given is that of the training rows
+    gaps = [[None if column in (2, 3) else value for column, value in enumerate(row)] for row in rows(200).tolist()]
+    filled = np.array(post(client, "/impute", {"inputs": gaps}, params={"model": "bounded"})["outputs"])
+    assert (filled[:, 2].min(), filled[:, 2].max()) == (40.0, 60.0)  # 200 rows of a column from 0 to 100
+    assert filled[:, 3].min() >= 19.0
+    assert np.array_equal(filled[:, 3], filled[:, 3].round())
 
 
 def test_samples_of_pca_have_the_correlations_of_the_training_rows(client: httpx.Client) -> None:

@@ -258,6 +258,25 @@ def test_rows_that_wait_for_their_turn_count_as_pending() -> None:
     asyncio.run(scenario())
 
 
+def test_rows_of_later_parts_of_a_request_count_as_pending_until_their_part_runs() -> None:
+    """The queue has room for 100 rows. A request of 70 rows runs in parts of 20, 30 and 20 rows, as a backtest does."""
+
+    async def scenario() -> None:
+        async with running_batcher(max_batch_rows=8) as batcher:
+            admission = admission_for(batcher, max_rows=100)
+            ticket = admission.ticket()
+            await ticket.take_turn(70, perf_counter() + 10)
+            for part, pending in ((20, 50), (30, 20), (20, 0)):
+                ticket.check(part)
+                room = 75 - pending  # requests of more rows than a batch may take 75 rows
+                assert admission.refusal(rows=room, is_queued=True) is None
+                assert pending == 0 or admission.refusal(rows=room + 1, is_queued=True) is not None
+            ticket.release()
+            assert admission.refusal(rows=75, is_queued=True) is None
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("end", ["cancelled", "timed out"])
 def test_request_that_ends_while_it_waits_for_its_turn_leaves_the_turn_to_the_next(end: str) -> None:
     async def scenario() -> None:

@@ -1,5 +1,7 @@
 """Bounds and whole numbers of samples and imputed values."""
 
+from typing import Literal
+
 import polars as pl
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from models.completion import CompletingPipeline
 from models.observation import Observation
 from tests.mixed_tables import mixed_frame
+from tests.training.reporters import RecordingReporter
 from training.config import TrainConfig
 from training.data.readers import InMemory
 from training.data.table import read_table
@@ -91,6 +94,15 @@ def test_bounds_of_whole_numbers_are_whole_and_those_of_all_numbers_are_finite(
 def test_bounds_that_leave_no_value_are_refused(entry: str, whole: bool) -> None:
     with pytest.raises(FitError, match=f"--bounds {entry} .* leave no (whole number|value) for load"):
         set_bounds(observation_of(whole), [entry], ["load"])
+
+
+@pytest.mark.parametrize("model", ["ae", "auto"])
+def test_bounds_that_leave_no_value_are_refused_before_the_training(frame: pl.DataFrame, model: Literal["ae"]) -> None:
+    config = TrainConfig(model=model, name="bounds", epochs=1, bounds=("cpu=1000:",))
+    report = RecordingReporter()
+    with pytest.raises(FitError, match=r"--bounds cpu=1000: .* leave no (whole number|value) for cpu"):
+        fit_model(config, read_table(InMemory(frame)), report)
+    assert (report.started, report.epochs) == ([], [])
 
 
 def test_bounds_of_a_bernoulli_model_are_refused(frame: pl.DataFrame) -> None:
