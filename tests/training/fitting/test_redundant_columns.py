@@ -43,8 +43,8 @@ def flagged(
     header = ",".join(f"sensor{index}" for index in range(x.shape[1]))
     artifacts = ("--artifacts", str(folder / "artifacts"))
     paths = [write(folder / f"{name}.csv", rows, header) for name, rows in (("train", x), ("fresh", fresh))]
-    options = ("--model", kind, "--name", "m", "--runs", str(folder / "runs"), *artifacts)
-    options += () if kind == "pca" else ("--epochs", EPOCHS)
+    epochs = () if kind == "pca" else ("--epochs", EPOCHS)
+    options = ("--model", kind, "--name", "m", "--runs", str(folder / "runs"), *epochs, *artifacts)
     assert in_process(capsys, "train", paths[0], *options)[0] == 0
     status, printed, _ = in_process(capsys, "score", "m", paths[1], *artifacts)
     assert status == 0
