@@ -5,8 +5,10 @@
 
 import io
 import pickle
+import re
 import struct
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,34 @@ from models.errors import ArtifactUnsafe
 from models.pickle_check import PickledTensor, check_pickle
 
 PATH = Path("model.pt")
+NAMES = [f"a/extra/exhibits/{name}" for name in ("held-out.json", "calibration.json", "card.md", "directions.json")]
+END_RECORD = {"disk": 4, "here": 8, "members": 10}  # offsets of fields in the end record
 SIZES = {"packed": 20, "unpacked": 24}  # offsets of fields in an entry of the directory
 
 
-def zipped(names: tuple[str, ...] = ("a/version", "a/byteorder")) -> bytearray:
+def zipped(names: Sequence[str] = ("a/version", "a/byteorder"), compression: int = zipfile.ZIP_STORED) -> bytearray:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
         for name in names:
             archive.writestr(name, b"3\n")
     return bytearray(buffer.getvalue())
+
+
+def unpacking_to(size: int) -> bytes:
+    """Return a zip file with three compressed members, each of which unpacks to `size` bytes by the directory."""
+    names = ["a/extra/exhibits/trained-rows.bin", *NAMES[:2]]
+    content = zipped(names, zipfile.ZIP_DEFLATED)
+    for entry in re.finditer(b"PK\x01\x02", bytes(content)):
+        struct.pack_into("<L", content, entry.start() + SIZES["unpacked"], size)
+    return bytes(content)
+
+
+def with_end_record(**fields: int) -> bytes:
+    """Return a zip file of two members whose end record has these values."""
+    content = zipped()
+    for field, value in fields.items():
+        struct.pack_into("<H", content, content.rindex(b"PK\x05\x06") + END_RECORD[field], value)
+    return bytes(content)
 
 
 def with_entry(place: int, format_: str, value: int) -> bytes:
@@ -63,12 +84,44 @@ def test_plain_zip_file_is_accepted_with_all_its_members() -> None:
         (with_entry(42, "<L", len(zipped()) - 150), "lies outside of the archive"),
         (with_entry(42, "<L", 1), "lies over another member"),
         (with_sizes(3), "the last member lies over the directory of the archive"),
+        (bytes(zipped(("a/secrets.txt",))), "a/secrets.txt is none that an artifact may have"),
+        (bytes(zipped(("a/code/__torch__/m.py", "a/code/__torch__/M.py"))), "differ only in upper and lower case"),
+        (bytes(zipped(("a/version",), zipfile.ZIP_DEFLATED)), "is compressed in a way that no artifact uses"),
+        (bytes(zipped(NAMES[:1], zipfile.ZIP_BZIP2)), "is compressed in a way that no artifact uses"),
+        (unpacking_to(65 * 2**20), "unpacks to 68,157,440 bytes, 67,108,864 are allowed"),
+        (bytes(zipped()).replace(b"a/version", b"a/Version", 1), "has another header than the directory says"),
     ],
 )
 def test_zip_file_that_readers_may_read_differently_is_refused(content: bytes, reason: str) -> None:
     with pytest.raises(ArtifactUnsafe) as refusal:
         check(content)
     assert reason in str(refusal.value)
+
+
+def test_compressed_members_that_unpack_to_too_much_together_are_refused() -> None:
+    """The headers before the members still have the true sizes: they are checked later."""
+    content = zipped([f"a/code/__torch__/m{n}.py" for n in range(513)], zipfile.ZIP_DEFLATED)
+    for entry in re.finditer(b"PK\x01\x02", bytes(content)):
+        struct.pack_into("<L", content, entry.start() + SIZES["unpacked"], 2**20)
+    with pytest.raises(ArtifactUnsafe, match="the compressed members unpack to 537,919,488 bytes"):
+        check(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it has no end record"),
+        (bytes(zipped())[:-1], "it has no end record"),
+        (bytes(zipped()) + b"x", "its end record is not that of a plain zip file"),
+        (with_end_record(disk=1), "its end record is not that of a plain zip file"),
+        (with_end_record(here=1), "its end record is not that of a plain zip file"),
+        (with_end_record(here=3, members=3), "the number of members differs from the one in the end record"),
+        (with_end_record(here=20_001, members=20_001), "its directory has 20,001 members"),
+    ],
+)
+def test_directory_that_readers_may_read_differently_is_refused(content: bytes, reason: str) -> None:
+    with pytest.raises(zipfile.BadZipFile, match=reason):
+        open_archive(content)
 
 
 def part(value: Any) -> bytes:
