@@ -1,6 +1,7 @@
 """The fast JSON reader: it agrees with orjson, and returns None for bodies that are not plain rows of numbers."""
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.codec import simdjson_rows
+from service.codec.budget import Budget
 
 numbers = st.one_of(
     st.integers(-(2**63), 2**64 - 1),
@@ -67,3 +69,43 @@ def test_rows_stay_valid_after_the_next_document_is_parsed() -> None:
     first: Any = simdjson_rows.read_fields(b'{"inputs": [[1, 2]]}', "inputs", 2)
     simdjson_rows.read_fields(b'{"inputs": [[3, 4]]}', "inputs", 2)
     np.testing.assert_array_equal(first["inputs"], [[1, 2]])
+
+
+MANY = b"[1, 2], " * (simdjson_rows.MAX_WHOLE_BYTES // 8)  # so many rows that the reader reads them in pieces
+
+
+def test_large_body_gives_its_rows_as_float32_and_its_other_fields() -> None:
+    body = b'{"alpha": 0.5, "inputs": [' + MANY + b"[3, 0.1]" + b'], "sample": true}'
+    fields: Any = simdjson_rows.read_fields(body, "inputs", 2)
+    expected = np.array(orjson.loads(body)["inputs"], np.float32)
+    assert fields["inputs"].dtype == np.float32
+    np.testing.assert_array_equal(fields.pop("inputs"), expected)
+    assert fields == {"alpha": 0.5, "sample": True}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"inputs": [' + MANY + b"[1, [2]]]}",
+        b'{"inputs": [' + MANY + b"[1, 2, 3]]}",
+        b'{"inputs": [' + MANY + b'[1, "2"]]}',
+        b'{"inputs": [' + MANY + b"[1, 1e39]]}",  # beyond float32
+        b'{"inputs": [' + MANY + b"[1, 2],]}",
+        b'{"inputs": [' + MANY + b"[1, 2] [3, 4]]}",
+        b'{"inputs": [' + MANY.replace(b", [", b"  [") + b"[1, 2]]}",
+        b'{"inputs": [' + MANY + b"[1, " + b"2" * 2 * simdjson_rows.LARGE_PIECE_BYTES + b"]]}",
+        b'{"inputs": [' + MANY + b'[1, 2]], "seed": "3"}',
+        b'{"inputs": [' + MANY + b'[1, 2]], "start": {}}',
+        b'{"inputs": [' + MANY + b'[1, 2]], "alpha": 1, "alpha": 2}',
+        b'{"inputs": [' + MANY + b'[1, 2]], "note": ' + b" " * simdjson_rows.MAX_REST_BYTES + b"1}",
+        b'{"latents": [' + MANY + b"[1, 2]]}",
+        b"[" + MANY + b"[1, 2]]",
+        b'{"inputs": ' + b" " * simdjson_rows.MAX_WHOLE_BYTES + b"3}",
+    ],
+)
+def test_reader_returns_none_if_a_large_body_is_not_plain_rows_of_numbers(body: bytes) -> None:
+    budget = Budget(
+        max_bytes=2**30, max_rows=2**20, width=2, deadline=math.inf, hold=lambda _: None, release=lambda _: None
+    )
+    assert simdjson_rows.read_fields(body, "inputs", 2, budget) is None
+    assert budget.usage == (0, 0)  # the other reader counts the body again
