@@ -22,7 +22,7 @@ from training.groups import run_groups, train_here
 from training.sweep import Sweep, train_locally
 from training.train import read
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]  # Ray gives up if a busy machine starts a node too slowly
+pytestmark = pytest.mark.slow
 
 PYTHON = ROOT / ".venv-ray" / "bin" / "python"
 PROGRAMS = ROOT / "tests" / "ray_programs"
