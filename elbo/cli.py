@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand, TyperOption
@@ -1165,41 +1165,46 @@ def score(
     if not extrapolated and not artifact.manifest.calibration.reaches(alpha):
         typer.echo(few_calibration_rows(artifact.manifest.calibration, alpha), err=True)
     options: dict[str, Any] = {"time": time, "group": group, "escape": None if escape is None else escape.value}
-    scored = artifact, data, alpha, explain, extrapolated, format_, options
+    wanted = _WantedScores(artifact, data, alpha, explain, extrapolated, format_, options)
     if output is None:
         given = {"--id": id_, "--workers": workers, "--part-rows": part_rows, "--overwrite": overwrite}
         given["--engine"] = engine is not Engine.local
         if unusable := [option for option, value in given.items() if value]:
             raise OptionError(f"{unusable[0]} needs OUTPUT, the file or folder to write")
-        _print_scores(*scored)
+        _print_scores(wanted)
         return
     options |= {"ids": tuple(id_ or ()), "part_rows": part_rows or 0}
-    _write_scores(*scored, output=output, engine=engine, workers=workers, overwrite=overwrite)
+    _write_scores(wanted, output=output, engine=engine, workers=workers, overwrite=overwrite)
 
 
-def _print_scores(
-    artifact: "Artifact",
-    data: str,
-    alpha: float,
-    explain: int,
-    extrapolated: bool,
-    format_: Format | None,
-    options: dict[str, Any],
-) -> None:
-    """Print the scores of the rows of `data` to standard output. For `options`, see `stream_for_model`."""
+class _WantedScores(NamedTuple):
+    """Which scores a command computes, and how it shows them."""
+
+    artifact: "Artifact"
+    data: str
+    alpha: float
+    explain: int
+    extrapolated: bool
+    format: Format | None
+    options: dict[str, Any]
+
+
+def _print_scores(wanted: _WantedScores) -> None:
+    """Print the scores to standard output. For the options, see `stream_for_model`."""
     from training.data.row_stream import stream_for_model
     from training.evaluation.score import Tally, csv_lines, ndjson_lines
     from training.progress import progress
 
-    if format_ is Format.parquet:
+    artifact, data = wanted.artifact, wanted.data
+    if wanted.format is Format.parquet:
         raise OptionError("--format parquet needs OUTPUT, the file or folder to write")
     keeps_gaps = hasattr(artifact.module, "score_gaps")
-    stream = stream_for_model(data, artifact.manifest, keeps_gaps=keeps_gaps, **options)
+    stream = stream_for_model(data, artifact.manifest, keeps_gaps=keeps_gaps, **wanted.options)
     for note in stream.notes:
         typer.echo(note, err=True)
-    lines, tally = csv_lines if format_ is Format.csv else ndjson_lines, Tally()
+    lines, tally = csv_lines if wanted.format is Format.csv else ndjson_lines, Tally()
     with progress(f"scoring {Path(data).name}", stream.total) as bar:
-        for text in lines(artifact, stream, alpha, explain, tally, extrapolated):
+        for text in lines(artifact, stream, wanted.alpha, wanted.explain, tally, wanted.extrapolated):
             sys.stdout.write(text)
             sys.stdout.flush()  # a closed pipe ends the command here; else, Python would print an error at exit
             bar.show(tally.rows)
@@ -1208,29 +1213,17 @@ def _print_scores(
     tally.refuse_faulty(data)
 
 
-def _write_scores(
-    artifact: "Artifact",
-    data: str,
-    alpha: float,
-    explain: int,
-    extrapolated: bool,
-    format_: Format | None,
-    options: dict[str, Any],
-    *,
-    output: str,
-    engine: Engine,
-    workers: int | None,
-    overwrite: bool,
-) -> None:
-    """Write the scores of the rows of `data` to `output`. For `options`, see `training.scoring.job.Job`."""
+def _write_scores(wanted: _WantedScores, *, output: str, engine: Engine, workers: int | None, overwrite: bool) -> None:
+    """Write the scores to `output`. For the options, see `training.scoring.job.Job`."""
     from functools import partial
     from time import perf_counter
 
     from training.progress import progress
     from training.scoring.run import choose_format, describe_data, make_job, run_job, score_locally
 
-    chosen, single = choose_format(output, None if format_ is None else format_.value)
-    job = make_job(artifact, chosen, alpha, explain, extrapolated=extrapolated, **options)
+    artifact, data, alpha = wanted.artifact, wanted.data, wanted.alpha
+    chosen, single = choose_format(output, None if wanted.format is None else wanted.format.value)
+    job = make_job(artifact, chosen, alpha, wanted.explain, extrapolated=wanted.extrapolated, **wanted.options)
     score_parts: Any = partial(score_locally, artifact)
     if engine is Engine.ray:
         from training.ray_tasks import score_on_ray
