@@ -181,7 +181,7 @@ def _explained(
     names = pl.Series(stream.names, dtype=pl.Enum(stream.names))
     first = np.arange(len(top)) * len(stream.names)  # [B], the index of the first value of each row in `ravel()`
     has_gaps = bool(batch.rows.missing.any())
-    fields = {}
+    fields: dict[str, pl.Series] = {}
     for k in range(top.shape[1]):
         index = first + top[:, k]
         value = batch.rows.x.ravel().take(index)
