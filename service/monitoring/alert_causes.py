@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
+from service.monitoring.metric_types import Labels
 from service.shared_memory import SharedCounters
 
 FAMILY = "alert_causes"  # key of the arrays in shared memory; no metric may have this name
@@ -18,8 +19,6 @@ MIN_SHARE = 0.1  # a feature is a cause only if it contributes at least this sha
 # number of causes, then the numbers of each cause.
 _HEAD, _PER_CAUSE = 3, 4
 _MAX_READS = 100  # attempts to read an array that another process is writing
-
-Labels = tuple[str, ...]
 
 
 class Cause(NamedTuple):

@@ -8,12 +8,11 @@ from time import monotonic
 
 from service.anomaly.online_calibration import State
 from service.anomaly.streams import STATES
+from service.monitoring.metric_types import Labels
 from service.shared_memory import SharedCounters
 
 FAMILY = "alert_states"  # key of the arrays in shared memory; no metric may have this name
 _PER_SECOND = 1_000_000
-
-Labels = tuple[str, ...]
 
 
 class AlertStates:

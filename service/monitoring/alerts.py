@@ -20,6 +20,7 @@ import orjson
 
 from service.anomaly.alert_rule import AlertRule, calm_for_step
 from service.anomaly.online_calibration import State
+from service.monitoring.metric_types import Labels
 
 log = logging.getLogger("elbo.alerts")
 RESEND_SECONDS = 30.0  # an active alert is sent again after this time
@@ -35,7 +36,6 @@ STATE_TEXTS: dict[State | None, str] = {
 ALERT_NAME = "ElboAnomaly"
 
 Key = tuple[str, str]  # model, group
-Labels = tuple[str, ...]
 Alert = dict[str, Any]
 Counts = Mapping[Labels, Sequence[float]]
 
