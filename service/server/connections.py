@@ -1,14 +1,19 @@
-"""The limit on open connections: derive it, and close the connections that wait longest for their clients.
+"""Open connections, limit their number, and close those that wait longest for their clients.
 
 Every connection is an open file. Without a limit, a few hundred idle clients can use up all files that the process may
 open: the server can then accept no probe, load no model and open no log.
 """
 
+import asyncio
 import logging
 import resource
-from collections.abc import Collection
+import socket
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from time import perf_counter
 from typing import Any
+
+from service.http.protocol import GRACE_SECONDS
 
 RESERVED_FILES = 100  # open files for models that are loaded, logs and the event loop
 DEFAULT_LIMIT = 10_000
@@ -94,3 +99,64 @@ class ConnectionLimit:
             "limit on open files (ulimit -n)",
             problem,
         )
+
+
+class OpeningConnections:
+    """Accepted connections that are being opened: most are TLS handshakes.
+
+    Args:
+        create_protocol: creates the protocol of a connection, whose `transport` is None until the connection is open.
+        count_failed: called for each connection that could not be opened.
+        tls_options: the arguments with which the event loop opens a TLS connection.
+    """
+
+    def __init__(
+        self,
+        create_protocol: Callable[[], Any],
+        count_failed: Callable[[], None],
+        tls_options: Mapping[str, Any],
+    ) -> None:
+        self._create_protocol = create_protocol
+        self._count_failed = count_failed
+        self._tls_options = tls_options
+        self._opening: dict[asyncio.Task[Any], tuple[Any, float]] = {}  # the protocol, and the time of the loop
+
+    def __len__(self) -> int:
+        return len(self._opening)
+
+    def open(self, connection: socket.socket) -> None:
+        """Serve an accepted connection."""
+        connection.setblocking(False)
+        loop = asyncio.get_running_loop()
+        protocol = self._create_protocol()
+        task = loop.create_task(loop.connect_accepted_socket(lambda: protocol, connection, **self._tls_options))
+        self._opening[task] = protocol, loop.time()
+        task.add_done_callback(partial(self._opened, protocol))
+
+    def cancel_slow(self) -> bool:
+        """Cancel the oldest opening that has taken longer than GRACE_SECONDS. Return whether there was one.
+
+        A connection that is open is left alone, although its task has not ended.
+        """
+        latest = asyncio.get_running_loop().time() - GRACE_SECONDS
+        for task, (protocol, since) in self._opening.items():
+            if since > latest:
+                return False
+            if protocol.transport is None:
+                del self._opening[task]
+                return task.cancel()
+        return False
+
+    async def wait(self) -> None:
+        """Wait until all connections are open, or have failed to open."""
+        if self._opening:
+            await asyncio.wait(self._opening)
+
+    def _opened(self, protocol: Any, task: "asyncio.Task[Any]") -> None:
+        self._opening.pop(task, None)
+        if not task.cancelled() and not task.exception():
+            return
+        if protocol.transport is None:  # the client has disconnected in the meantime, or was too slow
+            self._count_failed()
+        else:  # opened just before the cancellation: the event loop has closed it without telling the protocol
+            protocol.connection_lost(ConnectionAbortedError("the opening of the connection was cancelled"))

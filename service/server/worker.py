@@ -17,11 +17,11 @@ from models.errors import ElboError
 from service.app import create_app
 from service.endpoints.context import ServiceContext
 from service.freed_memory import unmap_large_blocks
-from service.http.protocol import CONNECTION_CLOSE, GRACE_SECONDS, close_slow
+from service.http.protocol import CONNECTION_CLOSE, close_slow
 from service.inference.trial import TrialClient
 from service.monitoring import logs
 from service.server import fd_passing
-from service.server.connections import ConnectionLimit, connection_limit
+from service.server.connections import ConnectionLimit, OpeningConnections, connection_limit
 from service.server.hangup import Hangup
 from service.server.tls import Certificate
 from service.settings import Settings
@@ -80,14 +80,13 @@ class Server(uvicorn.Server):
         self._service = service
         self._control = control
         self._certificate = certificate
-        self._tls_options = _tls_options(certificate, service.settings.request_timeout) if certificate else {}
         self._counters = counters
         self._models = counters.local.array(MODELS, length=1, transient=True)
         self._hangup = Hangup()
         self._reloading: asyncio.Task[None] | None = None  # the event loop keeps no reference to a task
         self._signalled = False
-        # Accepted connections that uvicorn does not serve yet, each with the time of the loop at which it was accepted
-        self._opening: dict[asyncio.Task[Any], float] = {}
+        tls_options = _tls_options(certificate, service.settings.request_timeout) if certificate else {}
+        self._opening = OpeningConnections(self._create_protocol, self._count_failed, tls_options)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Load the models. Then listen, or, under a supervisor, report that this worker is ready.
@@ -187,9 +186,8 @@ class Server(uvicorn.Server):
                 self._resuming.cancel()
             loop.remove_reader(listener)
             for connection in fd_passing.accept_pending(listener):
-                self._open(connection)
-        if self._opening:
-            await asyncio.wait(self._opening)
+                self._opening.open(connection)
+        await self._opening.wait()
         while self.server_state.connections and not self.force_exit and loop.time() < deadline:
             await asyncio.sleep(0.01)
         try:
@@ -229,7 +227,7 @@ class Server(uvicorn.Server):
             self._exit()
             return
         for connection in received.connections:
-            self._open(connection)
+            self._opening.open(connection)
         self._close_excess()
         if received.lost:
             self._limit.report("connections were lost because the worker has too many open files")
@@ -260,14 +258,7 @@ class Server(uvicorn.Server):
 
         Return whether a connection was closed.
         """
-        if self._limit.close_waiting():
-            return True
-        latest = asyncio.get_running_loop().time() - GRACE_SECONDS
-        oldest = next(iter(self._opening), None)
-        if oldest is None or self._opening[oldest] > latest:
-            return False
-        del self._opening[oldest]
-        return oldest.cancel()
+        return bool(self._limit.close_waiting()) or self._opening.cancel_slow()
 
     def _accept(self, listener: socket.socket) -> None:
         """Accept connections. To make room for them, close connections that wait for their clients."""
@@ -284,7 +275,7 @@ class Server(uvicorn.Server):
                 return
             if connection is None:
                 return
-            self._open(connection)
+            self._opening.open(connection)
 
     def _pause(self, listener: socket.socket) -> None:
         """Leave connections in the backlog for a moment."""
@@ -292,19 +283,8 @@ class Server(uvicorn.Server):
         loop.remove_reader(listener)
         self._resuming = loop.call_later(PAUSE_SECONDS, loop.add_reader, listener, self._accept, listener)
 
-    def _open(self, connection: socket.socket) -> None:
-        """Serve an accepted connection."""
-        connection.setblocking(False)
-        loop = asyncio.get_running_loop()
-        opening = loop.connect_accepted_socket(self._create_protocol, connection, **self._tls_options)
-        task = loop.create_task(opening)
-        self._opening[task] = loop.time()
-        task.add_done_callback(self._opened)
-
-    def _opened(self, task: "asyncio.Task[Any]") -> None:
-        self._opening.pop(task, None)
-        if task.cancelled() or task.exception():  # the client has disconnected in the meantime
-            self.server_state.connections.count_closed()  # type: ignore[attr-defined] # `_Connections`, set in __init__
+    def _count_failed(self) -> None:
+        self.server_state.connections.count_closed()  # type: ignore[attr-defined] # `_Connections`, set in __init__
 
     def _create_protocol(self) -> asyncio.Protocol:
         protocol_class: Any = self.config.http_protocol_class
