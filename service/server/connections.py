@@ -119,7 +119,9 @@ class OpeningConnections:
         self._create_protocol = create_protocol
         self._count_failed = count_failed
         self._tls_options = tls_options
-        self._opening: dict[asyncio.Task[Any], tuple[Any, float]] = {}  # the protocol, and the time of the loop
+        # The protocol of each, and when it was accepted, on the `perf_counter` clock: uvloop's own clock stands still
+        # during a pass of the event loop.
+        self._opening: dict[asyncio.Task[Any], tuple[Any, float]] = {}
 
     def __len__(self) -> int:
         return len(self._opening)
@@ -130,7 +132,7 @@ class OpeningConnections:
         loop = asyncio.get_running_loop()
         protocol = self._create_protocol()
         task = loop.create_task(loop.connect_accepted_socket(lambda: protocol, connection, **self._tls_options))
-        self._opening[task] = protocol, loop.time()
+        self._opening[task] = protocol, perf_counter()
         task.add_done_callback(partial(self._opened, protocol))
 
     def cancel_slow(self) -> bool:
@@ -138,7 +140,7 @@ class OpeningConnections:
 
         A connection that is open is left alone, although its task has not ended.
         """
-        latest = asyncio.get_running_loop().time() - GRACE_SECONDS
+        latest = perf_counter() - GRACE_SECONDS
         for task, (protocol, since) in self._opening.items():
             if since > latest:
                 return False

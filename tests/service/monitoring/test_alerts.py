@@ -16,7 +16,8 @@ from service.anomaly.online_calibration import State
 from service.app import create_app
 from service.monitoring import alerts, background
 from service.monitoring.alert_states import AlertStates
-from service.monitoring.alerts import EXPIRY_SECONDS, RESEND_SECONDS, AlertSender, AlertState, Labels
+from service.monitoring.alerts import EXPIRY_SECONDS, RESEND_SECONDS, AlertSender, AlertState
+from service.monitoring.metric_types import Labels
 from service.settings import Settings
 from service.shared_memory import Segment, SharedCounters
 from tests.service.hosts import host_records, host_rows
