@@ -348,7 +348,12 @@ def train(
         typer.Option("--replace-features", help="publish even if the newest version of this name has other features"),
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="publish even if the model is worse than predicting the mean")
+        bool,
+        typer.Option(
+            "--force",
+            help="publish even if the model is worse than predicting the mean or, with --sweep and --per-group, no "
+            "better than the served version; with --per-group, train unchanged groups too",
+        ),
     ] = False,
     sign: SignOption = None,
     policy: PolicyOption = None,
@@ -387,6 +392,8 @@ def train(
         given["--per-group"] = bool(sweep) and per_group
         if unusable := [option for option, value in given.items() if value]:
             raise OptionError(f"{unusable[0]} is not for {kind}: leave one of them out")
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise OptionError(f"{kind} trains many models, and torchrun trains one: add --engine ray, without torchrun")
     if per_group:
         _train_groups(config, data, artifacts, runs, engine, force=force, replace_features=replace_features, key=key)
         return
@@ -1135,7 +1142,8 @@ def score(
         ),
     ] = Engine.local,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="parts of DATA scored at the same time; default: one more than cores")
+        int | None,
+        typer.Option(min=1, help="parts of DATA scored at once; default: cores + 1, with Ray 2 per core"),
     ] = None,
     part_rows: Annotated[
         int | None,

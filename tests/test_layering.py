@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "training.served_version": "models evaluation",
     "training.sweep": "models train served_version results_table publishing evaluation config errors progress",
     "training.groups": (
-        "models train served_version results_table publishing evaluation fitting data config errors progress"
+        "models train served_version results_table publishing evaluation reports fitting data config errors progress"
     ),
     "training.ray_tasks": "models.errors scoring sweep groups",
     "training.__main__": "elbo.cli",

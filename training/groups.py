@@ -7,7 +7,7 @@ new model of the group is published if it is better than the served version.
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from models.artifact import load_content, publish_content, require_writable
@@ -19,11 +19,12 @@ from training.data.table import Table, rows_of_group
 from training.errors import DataError, FitError
 from training.evaluation.model_selection import MEANING, measure
 from training.fitting.cross_calibration import with_calibration
-from training.progress import SilentReporter
+from training.progress import SilentReporter, is_warning
 from training.publishing.compatibility import refuse_other_features
+from training.reports.describe import DEFAULT_ALPHA, few_calibration_rows
 from training.results_table import align, cells_of, results_page
 from training.served_version import (
-    REFUSED,
+    NOT_COMPARABLE,
     held_out_rows,
     is_comparable,
     means_of,
@@ -57,12 +58,13 @@ class TrainedGroup:
     content: bytes | None = None  # the artifact; None if the training failed
     is_compared: bool = False  # whether the model was compared with the served version
     refusal: str | None = None  # why the model should not be published
+    warnings: tuple[str, ...] = ()  # of the training and the calibration
     error: str | None = None
 
 
 @dataclass(frozen=True)
 class GroupResult:
-    """What happened to a group: PUBLISHED, KEPT (the served version stays), UNCHANGED (not trained) or FAILED."""
+    """What happened to a group: PUBLISHED, KEPT (the new model is not published), UNCHANGED (not trained) or FAILED."""
 
     trained: TrainedGroup
     state: str
@@ -74,7 +76,7 @@ class GroupResult:
         if self.state == FAILED:
             return f"not trained: {self.reason}"
         published = f"published as {self.trained.name}@{self.version}" if self.state == PUBLISHED else "not published"
-        return f"{published}: {self.reason}"
+        return "; ".join((f"{published}: {self.reason}", *self.trained.warnings))
 
 
 Show = Callable[[GroupResult], None]
@@ -99,7 +101,7 @@ def run_groups(
 
     The model is compared with the served version on the held-out rows of the group, as in a sweep: on a tie, the served
     version stays. It is not compared, and published, if the served version cannot be loaded, has other features, or if
-    one of the two has an option in REFUSED.
+    one of the two has an option in NOT_COMPARABLE.
 
     Args:
         config: the options of all models; `config.name` is the first part of their names.
@@ -131,7 +133,8 @@ def run_groups(
     results: dict[str, GroupResult] = {}
 
     def finish(result: GroupResult) -> None:
-        results[result.trained.group] = result
+        # Without the artifacts, which together may not fit into memory.
+        results[result.trained.group] = replace(result, trained=replace(result.trained, content=None))
         show(result)
 
     for trained in engine(_jobs(config, table, names, artifacts, finish, force=force)):
@@ -189,17 +192,34 @@ def name_models(name: str, groups: Sequence[str]) -> list[str]:
 
 
 def train_group(job: GroupJob) -> TrainedGroup:
-    """Train the model of a group, and compare it with the served version. An ElboError becomes part of the result."""
+    """Train the model of a group, and compare it with the served version. An error becomes part of the result."""
     began = time.monotonic()
-    rows = len(job.table.x)
+    trained = TrainedGroup(job.group, job.config.name, len(job.table.x))
     try:
         fitted = fit_model(job.config, job.table, SilentReporter())
-        content = fitted.assemble(SilentReporter()).content()
+        parts = fitted.assemble(SilentReporter())
+        means, is_compared, refusal = _compare(job, fitted)
+        trained = replace(
+            trained,
+            means=means,
+            content=parts.content(),
+            is_compared=is_compared,
+            refusal=refusal,
+            warnings=_warnings(fitted, parts.manifest),
+        )
     except ElboError as error:
-        return TrainedGroup(job.group, job.config.name, rows, time.monotonic() - began, error=str(error))
-    means, is_compared, refusal = _compare(job, fitted)
-    seconds = time.monotonic() - began
-    return TrainedGroup(job.group, job.config.name, rows, seconds, means, content, is_compared, refusal)
+        trained = replace(trained, error=str(error))
+    except Exception as error:  # noqa: BLE001 - libraries raise many types, and the other groups are still to be trained
+        trained = replace(trained, error=f"{type(error).__name__}: {error}")
+    return replace(trained, seconds=time.monotonic() - began)
+
+
+def _warnings(fitted: FittedModel, manifest: Manifest) -> tuple[str, ...]:
+    """Return the warnings that `elbo train` gives for a single model."""
+    found = [note for note in fitted.notes if is_warning(note)]
+    if not manifest.calibration.reaches(DEFAULT_ALPHA):
+        found.append(few_calibration_rows(manifest.calibration))
+    return tuple(found)
 
 
 def train_here(jobs: Iterator[GroupJob]) -> Iterator[TrainedGroup]:
@@ -210,7 +230,7 @@ def train_here(jobs: Iterator[GroupJob]) -> Iterator[TrainedGroup]:
 def _compare(job: GroupJob, fitted: FittedModel) -> tuple[dict[str, float], bool, str | None]:
     """Return the means of the measures, whether the served version was compared, and why it should stay, or None."""
     worse = fitted.chosen.is_worse_than_mean
-    if any(getattr(job.config, option) for option in REFUSED):
+    if any(getattr(job.config, option) for option in NOT_COMPARABLE):
         return {}, False, why_not_better({}, None, is_worse_than_mean=worse)
     rows, scale = held_out_rows(fitted.data)
     measures = measure(fitted.chosen.pipeline, rows, scale, job.config.seed)
@@ -220,7 +240,7 @@ def _compare(job: GroupJob, fitted: FittedModel) -> tuple[dict[str, float], bool
             artifact = load_content(job.served, Path(job.config.name) / FILE_NAME)
         except ArtifactError:
             artifact = None
-        if artifact is not None and is_comparable(artifact, job.table.names):
+        if artifact is not None and is_comparable(artifact, job.table.names) and len(scale) == artifact.manifest.width:
             served = measure_artifact(artifact, rows, scale, job.config.seed)
     return means_of(measures), served is not None, why_not_better(measures, served, is_worse_than_mean=worse)
 
@@ -266,7 +286,10 @@ def _publish(trained: TrainedGroup, artifacts: Path, force: bool, key: PrivateKe
     elif trained.is_compared:
         reason = "it beats the served version"
     elif present:
-        reason = "the served version was not compared, because it cannot be loaded or takes other inputs"
+        reason = (
+            "it was not compared with the served version: that cannot be loaded, or one of the two takes more than "
+            "rows of the same features"
+        )
     else:
         reason = "there is no served version"
     assert trained.content is not None
@@ -301,7 +324,6 @@ def groups_page(results: Sequence[GroupResult], name: str) -> str:
 def count_states(results: Sequence[GroupResult]) -> str:
     """Return one sentence: how many models were published, kept, unchanged, and not trained."""
     states = [result.state for result in results]
-    words = {PUBLISHED: "published", KEPT: "not better than the served version", UNCHANGED: "unchanged"}
-    words[FAILED] = "not trained"
+    words = {PUBLISHED: "published", KEPT: "not published", UNCHANGED: "unchanged", FAILED: "not trained"}
     parts = [f"{states.count(state)} {word}" for state, word in words.items() if state in states]
     return f"{len(results)} groups: {', '.join(parts)}"

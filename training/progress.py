@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 LINES = 10  # number of plain progress lines per run
 STAGES = 6  # statistics, calibration, evaluation, ONNX twin, artifact, plots
 STAGE_SHARE = 0.03  # length of a stage on the bar, as a share of the training
-WARNING = "WARNING: "  # how a note begins that is a warning; of a lesser problem, in small letters
+WARNING = "WARNING: "  # the first word of a warning; in small letters, of a lesser problem
 
 
 def is_warning(note: str) -> bool:

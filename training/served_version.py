@@ -16,7 +16,7 @@ from training.evaluation.model_selection import (
     wins_minus_losses,
 )
 
-REFUSED = ("window", "condition", "scale_by_group")  # models with these options take more than the row itself
+NOT_COMPARABLE = ("window", "condition", "scale_by_group")  # models with these options take more than the row itself
 SERVED, NEW = "served", "new"  # the names of the models in comparisons
 
 

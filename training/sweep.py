@@ -31,7 +31,7 @@ from training.progress import SilentReporter
 from training.publishing.compatibility import refuse_other_features
 from training.results_table import align, cells_of, results_page
 from training.served_version import (
-    REFUSED,
+    NOT_COMPARABLE,
     SERVED,
     held_out_rows,
     is_comparable,
@@ -143,7 +143,7 @@ def run_sweep(
     The best is the model that wins most comparisons minus those that it loses; see `_best`. On a tie, the first of the
     tied trials is the best, and the served version stays. If the served version was trained on the
     held-out rows, the comparison favours it. The best is also published if there is no served version, or none that can
-    be compared: one that cannot be loaded, has other features, or was trained with one of the options REFUSED.
+    be compared: one that cannot be loaded, has other features, or was trained with one of the options NOT_COMPARABLE.
 
     Args:
         trials: the combinations of options, in order of preference.
@@ -163,7 +163,7 @@ def run_sweep(
         ArtifactUnwritable: the model cannot be written to `artifacts`. This is checked before the training.
     """
     config = trials[0].config
-    if refused := [name for name in REFUSED if getattr(config, name)]:
+    if refused := [name for name in NOT_COMPARABLE if getattr(config, name)]:
         raise FitError(f"--sweep is not for models with --{refused[0].replace('_', '-')}: leave one of them out")
     table = read(source, config)
     if not replace_features:

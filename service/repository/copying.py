@@ -253,12 +253,17 @@ class RemoteRepository:
     def store(self, name: VersionName, staging: Path, only_signature: bool) -> None:
         """See `Repository`. The signature of a new version comes first, so that no reader finds the version unsigned.
 
-        It replaces no signature of another push before the artifact is ours: the artifact of the other push may differ.
+        If another push has written a signature, it is replaced only after the repository is known to have our artifact.
         """
         model, signature = name.files
         is_signed = (staging / SIGNATURE_NAME).exists()
         is_uploaded = False
         if not only_signature:
+            if not is_signed and self._storage.tag(model) is None and self._storage.tag(signature) is not None:
+                raise CopyConflict(
+                    f"the destination has a signature of {name} from an unfinished push, and this {name} has none: "
+                    f"sign it with elbo sign {name.name}, and push it again"
+                )
             if is_signed and self._storage.tag(model) is None:
                 with suppress(RepositoryConflict):
                     self._storage.upload(staging / SIGNATURE_NAME, signature, is_new=True)

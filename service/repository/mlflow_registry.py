@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
@@ -42,7 +42,7 @@ EXPERIMENT = "elbo"
 PAGE = 200  # versions in a response of the registry
 NUMBER, BYTES, HASH = "elbo.version", "elbo.bytes", "elbo.sha256"  # tags of a version
 SIGNATURE_BYTES, SIGNATURE_HASH = "elbo.signature.bytes", "elbo.signature.sha256"
-NEXT_SIGNATURE_HASH = "elbo.signature.next"  # of a signature that is being replaced: the file has one of both hashes
+NEXT_SIGNATURE_HASH = "elbo.signature.next"  # hashes of signatures that replace it: the file may have any of them
 ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 DEFAULTS = {  # of variables of MLflow; by default, MLflow tries for minutes to reach a server that is away
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -137,7 +137,7 @@ class MlflowRepository:
         """Return whether the tags of a version allow the signature `digest` now: another push may have replaced it."""
         with self._failures():
             tags = self._client.get_model_version(name.name, self._found[name].version).tags
-        return digest in (tags.get(SIGNATURE_HASH), tags.get(NEXT_SIGNATURE_HASH))
+        return digest in (tags.get(SIGNATURE_HASH), *_next_hashes(tags))
 
     def store(self, name: VersionName, staging: Path, only_signature: bool) -> None:
         """See `Repository`. The version appears in the registry after its files are in the artifacts of a run."""
@@ -159,10 +159,13 @@ class MlflowRepository:
     def _replace_signature(self, name: VersionName, signature: Path, tags: dict[str, str]) -> None:
         """Replace the signature of a version. Readers accept the version at any moment, also if this process ends.
 
-        MLflow cannot change a file and its tags at once. The first tag therefore allows the new file, too.
+        MLflow cannot change a file and its tags at once. The first tag therefore allows the new file, too, and still
+        the file of a push that was killed. Two pushes of different signatures at the same time are not safe.
         """
         registered = self._found[name]
-        self._client.set_model_version_tag(name.name, registered.version, NEXT_SIGNATURE_HASH, tags[SIGNATURE_HASH])
+        present = self._client.get_model_version(name.name, registered.version).tags
+        allowed = dict.fromkeys([*_next_hashes(present), tags[SIGNATURE_HASH]])
+        self._client.set_model_version_tag(name.name, registered.version, NEXT_SIGNATURE_HASH, " ".join(allowed))
         self._client.log_artifact(registered.run_id, str(signature), FOLDER)
         for tag, value in tags.items():
             self._client.set_model_version_tag(name.name, registered.version, tag, value)
@@ -219,6 +222,11 @@ class MlflowRepository:
     def rewrite_index(self) -> Entries:
         """See `Repository`."""
         raise RepositoryInvalid(f"{PLACE} needs no index: the registry of MLflow lists the versions")
+
+
+def _next_hashes(tags: Mapping[str, str]) -> list[str]:
+    """Return the hashes of the signatures that may have replaced the signature of a version."""
+    return tags.get(NEXT_SIGNATURE_HASH, "").split()
 
 
 def _tags(name: VersionName, entry: VersionEntry) -> dict[str, str]:

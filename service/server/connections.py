@@ -160,5 +160,5 @@ class OpeningConnections:
             return
         if protocol.transport is None:  # the client has disconnected in the meantime, or was too slow
             self._count_failed()
-        else:  # opened just before the cancellation: the event loop has closed it without telling the protocol
+        else:  # opened just before the cancellation: uvloop tells the protocol of a TLS connection, but of no other
             protocol.connection_lost(ConnectionAbortedError("the opening of the connection was cancelled"))

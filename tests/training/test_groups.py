@@ -87,11 +87,19 @@ def test_better_model_of_a_group_replaces_a_worse_one_and_windows_are_not_compar
     assert "published as hosts-a@2: it beats the served version" in out
     code, out, err = in_process(capsys, *command, "--window", "3", "--scale-by-group")
     assert code == 0, err
-    assert "published as hosts-a@3: the served version was not compared" in out
+    assert "published as hosts-a@3: it was not compared with the served version" in out
     manifest = manifest_of(tmp_path, "hosts-a", 3)
     assert manifest.window is not None
     assert (manifest.window.rows, manifest.training["scale_by_group"]) == (3, True)
     assert "1 unchanged" in in_process(capsys, *command, "--window", "3", "--scale-by-group")[1]
+
+
+def test_warning_about_the_model_of_a_group_is_in_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_hosts(tmp_path / "all.csv", {"a": 40})
+    code, out, err = in_process(capsys, "train", data, *OPTIONS, *folders(tmp_path), "--per-group")
+    assert code == 0, err
+    assert "published as hosts-a@1" in out
+    assert "WARNING: no row is called anomalous at alpha 0.05" in out
 
 
 @pytest.mark.parametrize(

@@ -88,25 +88,30 @@ def test_output_has_the_rows_ids_and_verdicts_that_are_printed_whatever_the_part
 
 DIRTY: dict[str, Callable[[list[str]], list[str]]] = {
     "a number that is not finite": lambda cells: ["1e400", *cells[1:]],
-    "text": lambda cells: [*cells[:-1], "abc"],
+    "text": lambda cells: ["abc", *cells[1:]],
     "a value too few": lambda cells: cells[:-1],
     "a value too many": lambda cells: [*cells, "5"],
     "a separator at the end": lambda cells: [*cells, ""],
     "a missing value": lambda cells: ["", *cells[1:]],
-    "bytes that are not UTF-8": lambda cells: [*cells[:-1], "\udcff"],
+    "bytes that are not UTF-8": lambda cells: ["\udcff", *cells[1:]],
+    "an id that is not UTF-8": lambda cells: [*cells[:-1], "\udcff"],
     "blank": lambda _: [" "],
 }
 
 
 @pytest.mark.parametrize("dirt", DIRTY)
-def test_line_with_a_fault_is_read_in_a_part_as_in_a_whole_file(dirt: str, tmp_path: Path, score: Score) -> None:
-    lines = [",".join(map(str, row)) for row in two_factor_rows(90, 1).tolist()]
-    lines[40] = ",".join(DIRTY[dirt](lines[40].split(",")))
+@pytest.mark.parametrize("place", [40, 89])
+def test_line_with_a_fault_is_read_in_a_part_as_in_a_whole_file(
+    dirt: str, place: int, tmp_path: Path, score: Score
+) -> None:
+    """The last line, 89, has no line end. The last column is copied, and the others are features."""
+    lines = [",".join([*map(str, row), f"é{i}"]) for i, row in enumerate(two_factor_rows(90, 1).tolist())]
+    lines[place] = ",".join(DIRTY[dirt](lines[place].split(",")))
     data = tmp_path / "rows.csv"
-    data.write_bytes("\n".join([",".join(NAMES), *lines, ""]).encode(errors="surrogateescape"))
+    data.write_bytes("\n".join([",".join([*NAMES, "request"]), *lines]).encode(errors="surrogateescape"))
     _, out, _ = score(data, "--format", "csv")  # reads the cells as text, and the parts as numbers
     expected = pl.read_csv(out.encode())
-    score(data, tmp_path / "out.csv", "--part-rows", "20")
+    score(data, tmp_path / "out.csv", "--part-rows", "20", "--id", "request")
     found, faults = pl.read_csv(tmp_path / "out.csv"), tmp_path / "out.csv.faults.ndjson"
     scored = expected.filter(pl.col("score").is_not_null())
     assert found["row"].to_list() == scored["row"].to_list()
@@ -275,7 +280,7 @@ def test_options_that_cannot_work_are_refused_and_write_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
 
 
-@pytest.mark.parametrize("columns", [1, 12, 100])
+@pytest.mark.parametrize("columns", [1, 12, 32, 33])
 def test_largest_contributions_are_those_of_a_stable_sort(columns: int) -> None:
     random = np.random.RandomState(0)
     contribution = random.randint(0, 4, (200, columns)).astype(np.float32)  # many are equal

@@ -227,6 +227,20 @@ def test_no_reader_finds_a_signed_version_without_its_signature(folder: Path, tm
     assert seen == [("web/1/model.pt.sig", {}), ("web/1/model.pt", {"web": True})]
 
 
+def test_unsigned_version_is_not_pushed_beside_the_signature_of_an_unfinished_push(
+    folder: Path, tmp_path: Path
+) -> None:
+    own = signed_copy(folder, tmp_path / "own", "release")
+    left = tmp_path / "remote/web/1/model.pt.sig"
+    left.parent.mkdir(parents=True)
+    shutil.copy(own / "web/1/model.pt.sig", left)
+    with pytest.raises(CopyConflict, match="sign it with elbo sign web, and push it again"):
+        copy_versions(FolderRepository(folder), remote(tmp_path / "remote"), ["web@1"])
+    assert [path.name for path in left.parent.iterdir()] == ["model.pt.sig"]
+    copy_versions(FolderRepository(own), remote(tmp_path / "remote"), ["web@1"])
+    assert copied(f"file://{tmp_path}/remote", tmp_path / "pulled") == ["copied web@1"]
+
+
 def test_index_has_the_hash_of_the_signature_that_another_push_wrote_meanwhile(folder: Path, tmp_path: Path) -> None:
     own = signed_copy(folder, tmp_path / "own", "release")
     rival = signed_copy(folder, tmp_path / "rival", "rival")

@@ -275,7 +275,7 @@ class _CsvReader:
         return _Records(frame, lines, count, count - len(lines) - blank_after, blank_after)
 
     def _read_lines(self, piece: bytes, lines: npt.NDArray[np.int64], first_row: int) -> "pl.DataFrame":
-        """Return the records of a piece, of which each line is one. `lines` has the line numbers."""
+        """Return the records of a piece. Each line is one record; `lines` has their numbers."""
         import polars as pl
 
         header = ",".join(map(str, range(len(self.header)))).encode() + b"\n"
