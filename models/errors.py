@@ -133,6 +133,8 @@ def first_fault(error: "ValidationError") -> FieldFault:
     """Return the first field that `error` reports."""
     fault = error.errors(include_url=False)[0]
     message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] in ("model_type", "model_attributes_type"):  # pydantic's message names a class of this code
+        message = "input should be an object"
     return FieldFault(
         path=tuple(map(str, fault["loc"])),
         kind=fault["type"],

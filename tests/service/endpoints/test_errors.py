@@ -153,7 +153,7 @@ def test_truncated_npy_body_gives_invalid_npy(client: httpx.Client, path: str) -
         ("/interpolate", {"start": {"latent": [0] * 16}}, "/end", "missing"),
         ("/interpolate", ENDS | {"start": {}}, "/start", "neither"),
         ("/interpolate", ENDS | {"end": {"latent": [0] * 16, "input": ROW}}, "/end", "both"),
-        ("/interpolate", ENDS | {"end": [0] * 16}, "/end", "a list of 16"),
+        ("/interpolate", ENDS | {"end": [0] * 16}, "/end", "end should be an object, got a list of 16"),
         ("/interpolate", ENDS | {"end": {"latents": [0] * 16}}, "/end/latents", "did you mean latent?"),
         ("/interpolate", ENDS | {"steps": 1}, "/steps", "greater than or equal to 2"),
         ("/interpolate", ENDS | {"steps": 301}, "/steps", "at most 300"),
