@@ -534,10 +534,9 @@ def _train_groups(
     _write(page, groups.groups_page(found, config.name))
     typer.echo(printable_lines(groups.format_groups(found)))
     typer.echo(f"{groups.count_states(found)}; page: {page}")
-    published = [result for result in found if result.state == groups.PUBLISHED]
-    if published:
-        newest = published[0]
-        _note_missing_signature(artifacts / newest.trained.name / str(newest.version) / "model.pt")
+    first = next((result for result in found if result.state == groups.PUBLISHED), None)
+    if first is not None:  # one note is enough: all are signed, or none
+        _note_missing_signature(artifacts / first.trained.name / str(first.version) / "model.pt")
 
 
 def _train_config(arguments: dict[str, Any]) -> "TrainConfig":

@@ -1,4 +1,4 @@
-"""An option for clients of httpx that send requests to http://, so that they start faster."""
+"""A faster start for httpx clients that send requests only to http://."""
 
 import ssl
 

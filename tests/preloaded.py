@@ -103,7 +103,7 @@ def run_preloaded(arguments: list[str], *, timeout: float = 300, **options: Any)
 
 
 def split_limit(arguments: Any) -> tuple[int | None, Any]:
-    """Return the limit on open files that `prlimit` sets at the start of a command, and the rest of the command."""
+    """Return the limit on open files that a command begins with, or None, and the rest of the command."""
     program, option = LIMIT_ON_OPEN_FILES
     if isinstance(arguments, str) or arguments[0] != program or not arguments[1].startswith(option):
         return None, arguments

@@ -65,8 +65,8 @@ def score_on_ray(job: Job, parts: Sequence[Part], workers: int | None, show: Sho
         TaskDied: the process of a task died each time.
     """
     with connected() as ray:
-        works = ((part, (job, part)) for part in parts)
-        for part, reference in _in_turns(ray, _score, works, workers):
+        calls = ((part, (job, part)) for part in parts)
+        for part, reference in _in_turns(ray, _score, calls, workers):
             work = f"scoring the rows of {part.source} from row {part.first_row:,} on"
             show(_result(ray, reference, work, ", or make the parts smaller with --part-rows").rows)
 
@@ -99,8 +99,8 @@ def train_groups_on_ray(jobs: Iterator[groups.GroupJob]) -> Iterator[groups.Trai
     the rows of as many groups as there are submitted tasks.
     """
     with connected() as ray:
-        works = (((job.group, job.config.name, len(job.table.x)), (job,)) for job in jobs)
-        for (group, name, rows), reference in _in_turns(ray, _train_group, works):
+        calls = (((job.group, job.config.name, len(job.table.x)), (job,)) for job in jobs)
+        for (group, name, rows), reference in _in_turns(ray, _train_group, calls):
             try:
                 yield _result(ray, reference, f"training {name}")
             except TaskDied as error:  # the other groups are not lost
@@ -108,24 +108,23 @@ def train_groups_on_ray(jobs: Iterator[groups.GroupJob]) -> Iterator[groups.Trai
 
 
 def _in_turns(
-    ray: Any, function: Any, works: Iterable[tuple[Any, tuple[Any, ...]]], most: int | None = None
+    ray: Any, function: Any, calls: Iterable[tuple[Any, tuple[Any, ...]]], most: int | None = None
 ) -> Iterator[tuple[Any, Any]]:
-    """Run `function` for each of `works` as tasks with one core each. Yield works as they end, with their references.
+    """Run a task with one core for each call of `function`. Yield the key and the reference of each ended task.
 
     Args:
         ray: the module.
         function: what a task runs.
-        works: what the caller recognises the work by, and the arguments of the function. They are read only when their
-            task is submitted.
+        calls: a key for the caller, and the arguments of `function`. The next call is read when its task is submitted.
         most: how many tasks are submitted at the same time; by default, TASKS_PER_CORE.
     """
     task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES, scheduling_strategy="SPREAD")(function)
-    waiting = iter(works)
-    running: dict[Any, Any] = {}
+    waiting = iter(calls)
+    running: dict[Any, Any] = {}  # the keys, by reference
     while True:
         limit = most or TASKS_PER_CORE * max(1, int(ray.cluster_resources().get("CPU", 1)))
-        for work, arguments in islice(waiting, max(0, limit - len(running))):
-            running[task.remote(*arguments)] = work
+        for key, arguments in islice(waiting, max(0, limit - len(running))):
+            running[task.remote(*arguments)] = key
         if not running:
             return
         ready, _ = ray.wait(list(running), num_returns=1)

@@ -64,10 +64,12 @@ for estimator in [*DETECTORS, *TRANSFORMERS]:
 @pytest.mark.parametrize("estimator", [*DETECTORS, *TRANSFORMERS], ids=lambda each: type(each).__name__)
 @pytest.mark.parametrize("check", FOR_ALL)
 def test_estimator_passes_the_checks_of_frames(estimator: Any, check: str) -> None:
+    """The checks of scikit-learn raise AssertionError."""
     getattr(estimator_checks, check)(type(estimator).__name__, estimator)
 
 
 @pytest.mark.parametrize("check", FOR_TRANSFORMERS)
 def test_transformer_passes_the_checks_of_names_and_of_set_output(check: str) -> None:
+    """The checks of scikit-learn raise AssertionError."""
     transformer = TRANSFORMERS[0]  # the others inherit the same methods
     getattr(estimator_checks, check)(type(transformer).__name__, transformer)

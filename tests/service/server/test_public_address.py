@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,11 @@ def start() -> Iterator[Callable[..., ServerProcess]]:
         yield start_server
 
 
-def check(host: str, **settings: object) -> None:
+def check(host: str, **settings: object) -> str:
+    """Return the address on which the server may listen. Raise ServeError if it may not."""
     with bind(host, 0) as listener:
         require_keys_if_public(listener, Settings(**settings))  # type: ignore[arg-type] # any setting
+        return str(listener.getsockname()[0])
 
 
 @pytest.mark.parametrize("host", PUBLIC)
@@ -47,7 +50,8 @@ def test_public_address_is_refused_without_keys(host: str) -> None:
 @pytest.mark.parametrize("host", LOOPBACK)
 def test_loopback_address_needs_no_keys(host: str) -> None:
     require(":" not in host or HAS_IPV6, "this machine has no IPv6")
-    check(host)
+    address = ip_address(check(host))
+    assert (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 @pytest.mark.parametrize(
