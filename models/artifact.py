@@ -14,7 +14,7 @@ import os
 import threading
 import warnings
 import zipfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -607,31 +607,30 @@ def reconstruct(module: Any, x: Tensor, gaps: bool) -> tuple[Tensor, Tensor]:
     return x_hat, squares.sum(dim=1) / present.sum(dim=1)
 
 
-def find_discrepancy(
-    module: Any, golden: Golden, device: str, tolerance: float, only: Collection[str] | None = None
-) -> str | None:
+def find_discrepancy(module: Any, golden: Golden, device: str, tolerance: float | Mapping[str, float]) -> str | None:
     """Compare the outputs of `module` with the golden answers.
 
     Args:
         module: an ONNX twin, or a Pipeline that is eager, scripted or frozen.
         golden: the inputs and the expected outputs.
         device: the device of `module`.
-        tolerance: largest allowed error of an output, relative to the largest number in its golden answer.
-        only: names of the outputs to compare; None compares all.
+        tolerance: largest allowed error of an output, relative to the largest number in its golden answer; or this
+            error for each output to compare.
 
     Returns:
         A message with the name and the error of the first output that differs; None if all outputs agree.
     """
     inputs = (_tensor(golden.inputs[name], device) for name in ("x", "noise", "choice"))
     for name, output in compute_outputs(module, *inputs).items():
-        if name not in golden.outputs or (only is not None and name not in only):
+        allowed = tolerance.get(name) if isinstance(tolerance, Mapping) else tolerance
+        if name not in golden.outputs or allowed is None:
             continue
         expected = _tensor(golden.outputs[name], device)
         if output.shape != expected.shape:
             return f"{name} has the shape {list(output.shape)}, its golden answer has {list(expected.shape)}"
         scale = float(expected.abs().max())
         error = float((output - expected).abs().max())
-        if not error <= tolerance * max(scale, 1e-3):  # `not <=` instead of `>`, so that NaN also differs
+        if not error <= allowed * max(scale, 1e-3):  # `not <=` instead of `>`, so that NaN also differs
             return f"{name} differs from its golden answer by {error:.3g} (scale {scale:.3g})"
     return None
 

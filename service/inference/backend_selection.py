@@ -24,10 +24,13 @@ from service.inference.calibration import Calibration, load_calibration
 log = logging.getLogger("elbo.backends")
 DECISIONS = "backend"  # the selected backends are stored in shared memory under this name; no metric may have it
 BACKENDS = (TorchScriptBackend.name, OnnxBackend.name)
-TOLERANCE = 1e-5  # maximum error of a twin's output, relative to the largest number in the golden answer
-TWIN_OUTPUTS = (
-    "forward", "encode.mean", "encode.std", "decode", "score", "score.parts", "score.contribution", "score.expected",
-)  # fmt: skip
+# The maximum error of each output of a twin, relative to the largest number in the golden answer. Scores divide by
+# small variances, which amplifies rounding: the score of the autoencoder `linear` of `elbo demo` changes by 2.6e-5
+# if its input is rounded in another way.
+TOLERANCES = {
+    "forward": 1e-5, "encode.mean": 1e-5, "encode.std": 1e-5, "decode": 1e-5, "score": 1e-4, "score.parts": 1e-4,
+    "score.contribution": 1e-5, "score.expected": 1e-5,
+}  # fmt: skip
 MIN_SPEEDUP = 1.1  # minimum speedup of the twin over TorchScript; smaller speedups may be measurement noise
 MEASURED_ROWS = (1, 32)  # batch sizes at which the speedup is measured
 WARM_UP_ROUNDS = 3  # TorchScript optimises during the second and third calls, which are therefore slow
@@ -127,7 +130,7 @@ def _verified_onnx_backend(artifact: Artifact, twin: Twin, calibration: Calibrat
     golden = artifact.manifest.golden
     try:
         module = OnnxModule(twin, artifact.module, threads)
-        discrepancy = find_discrepancy(module, golden, "cpu", TOLERANCE, only=TWIN_OUTPUTS)
+        discrepancy = find_discrepancy(module, golden, "cpu", TOLERANCES)
         if discrepancy is None and not _reconstruction_errors_are_correct(module, golden):
             discrepancy = "reconstruction errors are not the mean squared errors of its reconstructions"
     except ImportError as error:

@@ -1,6 +1,7 @@
 """Selection of the backend; agreement of TorchScript with the ONNX twin (a copy of the networks for ONNX Runtime)."""
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,6 +67,21 @@ def test_backend_onnx_raises_artifact_mismatch_if_the_copy_for_onnx_runtime_is_w
     registry.refresh()
     assert not registry.catalogue.models
     assert [failure.code for failure in registry.catalogue.failures] == ["artifact_mismatch"]
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "usable"),
+    [("score", 5e-5, True), ("score", 3e-4, False), ("forward", 5e-6, True), ("forward", 5e-5, False)],
+)
+def test_a_twin_is_used_if_its_errors_are_those_of_rounding(
+    output: str, error: float, usable: bool, tmp_path: Path
+) -> None:
+    loaded = artifact.load(publish_twin(tmp_path, "ae"))
+    outputs = loaded.manifest.golden.outputs
+    values = np.array(outputs[output])
+    outputs[output] = (values + error * abs(values).max()).tolist()
+    with nullcontext() if usable else pytest.raises(ArtifactMismatch, match=f"{output} differs from its golden answer"):
+        assert select_backend(loaded, requested="onnx").backend.name == "onnx"
 
 
 @pytest.mark.parametrize("name", ["onnx", "torchscript"])
