@@ -4,33 +4,47 @@
     python benchmarks/serving/tracing.py ../before
 
 COMMIT has no tracing. The servers run with the same interpreter, models and requests, and send their spans to an OTLP
-collector that discards them. For each kind of load, they are measured in turn, in an order that changes from round to
-round. The ratios are those of rates and of processor times per response in the same round: `on` to `off`, and `off` to
-the older commit. The table shows the median over the rounds, with the quartiles in brackets.
+collector that discards them. On a shared machine, the rates of two equal servers differ by a fifth from second to
+second. Therefore all servers run at the same time, and get small bursts of requests in turn, in random order: one
+request on each of their connections. A turn takes some milliseconds, so that the speed of the machine hardly changes in
+it. Two processes of the same program also differ a little for as long as they run, because of their addresses in
+memory. So the servers are started anew several times (--starts).
 
-Options: --rounds (default 10), --seconds per measurement (default 2), --load TITLE (only the loads whose title contains
-TITLE), --smoke (one short round of two loads).
+The table shows ratios of the time and of the processor time of a response, `on` to `off`, and `off` to the older
+commit: the geometric mean over the starts, and its 95 % confidence interval (Student's t of the logarithms, which
+assumes that the starts are independent). `off too` is a second server without tracing: its ratio to `off` shows what
+the method cannot resolve.
+
+Options: --starts (default 8), --turns of each load and start (default 1000), --load TITLE (only the loads whose title
+contains TITLE), --smoke (one start, few turns of two loads).
 """
 
 import argparse
 import os
+import random
+import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from statistics import median
-from time import process_time, sleep
+from time import clock_gettime, perf_counter, process_time, sleep
+
+import numpy as np
+from scipy.stats import t
 
 from benchmarks.data import ROOT
-from benchmarks.serving.compare_checkouts import Load, Measurement, Server, describe, loads, start, train_models
+from benchmarks.serving.compare_checkouts import Load, Server, describe, loads, start, train_models
 from benchmarks.serving.server_process import adopt_orphans
 from service.monitoring.metrics import Metrics
 from service.monitoring.request_record import RequestRecord
 from service.shared_memory import SharedCounters
 
 RATIO = "0.01"
+OFF_TOO = "off too"
+PAIRS = [("on", "off"), ("off", "before"), (OFF_TOO, "off")]
 
 
 @contextmanager
@@ -59,26 +73,94 @@ def discarding_collector() -> Iterator[tuple[str, list[int]]]:
         server.server_close()
 
 
-def compare(servers: dict[str, Server], wanted: list[Load], rounds: int, seconds: float) -> None:
-    """Measure the servers, and print a table."""
-    pairs = [("on", "off"), ("off", "before")] if "before" in servers else [("on", "off")]
-    print("| load |" + "".join(f" {name}, 1/s |" for name in servers), end="")
-    print("".join(f" {one} to {other}: rate | processor time |" for one, other in pairs))
-    print("|---" * (1 + len(servers) + 2 * len(pairs)) + "|")
-    for load in wanted:
-        found: dict[str, list[Measurement]] = {name: [] for name in servers}
-        for server in servers.values():
-            server.measure(load, min(1.0, seconds))  # warm-up
-        for turn in range(rounds):
-            names = list(servers)[turn % len(servers) :] + list(servers)[: turn % len(servers)]
-            for name in reversed(names) if turn % 2 else names:
-                found[name].append(servers[name].measure(load, seconds))
-        cells = [f"{median(each.rate for each in found[name]):,.0f}" for name in servers]
-        for one, other in pairs:
-            both = list(zip(found[one], found[other], strict=True))
-            cells.append(describe([mine.rate / theirs.rate for mine, theirs in both]))
-            cells.append(describe([mine.cost / theirs.cost for mine, theirs in both]))
-        print(f"| {load.title} | {' | '.join(cells)} |", flush=True)
+class Connections:
+    """Connections to one server, on which the requests of a load are sent in bursts."""
+
+    def __init__(self, server: Server, load: Load) -> None:
+        self._server = server
+        self._request = load.request.to_bytes(server.port)
+        self._size = server.response_size(load.request)
+        address = ("127.0.0.1", server.port)
+        self._sockets = [socket.create_connection(address, timeout=30) for _ in range(load.connections)]
+        self._clocks = [process_clock(pid) for pid in (server.process.pid, *server.process.descendants())]
+
+    def burst(self) -> tuple[float, float]:
+        """Send one request on each connection, and read the responses.
+
+        Return the time until the last response, and the processor time of the server, both in seconds.
+
+        Raises:
+            RuntimeError: a response has another status than 200.
+        """
+        spent, started = self._processor_time(), perf_counter()
+        for each in self._sockets:
+            each.sendall(self._request)
+        for each in self._sockets:
+            self._read_response(each)
+        return perf_counter() - started, self._processor_time() - spent
+
+    def close(self) -> None:
+        """Close the connections."""
+        for each in self._sockets:
+            each.close()
+
+    def _read_response(self, connection: socket.socket) -> None:
+        found = b""
+        while (end := found.find(b"\r\n\r\n")) < 0 or len(found) < end + 4 + self._size:
+            received = connection.recv(1 << 20)
+            if not received:
+                raise RuntimeError(f"the server closed a connection: see {self._server.process.log}")
+            found += received
+        if not found.startswith(b"HTTP/1.1 200"):
+            raise RuntimeError(f"the server answered {found[:200]!r}")
+
+    def _processor_time(self) -> float:
+        return sum(map(clock_gettime, self._clocks))
+
+
+def process_clock(pid: int) -> int:
+    """Return the Linux clock of the processor time that all threads of a process have used, in nanoseconds.
+
+    See clock_getcpuclockid(3). Python has no function for the clock of another process.
+    """
+    return ~pid << 3 | 2
+
+
+def measure(servers: dict[str, Server], load: Load, turns: int) -> dict[str, tuple[float, float]]:
+    """Return the mean time of a burst on each server, and the mean processor time of the server, in seconds."""
+    opened = {name: Connections(server, load) for name, server in servers.items()}
+    try:
+        names = list(opened)
+        totals = {name: [0.0, 0.0] for name in names}
+        for turn in range(-(turns // 10), turns):  # the first turns are the warm-up
+            random.shuffle(names)
+            for name in names:
+                for place, seconds in enumerate(opened[name].burst()):
+                    totals[name][place] += seconds if turn >= 0 else 0.0
+    finally:
+        for each in opened.values():
+            each.close()
+    return {name: (total / turns, spent / turns) for name, (total, spent) in totals.items()}
+
+
+def describe_mean(ratios: list[float]) -> str:
+    """Return the geometric mean of ratios, with its 95 % confidence interval in brackets if there are several."""
+    logs = np.log(ratios)
+    if len(logs) == 1:
+        return f"{np.exp(logs[0]):.4f}"
+    half = t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / len(logs) ** 0.5
+    low, middle, high = np.exp(logs.mean() + half * np.array([-1, 0, 1]))
+    return f"{middle:.4f} ({low:.4f}-{high:.4f})"
+
+
+def print_table(found: dict[str, list[dict[str, tuple[float, float]]]]) -> None:
+    """Print the ratios of each load, from the measurements of its starts."""
+    print("| load | servers | time | processor time |\n|---|---|---|---|")
+    for title, starts in found.items():
+        for one, other in PAIRS:
+            if one in starts[0] and other in starts[0]:
+                both = [[each[one][place] / each[other][place] for each in starts] for place in (0, 1)]
+                print(f"| {title} | {one} to {other} | {describe_mean(both[0])} | {describe_mean(both[1])} |")
 
 
 def added_microseconds(variables: dict[str, str], rounds: int = 5, requests: int = 50_000) -> list[float]:
@@ -127,30 +209,37 @@ def environment(variables: dict[str, str]) -> Iterator[None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("before", nargs="?", type=Path, help="folder of a checkout without tracing")
-    parser.add_argument("--rounds", type=int, default=10, help="rounds (10)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="seconds per measurement (2)")
+    parser.add_argument("--starts", type=int, default=8, help="how often the servers are started (8)")
+    parser.add_argument("--turns", type=int, default=1000, help="bursts on each server for each load and start (1000)")
     parser.add_argument("--load", default="", help="part of the titles of the loads to measure")
-    parser.add_argument("--smoke", action="store_true", help="one short round of two loads")
+    parser.add_argument("--smoke", action="store_true", help="one start, few bursts of two loads")
     options = parser.parse_args()
     if options.smoke:
-        options.rounds, options.seconds = 1, 0.1
+        options.starts, options.turns = 1, 20
     adopt_orphans()
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    found: dict[str, list[dict[str, tuple[float, float]]]] = {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as collecting:
         workload = train_models((options.before or ROOT).resolve(), Path(folder))
-        url, received = stack.enter_context(discarding_collector())
+        url, received = collecting.enter_context(discarding_collector())
         tracing = {
             "OTEL_EXPORTER_OTLP_ENDPOINT": url,
             "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
             "OTEL_TRACES_SAMPLER_ARG": RATIO,
         }
-        servers = {
-            "on": start(ROOT, workload, stack, "on", tracing),
-            "off": start(ROOT, workload, stack, "off"),
-        }
-        if options.before:
-            servers["before"] = start(options.before.resolve(), workload, stack, "before")
         wanted = [load for load in loads(workload, smoke=options.smoke) if options.load in load.title]
-        compare(servers, wanted, options.rounds, options.seconds)
+        for turn in range(options.starts):
+            with ExitStack() as stack:
+                servers = {
+                    "on": start(ROOT, workload, stack, "on", tracing),
+                    "off": start(ROOT, workload, stack, "off"),
+                    OFF_TOO: start(ROOT, workload, stack, OFF_TOO),
+                }
+                if options.before:
+                    servers["before"] = start(options.before.resolve(), workload, stack, "before")
+                for load in wanted:
+                    found.setdefault(load.title, []).append(measure(servers, load, options.turns))
+            print(f"{turn + 1} of {options.starts} starts", file=sys.stderr)
+        print_table(found)
         often = {**tracing, "OTEL_BSP_SCHEDULE_DELAY": "100"}
         added = added_microseconds(often, requests=2000 if options.smoke else 50_000)
         print(f"\nTracing {RATIO} of the requests adds {describe(added)} µs of processor time to a request.")
