@@ -116,17 +116,23 @@ class CompletingPCA(CompletingPipeline):
     W_o their loadings. Then t given x_o is N(M^-1 W_o (x_o - mean_o), s2 M^-1), with M = s2 I + W_o W_o' (eq. 6). So
     the missing values are Gaussian too. All of this is computed in float64, because s2 can be very small.
 
+    The means and the deviations are those of this Gaussian. They take the fitted parameters for the true ones. The
+    intervals of `impute` do not: see `_margin`.
+
     See `CompletingPipeline` for the other arguments. `core` is a PCA. The latents have this Gaussian prior, not the
     mixture of `prior`, so that the missing values given the known ones are Gaussian.
 
     Args:
         score_form: what `_score_form` returns for `core`; None to compute it.
+        fit_rows: the number of rows to which `core` was fitted; None if it is unknown. The intervals are then those of
+            the Gaussian, as with infinitely many rows.
     """
 
     if TYPE_CHECKING:
         core: PCA  # TorchScript cannot compile this annotation
     centre: Tensor
     precision: Tensor
+    uncertainty: Tensor
 
     def __init__(
         self,
@@ -140,11 +146,14 @@ class CompletingPCA(CompletingPipeline):
         *,
         gap_scores: GapScores | None = None,
         score_form: tuple[Tensor, Tensor] | None = None,
+        fit_rows: int | None = None,
     ) -> None:
         super().__init__(scaling, core, prior, calibration, explanation, observation, policy, gap_scores=gap_scores)
         centre, precision = score_form or _score_form(core)
         self.register_buffer("centre", centre)
         self.register_buffer("precision", precision)
+        # 1 / (N - 1) of N fit rows, float64: unlike N, it is finite for infinitely many rows.
+        self.register_buffer("uncertainty", torch.tensor(1.0 / (fit_rows - 1) if fit_rows else 0.0).double())
 
     def expected_score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the expected scores of rows x [B, D]. See `CompletingPipeline.expected_score`.
@@ -191,8 +200,7 @@ class CompletingPCA(CompletingPipeline):
         variance = self.core.noise_variance.double() * (1.0 + spread.square().sum(dim=1))  # [B, D]
         filled = torch.where(missing, self.scaling.inverse(mean), x.double())  # [B, D]
         deviation = torch.where(missing, variance.sqrt() * self.scaling.scale, torch.zeros_like(filled))  # [B, D]
-        # A normal variable is above the upper end with probability 0.05, and below the lower end with probability 0.05.
-        margin = 1.6448536269514722 * deviation
+        margin = self._margin(latents, factor).unsqueeze(1) * deviation  # [B, D]
         constrained, low, high = self.constrain(x, filled.float(), (filled - margin).float(), (filled + margin).float())
         return constrained, deviation.float(), low, high
 
@@ -218,6 +226,36 @@ class CompletingPCA(CompletingPipeline):
         # These rows have noise already: `observation` only clamps and rounds them.
         rows = torch.where(missing, self.observation(rows, torch.zeros_like(rows)), x)
         return (latents * self._deviations()).float(), x_hat, rows
+
+    def _margin(self, latents: Tensor, factor: Tensor) -> Tensor:
+        """Return the distance of the ends of the intervals from the mean, in standard deviations, [B].
+
+        The intervals are those of a Student t distribution, as for the predictions of a regression (Draper & Smith
+        1998, "Applied regression analysis", section 3.1). Each missing value is regressed on the q latents that the
+        known values determine. With N fit rows, the residual variance has N - 1 - q degrees of freedom, and a
+        prediction has that variance times 1 + 1 / N + h, with the leverage h = t' R^-1 t / (N - 1). Here, t are the
+        expected latents, and their covariance over rows is R = I - s2 M^-1. Latents that the known values determine
+        only in part count in part: q is the trace of R. If N is infinite, the distribution is normal.
+        `benchmarks/training/imputation.py` measures what the intervals contain.
+
+        Args:
+            latents: the expected latents t given the known values, [B, K].
+            factor: F, where M = F F', [B, K, K].
+        """
+        identity = torch.diag_embed(torch.zeros_like(latents) + 1.0)  # [B, K, K]
+        inverse = torch.linalg.solve_triangular(factor, identity, upper=False)  # [B, K, K]
+        noise = self.core.noise_variance.double()
+        # s2 M^-1, the covariance of the latents given the known values
+        unexplained = noise * (inverse.permute(0, 2, 1) @ inverse)  # [B, K, K]
+        # If fewer values are known than there are latents, R is singular, and rounding may make it indefinite. Where R
+        # is 0, so is t: the small number has no other effect.
+        root = torch.linalg.cholesky_ex((1.0 + 1e-5) * identity - unexplained)[0]  # [B, K, K]
+        leverage = torch.linalg.solve_triangular(root, latents.unsqueeze(2), upper=False).square().sum(dim=(1, 2))
+        determined = latents.shape[1] - noise * inverse.square().sum(dim=(1, 2))  # q, [B]
+        share = torch.maximum(1.0 - determined * self.uncertainty, self.uncertainty)  # (N - 1 - q) / (N - 1), [B]
+        widening = (1.0 + self.uncertainty / (1.0 + self.uncertainty) + leverage * self.uncertainty) / share
+        margin: Tensor = t_quantile(self.uncertainty / share) * widening.sqrt()
+        return margin
 
     def _deviations(self) -> Tensor:
         """Return the prior standard deviation of each principal score, [K], float64."""
@@ -545,6 +583,22 @@ class CompletingReconstruction(CompletingAdopted):
         """Return the decoded states with which chains may begin, in model units, [M, D]."""
         found: Tensor = self.chains.candidates
         return found
+
+
+def t_quantile(inverse_freedom: Tensor) -> Tensor:
+    """Return the number that a Student t variable exceeds with a probability of 0.05, [B].
+
+    The series of Abramowitz & Stegun 1964, eq. 26.7.5. It is exact for the normal distribution, and the error is below
+    0.001 from 6 degrees of freedom on.
+
+    Args:
+        inverse_freedom: 1 / (degrees of freedom), [B]; 0 for the normal distribution.
+    """
+    z = 1.6448536269514722  # a normal variable exceeds it with probability 0.05
+    first = (z**3 + z) / 4.0
+    second = (5.0 * z**5 + 16.0 * z**3 + 3.0 * z) / 96.0
+    third = (3.0 * z**7 + 19.0 * z**5 + 17.0 * z**3 - 15.0 * z) / 384.0
+    return z + inverse_freedom * (first + inverse_freedom * (second + inverse_freedom * third))
 
 
 def _score_form(core: Core) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Measure how well models estimate missing values of tables, and how many of them their intervals contain.
 
     python benchmarks/training/imputation.py
+    python benchmarks/training/imputation.py --sets wine --seeds 6 --kinds pca
     python benchmarks/training/imputation.py --smoke    # one small data set
 
 Half of the normal rows of each data set train a model of each kind. From the other normal rows, values are taken out at
@@ -8,6 +9,10 @@ random. The error is the root mean squared error of the estimates, in standard d
 by the median of the feature has an error of about 1, or more for skewed features. `gaussian` is the conditional mean of
 a Gaussian with the full covariance of the training rows. The intervals should contain 90 % of the values that were
 taken out.
+
+A second table is about PCA of few rows of simulated tables. Their rows are normally distributed: with three strong
+latents and equal noise, as probabilistic PCA assumes, with eight, or with a covariance that no PCA has. `narrow` is the
+share of the values within 1.645 standard deviations, which takes the fitted parameters for the true ones.
 
 The benchmark prints Markdown tables.
 """
@@ -24,8 +29,16 @@ import torch
 
 from benchmarks.anomaly.datasets import LabelledSplit, labelled_splits
 from models import artifact
+from models.calibration import Calibration
+from models.completion import CompletingPCA
+from models.observation import no_observation_noise
+from models.prior import gaussian_prior
+from models.scaling import standardise
 from training.config import EVERY_KIND, TrainConfig
 from training.data.table import read_table
+from training.fitting.completion import NORMAL_END
+from training.fitting.defaults import default_table_latents
+from training.fitting.pca import fit_pca, spectrum
 from training.progress import SilentReporter
 from training.train import train
 
@@ -34,6 +47,10 @@ MAX_TEST_ROWS = 1000
 RIDGE = 1e-3  # added to the variances of the Gaussian, because some features repeat each other
 NAMES = ("cardio", "pendigits", "satellite", "thyroid", "wine")
 
+SIMULATED_ROWS = (40, 100, 1000)  # fit rows of the simulated tables
+SIMULATED_WIDTH, NEW_ROWS = 13, 400
+STRONG_LATENTS = {"3 latents": 3, "8 latents": 8, "no PCA": None}  # of the simulated tables
+
 Doubles = npt.NDArray[np.float64]
 
 
@@ -41,13 +58,62 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="one small data set, two kinds, few epochs")
-    smoke = parser.parse_args().smoke
-    splits = labelled_splits(range(1), bundled=smoke)
-    chosen = list(islice(splits, 1)) if smoke else [split for split in splits if split.name.lower() in NAMES]
-    kinds = ("pca", "vae") if smoke else EVERY_KIND
+    parser.add_argument(
+        "--sets", type=lambda text: text.lower().split(","), default=NAMES, help="some of the data sets"
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="splits of each data set (default 1)")
+    parser.add_argument("--kinds", nargs="+", choices=EVERY_KIND, default=EVERY_KIND, help="kinds of models")
+    parser.add_argument("--draws", type=int, default=40, help="simulated tables of each kind (default 40; 0 for none)")
+    options = parser.parse_args()
+    smoke = options.smoke
+    torch.set_num_threads(1)
+    splits = labelled_splits(range(options.seeds), bundled=smoke)
+    chosen = list(islice(splits, 1)) if smoke else [split for split in splits if split.name.lower() in options.sets]
+    kinds = ("pca", "vae") if smoke else options.kinds
     print("| data set | missing | kind | error | within the 90 % interval |\n|---|---|---|---|---|")
     for split in chosen:
         measure(split, kinds, epochs=3 if smoke else None)
+    if draws := 2 if smoke else options.draws:
+        print("\n| simulated tables | fit rows | missing | within the 90 % interval | narrow |\n|---|---|---|---|---|")
+        for name, latents in STRONG_LATENTS.items():
+            for rows in SIMULATED_ROWS:
+                for share in SHARES:
+                    inside, narrow = np.mean([simulate(draw, rows, latents, share) for draw in range(draws)], axis=0)
+                    cells = f"{100 * share:.0f} % | {100 * inside:.1f} % | {100 * narrow:.1f} %"
+                    print(f"| {name} | {rows} | {cells} |", flush=True)
+
+
+def simulate(draw: int, rows: int, latents: int | None, share: float) -> tuple[float, float]:
+    """Return the shares of the values of new rows within the intervals, and within 1.645 standard deviations.
+
+    Args:
+        draw: the number of the simulated table.
+        rows: the number of fit rows.
+        latents: the number of strong latents; None for a covariance without them. PCA has as many latents, or the
+            default of `elbo train`.
+        share: the share of the values that are taken out.
+    """
+    random = np.random.default_rng([draw, rows])
+    causes = SIMULATED_WIDTH if latents is None else latents
+    strengths = np.linspace(1.0, 0.15, causes) if latents is None else np.ones(causes)
+    x = random.standard_normal((rows + NEW_ROWS, causes)) @ (
+        strengths[:, None] * random.standard_normal((causes, SIMULATED_WIDTH))
+    )
+    x += (0.0 if latents is None else 0.3) * random.standard_normal(x.shape)
+    fit, test = torch.from_numpy(x[:rows]).float(), torch.from_numpy(x[rows:]).float()
+    scaling = standardise(fit)
+    u = scaling(fit)
+    shares = (spectrum(u) / spectrum(u).sum()).tolist()
+    core = fit_pca(u, latents or default_table_latents("pca", shares, rows, SIMULATED_WIDTH))
+    prior, calibration = gaussian_prior(torch.ones(len(core.eigenvalues))), Calibration(torch.zeros(1))
+    observation = no_observation_noise(SIMULATED_WIDTH)
+    model = CompletingPCA(scaling, core.float(), prior, calibration, None, observation, fit_rows=rows)
+    taken = torch.from_numpy(random.uniform(size=test.shape) < share)
+    taken[taken.all(dim=1), 0] = False
+    mean, deviation, low, high = model.impute(torch.where(taken, torch.nan, test))
+    inside = ((low <= test) & (test <= high))[taken].double().mean()
+    narrow = ((test - mean).abs() <= NORMAL_END * deviation)[taken].double().mean()
+    return float(inside), float(narrow)
 
 
 def measure(split: LabelledSplit, kinds: Sequence[str], epochs: int | None) -> None:

@@ -6,17 +6,21 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from scipy.stats import t as student_t
 
 from models import artifact
-from models.completion import KEPT_STEPS, Chains, CompletingNetwork, CompletingPCA
+from models.completion import KEPT_STEPS, Chains, CompletingNetwork, CompletingPCA, t_quantile
 from models.likelihood import GaussianLikelihood
 from models.observation import Observation
 from models.pca import PCA
+from models.pipeline import Pipeline
 from models.prior import gaussian_prior
+from models.scaling import Scaling
 from models.vae import VAE
 from tests.models.builders import D, K, batch, pipeline
 from tests.models.publishing import publish
 from training.fitting.completion import widths_by_share, with_completion
+from training.fitting.pca import fit_pca
 
 Doubles = npt.NDArray[np.float64]
 GAPS = ((0, 1), (1, 0), (1, 3), (2, 4), (3, 0), (3, 1), (3, 2), (3, 3), (3, 4))  # row 3 has no value at all
@@ -77,6 +81,67 @@ def test_impute_of_pca_gives_the_same_values_if_the_scaling_fills_gaps() -> None
     imputing.scaling.shift, imputing.scaling.scale = plain.scaling.shift, plain.scaling.scale
     for expected, found in zip(plain.impute(x), imputing.impute(x), strict=True):
         assert torch.equal(found, expected)
+
+
+def fitted_pca(rows: torch.Tensor, latents: int) -> CompletingPCA:
+    """Return a pipeline with the PCA of rows [N, D], whose model units are the raw units."""
+    width, parts = rows.shape[1], pca()
+    scaling = Scaling(torch.zeros(width), torch.ones(width))
+    infinite = torch.full((width,), torch.inf)
+    observation = Observation(torch.zeros(width), -infinite, infinite, torch.zeros(width, dtype=torch.bool))
+    core, prior = fit_pca(rows, latents).float(), gaussian_prior(torch.ones(latents))
+    pipeline = Pipeline(scaling, core, prior, parts.calibration, None, observation)
+    model = with_completion(pipeline, rows[:1], rows[:1], seed=0, fit_rows=len(rows))
+    assert isinstance(model, CompletingPCA)
+    return model.eval()
+
+
+@pytest.mark.parametrize("rows", [12, 40])
+def test_intervals_of_pca_with_few_fit_rows_and_hardly_any_noise_are_those_of_a_regression(rows: int) -> None:
+    """The last column is a sum of the others plus noise, so all latents but the noise are the other columns."""
+    random = torch.Generator().manual_seed(rows)
+    others = torch.randn(rows + 20, 4, generator=random).double()
+    last = others.sum(dim=1, keepdim=True) + 0.01 * torch.randn(rows + 20, 1, generator=random)
+    x = torch.cat((others, last), dim=1)
+    given, new = x[:rows].numpy(), x[rows:].numpy()
+    design, inputs = (np.column_stack((np.ones(len(part)), part[:, :4])) for part in (given, new))
+    coefficients, squares, _, _ = np.linalg.lstsq(design, given[:, 4], rcond=None)
+    freedom = rows - 5
+    leverage = np.einsum("ni,ij,nj->n", inputs, np.linalg.inv(design.T @ design), inputs)
+    margin = student_t.ppf(0.95, freedom) * np.sqrt(squares[0] / freedom * (1.0 + leverage))
+    gaps = torch.cat((x[rows:, :4], torch.full((20, 1), torch.nan)), dim=1).float()
+    mean, _, low, high = artifact.script(fitted_pca(x[:rows].float(), latents=4)).impute(gaps)
+    np.testing.assert_allclose(mean[:, 4], inputs @ coefficients, atol=1e-3)
+    np.testing.assert_allclose((high - low)[:, 4] / 2.0, margin, rtol=0.01)
+
+
+def test_interval_of_pca_for_a_row_without_values_is_that_of_a_new_row() -> None:
+    rows = 3.0 * torch.randn(10, 1, generator=torch.Generator().manual_seed(0)) @ torch.ones(1, D) + torch.randn(10, D)
+    _, deviation, low, high = fitted_pca(rows, latents=2).impute(torch.full((1, D), torch.nan))
+    expected = student_t.ppf(0.95, 9) * np.sqrt(1.1) * deviation
+    np.testing.assert_allclose((high - low) / 2.0, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_intervals_of_pca_that_few_rows_fitted_contain_90_percent_of_new_values(share: float) -> None:
+    """Without their widening, they would contain 80 to 84 %."""
+    random, inside, narrow = np.random.RandomState(0), [], []
+    for _ in range(60):
+        x = torch.from_numpy(random.standard_normal((240, 8)) @ random.standard_normal((8, 8))).float()
+        model, test = fitted_pca(x[:30], latents=6), x[30:]
+        taken = torch.from_numpy(random.uniform(size=test.shape) < share)
+        taken[taken.all(dim=1), 0] = False
+        mean, deviation, low, high = model.impute(torch.where(taken, torch.nan, test))
+        inside.append(((low <= test) & (test <= high))[taken].double().mean())
+        narrow.append(((test - mean).abs() <= 1.645 * deviation)[taken].double().mean())
+    assert 0.88 < np.mean(inside) < 0.92
+    assert np.mean(narrow) < 0.85
+
+
+@pytest.mark.parametrize("freedom", [6, 20, 1000])
+def test_t_quantile_gives_that_of_scipy(freedom: int) -> None:
+    found = float(t_quantile(torch.tensor(1.0 / freedom).double()))
+    assert found == pytest.approx(student_t.ppf(0.95, freedom), abs=1e-3 if freedom == 6 else 1e-5)
 
 
 @pytest.mark.parametrize("gaps", [[1], [0, 3], [0, 1, 2, 4]], ids=str)

@@ -57,16 +57,22 @@ def with_completion_of_rows(pipeline: Pipeline, data: PreparedData, seed: int) -
     Return `pipeline` itself if it has a window: its inputs are summaries of rows, which do not determine a missing
     value.
     """
-    return pipeline if data.windows else with_completion(pipeline, data.held_out, data.calibration, seed)
+    if data.windows:
+        return pipeline
+    return with_completion(pipeline, data.held_out, data.calibration, seed, fit_rows=data.moments.rows)
 
 
-def with_completion(pipeline: Pipeline, held_out: Tensor, calibration: Tensor, seed: int) -> CompletingPipeline:
+def with_completion(
+    pipeline: Pipeline, held_out: Tensor, calibration: Tensor, seed: int, *, fit_rows: int | None = None
+) -> CompletingPipeline:
     """Return a pipeline that consists of the parts of `pipeline` and can also complete rows.
 
     Args:
         held_out: rows that did not train the networks, in raw units, [N, D].
         calibration: further rows that did not train the networks, in raw units, [M, D].
         seed: the seed of the noise.
+        fit_rows: the number of rows to which a PCA was fitted: the fewer rows, the wider its intervals. None if it is
+            unknown.
     """
     parts: tuple[
         Scaling, Core, Prior, Calibration, Explanation | None, Observation | None, PolicyModule | None
@@ -76,7 +82,7 @@ def with_completion(pipeline: Pipeline, held_out: Tensor, calibration: Tensor, s
     )  # fmt: skip
     completing: CompletingPipeline
     if isinstance(pipeline.core, PCA):
-        completing = CompletingPCA(*parts).eval()
+        completing = CompletingPCA(*parts, fit_rows=fit_rows).eval()
     else:
         chains = _new_chains(pipeline, held_out, seed)
         network: CompletingNetwork
