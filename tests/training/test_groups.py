@@ -137,3 +137,18 @@ def test_options_that_are_not_for_groups_are_refused(
     assert code != 0
     assert message in err
     assert list((tmp_path / "artifacts").glob("*/*")) == []
+
+
+def test_served_version_of_a_group_that_cannot_be_loaded_is_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_hosts(tmp_path / "all.csv", {"a": 200, "b": 200})
+    command = ["train", data, *OPTIONS, *folders(tmp_path), "--per-group"]
+    assert in_process(capsys, *command)[0] == 0
+    write_hosts(tmp_path / "all.csv", {"a": 200, "b": 200}, {"a": 7, "b": 8})
+    (tmp_path / "artifacts" / "hosts-b" / "1" / "model.pt").write_bytes(b"half a file")
+    code, out, err = in_process(capsys, *command)
+    assert code == 0, err
+    table = lines_of(out)
+    assert table["b"][-1].startswith("published as hosts-b@2: it was not compared with the served version: that cannot")
+    assert table["a"][-1].startswith("not published: it is not significantly better")
