@@ -143,16 +143,24 @@ def make_key(path: Path) -> dict[str, str]:
 
 
 def start(
-    checkout: Path, workload: Workload, stack: ExitStack, name: str, variables: dict[str, str] | None = None
+    checkout: Path,
+    workload: Workload,
+    stack: ExitStack,
+    name: str,
+    variables: dict[str, str] | None = None,
+    module: str = "service",
 ) -> Server:
-    """Start the server of `checkout` with further environment variables, and wait until it is ready."""
+    """Start the server of `checkout` with further environment variables, and wait until it is ready.
+
+    `module` runs the server.
+    """
     port = free_port()
     environment = {
         "ELBO_PORT": str(port), "ELBO_ARTIFACTS": str(workload.folder / "artifacts"), "ELBO_LOG_LEVEL": "info",
         "ELBO_BACKEND": "onnx", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(checkout),
         **(variables or {}),
     }  # fmt: skip
-    command = [sys.executable, "-m", "service"]
+    command = [sys.executable, "-m", module]
     process = ServerProcess(command, environment, workload.folder / f"{name}.log", folder=checkout)
     server = Server(stack.enter_context(process), port)
     server.wait_until_ready()

@@ -1,39 +1,39 @@
-"""Measure what tracing costs: servers that trace 1 % of their requests or none, and a server of an older commit.
+"""Measure what tracing costs: a server that traces 1 % of its requests, and the same server without tracing.
 
-    git worktree add ../before COMMIT
-    python benchmarks/serving/tracing.py ../before
+    python benchmarks/serving/tracing.py
 
-COMMIT has no tracing. The servers run with the same interpreter, models and requests, and send their spans to an OTLP
-collector that discards them. On a shared machine, the rates of two equal servers differ by a fifth from second to
-second. Therefore all servers run at the same time, and get small bursts of requests in turn, in random order: one
-request on each of their connections. A turn takes some milliseconds, so that the speed of the machine hardly changes in
-it. Two processes of the same program also differ a little for as long as they run, because of their addresses in
-memory. So the servers are started anew several times (--starts).
+The rates of two servers on a shared machine differ by a fifth from second to second, and two processes of the same
+program differ by several percent as long as they run. So one process is measured, whose tracing a signal switches on
+and off (`switched_tracing.py`). The states alternate in blocks of a few bursts, in the order on, off, off, on. A burst
+is one request on each connection. The server sends its spans to an OTLP collector that discards them.
 
-The table shows ratios of the time and of the processor time of a response, `on` to `off`, and `off` to the older
-commit: the geometric mean over the starts, and its 95 % confidence interval (Student's t of the logarithms, which
-assumes that the starts are independent). `off too` is a second server without tracing: its ratio to `off` shows what
-the method cannot resolve.
+The table shows the ratios of the time and of the processor time of a block with tracing to one without: the geometric
+mean over the pairs of blocks without the highest and lowest tenth, and its 95 % confidence interval (Tukey and
+McLaughlin 1963), which assumes that the pairs are independent. The thread that sends spans works at any time, so its
+cost falls on blocks of both states. The line below the table includes it: by how much tracing raises the processor time
+of a request, counted in this process. The line after it has the time that a server without tracing spends on tracing.
 
-Options: --starts (default 8), --turns of each load and start (default 1000), --load TITLE (only the loads whose title
-contains TITLE), --smoke (one start, few turns of two loads).
+Options: --pairs of blocks for each load (default 300), --load TITLE (only the loads whose title contains TITLE),
+--smoke (few pairs, two loads).
 """
 
 import argparse
 import os
-import random
+import signal
 import socket
-import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import timeit
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from statistics import median
 from time import clock_gettime, perf_counter, process_time, sleep
 
 import numpy as np
-from scipy.stats import t
+from scipy.stats import trim_mean
+from scipy.stats.mstats import trimmed_mean_ci
 
 from benchmarks.data import ROOT
 from benchmarks.serving.compare_checkouts import Load, Server, describe, loads, start, train_models
@@ -43,8 +43,8 @@ from service.monitoring.request_record import RequestRecord
 from service.shared_memory import SharedCounters
 
 RATIO = "0.01"
-OFF_TOO = "off too"
-PAIRS = [("on", "off"), ("off", "before"), (OFF_TOO, "off")]
+REQUESTS = 160  # of a block
+TRIMMED = 0.1  # the share of the pairs at each end that does not count: mostly pairs that another program interrupted
 
 
 @contextmanager
@@ -77,27 +77,22 @@ class Connections:
     """Connections to one server, on which the requests of a load are sent in bursts."""
 
     def __init__(self, server: Server, load: Load) -> None:
-        self._server = server
+        self._log = server.process.log
         self._request = load.request.to_bytes(server.port)
         self._size = server.response_size(load.request)
         address = ("127.0.0.1", server.port)
         self._sockets = [socket.create_connection(address, timeout=30) for _ in range(load.connections)]
-        self._clocks = [process_clock(pid) for pid in (server.process.pid, *server.process.descendants())]
 
-    def burst(self) -> tuple[float, float]:
+    def burst(self) -> None:
         """Send one request on each connection, and read the responses.
 
-        Return the time until the last response, and the processor time of the server, both in seconds.
-
         Raises:
-            RuntimeError: a response has another status than 200.
+            RuntimeError: a response has another status than 200, or the server has closed a connection.
         """
-        spent, started = self._processor_time(), perf_counter()
         for each in self._sockets:
             each.sendall(self._request)
         for each in self._sockets:
             self._read_response(each)
-        return perf_counter() - started, self._processor_time() - spent
 
     def close(self) -> None:
         """Close the connections."""
@@ -109,13 +104,10 @@ class Connections:
         while (end := found.find(b"\r\n\r\n")) < 0 or len(found) < end + 4 + self._size:
             received = connection.recv(1 << 20)
             if not received:
-                raise RuntimeError(f"the server closed a connection: see {self._server.process.log}")
+                raise RuntimeError(f"the server closed a connection: see {self._log}")
             found += received
         if not found.startswith(b"HTTP/1.1 200"):
             raise RuntimeError(f"the server answered {found[:200]!r}")
-
-    def _processor_time(self) -> float:
-        return sum(map(clock_gettime, self._clocks))
 
 
 def process_clock(pid: int) -> int:
@@ -126,41 +118,49 @@ def process_clock(pid: int) -> int:
     return ~pid << 3 | 2
 
 
-def measure(servers: dict[str, Server], load: Load, turns: int) -> dict[str, tuple[float, float]]:
-    """Return the mean time of a burst on each server, and the mean processor time of the server, in seconds."""
-    opened = {name: Connections(server, load) for name, server in servers.items()}
+def measure(server: Server, load: Load, pairs: int) -> tuple[list[float], list[float], float]:
+    """Compare blocks with tracing to blocks without.
+
+    Return the ratios of their time and of their processor time, and the median processor time of a request without
+    tracing in seconds.
+    """
+    bursts = max(1, REQUESTS // load.connections)
+    clock = process_clock(server.process.pid)
+    connections = Connections(server, load)
+
+    def block() -> tuple[float, float]:
+        for _ in range(1 + bursts // 4):  # the state has changed, and the caches of the processor are warm again
+            connections.burst()
+        started, spent = perf_counter(), clock_gettime(clock)
+        for _ in range(bursts):
+            connections.burst()
+        return perf_counter() - started, clock_gettime(clock) - spent
+
+    times, costs, plain = [], [], []
     try:
-        names = list(opened)
-        totals = {name: [0.0, 0.0] for name in names}
-        for turn in range(-(turns // 10), turns):  # the first turns are the warm-up
-            random.shuffle(names)
-            for name in names:
-                for place, seconds in enumerate(opened[name].burst()):
-                    totals[name][place] += seconds if turn >= 0 else 0.0
+        block()
+        for turn in range(pairs):
+            first, second = block(), switched(server, block)
+            on, off = (first, second) if turn % 2 == 0 else (second, first)
+            times.append(on[0] / off[0])
+            costs.append(on[1] / off[1])
+            plain.append(off[1] / (bursts * load.connections))
     finally:
-        for each in opened.values():
-            each.close()
-    return {name: (total / turns, spent / turns) for name, (total, spent) in totals.items()}
+        connections.close()
+    return times, costs, median(plain)
+
+
+def switched(server: Server, block: Callable[[], tuple[float, float]]) -> tuple[float, float]:
+    """Switch the tracing of the server, and return what `block` returns."""
+    os.kill(server.process.pid, signal.SIGUSR2)
+    return block()
 
 
 def describe_mean(ratios: list[float]) -> str:
-    """Return the geometric mean of ratios, with its 95 % confidence interval in brackets if there are several."""
+    """Return the trimmed geometric mean of ratios, with its 95 % confidence interval in brackets."""
     logs = np.log(ratios)
-    if len(logs) == 1:
-        return f"{np.exp(logs[0]):.4f}"
-    half = t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / len(logs) ** 0.5
-    low, middle, high = np.exp(logs.mean() + half * np.array([-1, 0, 1]))
-    return f"{middle:.4f} ({low:.4f}-{high:.4f})"
-
-
-def print_table(found: dict[str, list[dict[str, tuple[float, float]]]]) -> None:
-    """Print the ratios of each load, from the measurements of its starts."""
-    print("| load | servers | time | processor time |\n|---|---|---|---|")
-    for title, starts in found.items():
-        for one, other in PAIRS:
-            if one in starts[0] and other in starts[0]:
-                both = [[each[one][place] / each[other][place] for each in starts] for place in (0, 1)]
-                print(f"| {title} | {one} to {other} | {describe_mean(both[0])} | {describe_mean(both[1])} |")
+    low, high = np.exp(trimmed_mean_ci(logs, (TRIMMED, TRIMMED)))
+    return f"{np.exp(trim_mean(logs, TRIMMED)):.4f} ({low:.4f}-{high:.4f})"
 
 
 def added_microseconds(variables: dict[str, str], rounds: int = 5, requests: int = 50_000) -> list[float]:
@@ -195,6 +195,24 @@ def added_microseconds(variables: dict[str, str], rounds: int = 5, requests: int
     return found[1:]  # the first one is the warm-up
 
 
+def untraced_microseconds() -> float:
+    """Return the processor time of what a server without tracing does for tracing in each request, in microseconds.
+
+    It keeps the header `traceparent` in the record of the request, and finds that there is no tracer.
+    """
+    metrics, record = Metrics(SharedCounters()), RequestRecord("0123456789abcdef", "POST", "/anomaly", "127.0.0.1")
+    headers = {b"host": b"127.0.0.1", b"content-type": b"application/json", b"content-length": b"100"}
+    work = """
+record.traceparent = headers.get(b"traceparent", b"")
+if metrics.tracer and metrics.tracer.finish(record):
+    pass
+if record.trace_id:
+    pass
+"""
+    names = {"metrics": metrics, "record": record, "headers": headers}
+    return min(timeit.repeat(work, globals=names, timer=process_time, number=1_000_000))
+
+
 @contextmanager
 def environment(variables: dict[str, str]) -> Iterator[None]:
     """Set environment variables in the block."""
@@ -208,41 +226,34 @@ def environment(variables: dict[str, str]) -> Iterator[None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("before", nargs="?", type=Path, help="folder of a checkout without tracing")
-    parser.add_argument("--starts", type=int, default=8, help="how often the servers are started (8)")
-    parser.add_argument("--turns", type=int, default=1000, help="bursts on each server for each load and start (1000)")
+    parser.add_argument("--pairs", type=int, default=300, help="pairs of blocks for each load (300)")
     parser.add_argument("--load", default="", help="part of the titles of the loads to measure")
-    parser.add_argument("--smoke", action="store_true", help="one start, few bursts of two loads")
+    parser.add_argument("--smoke", action="store_true", help="few pairs of blocks, two loads")
     options = parser.parse_args()
     if options.smoke:
-        options.starts, options.turns = 1, 20
+        options.pairs = 6
     adopt_orphans()
-    found: dict[str, list[dict[str, tuple[float, float]]]] = {}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as collecting:
-        workload = train_models((options.before or ROOT).resolve(), Path(folder))
-        url, received = collecting.enter_context(discarding_collector())
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        workload = train_models(ROOT, Path(folder))
+        url, received = stack.enter_context(discarding_collector())
         tracing = {
             "OTEL_EXPORTER_OTLP_ENDPOINT": url,
             "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
             "OTEL_TRACES_SAMPLER_ARG": RATIO,
         }
-        wanted = [load for load in loads(workload, smoke=options.smoke) if options.load in load.title]
-        for turn in range(options.starts):
-            with ExitStack() as stack:
-                servers = {
-                    "on": start(ROOT, workload, stack, "on", tracing),
-                    "off": start(ROOT, workload, stack, "off"),
-                    OFF_TOO: start(ROOT, workload, stack, OFF_TOO),
-                }
-                if options.before:
-                    servers["before"] = start(options.before.resolve(), workload, stack, "before")
-                for load in wanted:
-                    found.setdefault(load.title, []).append(measure(servers, load, options.turns))
-            print(f"{turn + 1} of {options.starts} starts", file=sys.stderr)
-        print_table(found)
+        server = start(ROOT, workload, stack, "server", tracing, module="benchmarks.serving.switched_tracing")
+        print("| load | time | processor time | without tracing, µs of a core per request |\n|---|---|---|---|")
+        for load in loads(workload, smoke=options.smoke):
+            if options.load in load.title:
+                times, costs, plain = measure(server, load, options.pairs)
+                print(
+                    f"| {load.title} | {describe_mean(times)} | {describe_mean(costs)} | {1e6 * plain:.0f} |",
+                    flush=True,
+                )
         often = {**tracing, "OTEL_BSP_SCHEDULE_DELAY": "100"}
         added = added_microseconds(often, requests=2000 if options.smoke else 50_000)
         print(f"\nTracing {RATIO} of the requests adds {describe(added)} µs of processor time to a request.")
+        print(f"\nA server without tracing spends {untraced_microseconds():.2f} µs of a request on it.")
         print(f"\nThe collector received {len(received)} requests with {sum(received):,} bytes of spans.")
 
 
