@@ -2,6 +2,7 @@
 
     python benchmarks/anomaly/cross_calibration.py                         # pca: 200 draws, 10 seeds
     python benchmarks/anomaly/cross_calibration.py --kinds ae --draws 20 --seeds 3
+    python benchmarks/anomaly/cross_calibration.py --sizes --curve         # pca: what more fit rows would give
     python benchmarks/anomaly/cross_calibration.py --smoke                 # few draws, few epochs
 
 The first table is about simulated tables. Each draw has new training rows, a new seed of the split, and 2,000 new rows
@@ -12,11 +13,15 @@ has seen none of its n calibration rows: floor(alpha (n + 1)) / (n + 1).
 The second table is about the data sets of ADBench with fewer than MAX_ROWS rows: AUROC and average precision of the
 published model, and the rate of false alarms on the normal test rows. `datasets.py` describes the splits. Without
 ADBench's files, the data sets are those of scikit-learn.
+
+With --curve, the second table shows instead the AUROC of models that were fitted to a share of the training rows. A
+split leaves 70 % of the rows to the fit, and no calibration leaves more than 100 %. The last column is the gain from
+the first to the second, with its standard error.
 """
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +34,10 @@ from benchmarks.data import describe_machine
 from models.pipeline import Pipeline
 from training.config import TrainConfig
 from training.data.row_store import RowStore
-from training.data.table import Table
+from training.data.table import Table, split_rows
 from training.fitting.cross_calibration import fit_and_calibrate
+from training.fitting.pipeline import fit_pipeline
+from training.fitting.prepared_data import prepare_data
 from training.fitting.windows import prepare
 from training.progress import SilentReporter
 
@@ -40,6 +47,9 @@ SIZES = (60, 100, 200, 500)  # training rows of the simulated tables
 WIDTH, CAUSES, NOISE = 10, 3, 0.3
 NEW_ROWS = 2_000
 MAX_ROWS = 500  # training and test rows together
+FIT_SHARE = 0.7  # share of the training rows that a split leaves to the fit
+SHARES = (0.35, 0.5, FIT_SHARE, 0.9, 1.0)  # of the learning curve
+MIN_FIT_ROWS = 8
 TARGET = 0.01  # largest difference between the mean rate and alpha
 
 Floats = npt.NDArray[np.float32]
@@ -63,11 +73,15 @@ class Trial:
     precision: float = np.nan
 
 
-def train_model(kind: str, method: str, x: Floats, seed: int, smoke: bool) -> Pipeline:
-    """Return the model that `elbo train --calibration <method>` publishes for rows x [N, D]."""
+def _table(x: Floats) -> Table:
     width = x.shape[1]
     names, missing = [f"x{i}" for i in range(width)], np.zeros(width, np.int64)
-    table = Table(RowStore(x), (width,), names, [None] * width, None, None, "rows", missing=missing)
+    return Table(RowStore(x), (width,), names, [None] * width, None, None, "rows", missing=missing)
+
+
+def train_model(kind: str, method: str, x: Floats, seed: int, smoke: bool) -> Pipeline:
+    """Return the model that `elbo train --calibration <method>` publishes for rows x [N, D]."""
+    table = _table(x)
     options = {"model": kind, "name": "bench", "seed": seed, "calibration": method}
     config = TrainConfig.model_validate(options | ({"epochs": 3} if smoke else {}))
     return fit_and_calibrate(config, prepare(config, table)[0], SilentReporter())
@@ -128,6 +142,30 @@ def data_set_rows(kind: str, seeds: int, smoke: bool) -> Iterator[str]:
     yield _ranking_row(f"{kind} | mean", every)
 
 
+def learning_curve(kind: str, seeds: int, smoke: bool) -> Iterator[str]:
+    """Yield a line for each data set: the AUROC of models of `kind` that were fitted to SHARES of the training rows."""
+    found: dict[str, list[list[float]]] = {}
+    for split in labelled_splits(range(seeds), bundled=smoke):
+        if len(split.train) + len(split.test) >= MAX_ROWS:
+            continue
+        x, test = split.train.astype(np.float32), torch.from_numpy(split.test.astype(np.float32))
+        order = np.random.RandomState(split.seed).permutation(len(x))
+        options = {"model": kind, "name": "bench", "seed": split.seed} | ({"epochs": 3} if smoke else {})
+        config, table = TrainConfig.model_validate(options), _table(x)
+        rows, areas = split_rows(len(x), split.seed, x.shape[1]), []
+        for share in SHARES:
+            chosen = replace(rows, fit=np.sort(order[: max(MIN_FIT_ROWS, round(share * len(x)))]))
+            pipeline = fit_pipeline(config, prepare_data(table, chosen), SilentReporter(), for_scores=True)
+            with torch.no_grad():
+                areas.append(100 * roc_auc_score(split.labels, pipeline.score(test)[0]))
+        found.setdefault(split.name, []).append(areas)
+    for name, by_seed in found.items():
+        means, gains = np.mean(by_seed, axis=0), [areas[-1] - areas[SHARES.index(FIT_SHARE)] for areas in by_seed]
+        error = np.std(gains, ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else np.nan
+        cells = " | ".join(f"{mean:.1f}" for mean in means)
+        yield f"| {kind} | {name} | {cells} | {np.mean(gains):+.1f} ± {error:.1f} |"
+
+
 def _ranking_row(title: str, by_method: dict[str, list[Trial]]) -> str:
     cells = []
     for trials in by_method.values():
@@ -147,6 +185,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", type=int, default=SIZES, help="rows of the simulated tables")
     parser.add_argument("--draws", type=int, default=200, help="simulated tables per size (default 200)")
     parser.add_argument("--seeds", type=int, default=10, help="splits of each data set (default 10; 0 for none)")
+    parser.add_argument("--curve", action="store_true", help="show the AUROC by the share of the rows that fit")
     options = parser.parse_args()
     torch.set_num_threads(1)
     smoke, kinds = options.smoke, KINDS if options.smoke else options.kinds
@@ -161,6 +200,17 @@ def main() -> None:
                 print(simulated_row(kind, method, rows, draws, smoke), flush=True)
     seeds = 1 if smoke else options.seeds
     if not seeds:
+        return
+    if options.curve:
+        heads = " | ".join(f"{100 * share:.0f} %" for share in SHARES)
+        print(
+            f"\nAUROC by the share of the training rows that fit, {seeds} seeds:\n\n"
+            f"| kind | data set | {heads} | gain |"
+        )
+        print(f"|---|---|{'---|' * len(SHARES)}---|")
+        for kind in kinds:
+            for line in learning_curve(kind, seeds, smoke):
+                print(line, flush=True)
         return
     heads = " | ".join(f"{method}: AUROC / AP | rate at {', '.join(map(str, ALPHAS))}" for method in METHODS)
     print(f"\nData sets with fewer than {MAX_ROWS} rows, {seeds} seeds:\n\n| kind | data set | {heads} | gain |")

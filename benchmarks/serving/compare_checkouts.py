@@ -11,8 +11,8 @@ rate of the other checkout in the same round. The table shows the median of this
 quartiles in brackets. The cost ratio compares the processor time per response in the same way. On a shared machine, the
 cost ratio varies less than the rate ratio.
 
-Options: --rounds (default 10), --seconds per measurement (default 2), --keys (both servers need an API key), --smoke
-(one short round, against this checkout itself).
+Options: --rounds (default 10), --seconds per measurement (default 2), --only (the loads whose titles contain a text,
+such as /sample), --keys (both servers need an API key), --smoke (one short round, against this checkout itself).
 """
 
 import argparse
@@ -118,6 +118,7 @@ def loads(workload: Workload, headers: dict[str, str] | None = None, *, smoke: b
     assert large
     body = orjson.dumps({"inputs": workload.few_features}, option=orjson.OPT_SERIALIZE_NUMPY)
     anomaly = Request("/anomaly?model=hosts", JSON, body)
+    sample = Request("/sample?model=vae", JSON, orjson.dumps({"n": 1, "seed": 0}))  # the seed fixes the length
     found = [
         Load("1 row JSON, c=1", one, 1),
         Load("1 row JSON, c=32", one, 32),
@@ -125,6 +126,8 @@ def loads(workload: Workload, headers: dict[str, str] | None = None, *, smoke: b
         Load("256 rows npy, c=8", Request(large.path, NPY, large.body), 8),
         Load("/anomaly, 1 row JSON, c=1", anomaly, 1),
         Load("/anomaly, 1 row JSON, c=32", anomaly, 32),
+        Load("/sample, 1 row JSON, c=1", sample, 1),
+        Load("/sample, 1 row JSON, c=32", sample, 32),
     ]
     if smoke:
         by_title = {load.title: load for load in found}
@@ -187,6 +190,7 @@ def main() -> None:
     parser.add_argument("other", nargs="?", type=Path, help="folder of the other checkout")
     parser.add_argument("--rounds", type=int, default=10, help="rounds (10)")
     parser.add_argument("--seconds", type=float, default=2.0, help="seconds per measurement (2)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only the loads whose titles contain TEXT")
     parser.add_argument("--keys", action="store_true", help="both servers need an API key")
     parser.add_argument(
         "--smoke", action="store_true", help="one short round of two loads against this checkout itself"
@@ -208,7 +212,8 @@ def main() -> None:
             "other": start(options.other.resolve(), workload, stack, "other", variables),
         }
         print("| load | this, 1/s | other, 1/s | rate ratio | cost ratio |\n|---|---|---|---|---|")
-        for load in loads(workload, headers, smoke=options.smoke):
+        chosen = [load for load in loads(workload, headers, smoke=options.smoke) if options.only in load.title]
+        for load in chosen:
             found: dict[str, list[Measurement]] = {"this": [], "other": []}
             for server in servers.values():
                 server.measure(load, min(1.0, options.seconds))  # warm-up
