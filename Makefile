@@ -20,8 +20,10 @@ FUZZ_TARGETS ?=
 # Measures which branches the tests reach, also in the processes that they start. Nothing else needs it.
 COVERAGE := .venv-coverage
 COVERAGE_PACKAGE := coverage==7.17.5
-# The tests of which `make coverage` measures the coverage; by default all of them.
+# The tests of which `make coverage` measures the coverage; by default all of them. With APPEND=1, it adds these tests to
+# the measurement of the run before.
 TESTS ?= tests
+APPEND ?=
 # Makes the mutants of `make mutants`: a folder of packages, like that of the fuzzer.
 MUTATOR := .venv-mutants
 MUTATOR_PACKAGES := mutmut==3.8.1 libcst==1.9.0
@@ -175,10 +177,10 @@ fuzz: $(READY) $(FUZZER)/.ready ## Fuzz every reader for FUZZ_SECONDS (default 1
 		PYTHONPATH=$(FUZZER) $(VENV)/bin/python -m tests.fuzz $$target --seconds $(FUZZ_SECONDS) || failed="$$failed $$target"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed; the inputs are in build/fuzz/" >&2; exit 1; }
 
-coverage: $(READY) $(GENERATOR)/.ready $(CLIENTS)/.ready $(KUBERNETES)/.ready $(RAY)/.ready $(REMOTE)/.ready $(COVERAGE)/.ready ## List the branches that no test reaches; TESTS='tests/models' for some tests
-	@$(COVERAGE)/bin/python -m coverage erase
-	@PYTHONPATH=$(CURDIR)/tests/coverage_start $(COVERAGE)/bin/python -m coverage run -m pytest -n 0 $(TESTS); status=$$?; \
-		$(COVERAGE)/bin/python -m coverage combine --quiet && $(COVERAGE)/bin/python -m coverage report --include='models/*,service/*' && exit $$status
+coverage: $(READY) $(GENERATOR)/.ready $(CLIENTS)/.ready $(KUBERNETES)/.ready $(RAY)/.ready $(REMOTE)/.ready $(COVERAGE)/.ready ## List the branches that no test reaches; TESTS='tests/models' for some, APPEND=1 adds them
+	@$(if $(APPEND),,$(COVERAGE)/bin/python -m coverage erase)
+	@OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests/coverage_start $(COVERAGE)/bin/python -m coverage run -m pytest -n 0 $(TESTS); status=$$?; \
+		$(COVERAGE)/bin/python -m coverage combine --quiet $(if $(APPEND),--append) && $(COVERAGE)/bin/python -m coverage report --include='models/*,service/*' && exit $$status
 
 mutants: $(READY) $(MUTATOR)/.ready ## Count the small changes of the code that no test notices; MUTANTS='--count 10 models/pca.py' for some
 	@PYTHONPATH=$(MUTATOR) $(VENV)/bin/python -m tests.mutation $(MUTANTS)

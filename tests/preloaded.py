@@ -121,7 +121,6 @@ def is_forkable(arguments: Any, environment: dict[str, str]) -> bool:
     return (
         arguments[0] == sys.executable
         and arguments[1] in ("-m", "-c")
-        and not any(name.startswith("COVERAGE") for name in environment)
         and read_at_start(environment) == read_at_start(os.environ)
     )
 
