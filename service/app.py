@@ -41,6 +41,7 @@ from service.http.platform_routes import PlatformRoutes
 from service.http.protocol import Protocol
 from service.http.refusal import HeadRefusal
 from service.http.request import BodyLimits
+from service.http.turns import Turns
 from service.inference.backend_selection import BACKENDS, DECISIONS
 from service.inference.batcher import Batcher
 from service.inference.model_loader import ModelLoader
@@ -196,14 +197,18 @@ def create_app(
         )
     app.middleware_stack = entry_point
     paths = routes.admission_paths(endpoints).union(platform_handlers)
-    direct = DirectHeads(DirectInference(service, access, allowed_hosts, keys), settings.max_body_bytes)
+    direct = DirectInference(service, access, allowed_hosts, keys)
+    head_refusal = HeadRefusal(metrics, access, settings.root_path, keys, platform)
+    turns = app.state.turns = Turns()
+    turns.work += direct.go_on, head_refusal.delayed.send_due
     app.state.protocol = partial(
         Protocol,
         admission=admission,
-        head_refusal=HeadRefusal(metrics, access, settings.root_path, keys, platform),
+        head_refusal=head_refusal,
         count_closed=metrics.count_closed,
         paths=paths | {settings.root_path + path for path in paths},
-        direct=direct,
+        turns=turns,
+        direct=DirectHeads(direct, settings.max_body_bytes),
     )
     app.openapi = lambda: _openapi(app, endpoints, keys is not None)  # type: ignore[method-assign] # FastAPI's documented way
     return app

@@ -16,7 +16,7 @@ import json
 import resource
 import sys
 from collections import Counter, deque
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any, cast
 
 import httptools
@@ -146,11 +146,12 @@ class Client:
             longest_refusal, p99_refusal: maximum and 99th percentile of the latency of refusals, in seconds.
             good: number of correct responses during the load.
             seconds: duration of the load.
+            client_seconds: processor time of the client during the load.
             bytes: number of bytes received.
             lag: largest delay that the client itself caused, in seconds.
             p50, p99: median and 99th percentile of the latency of correct responses, in seconds.
         """
-        started = perf_counter()
+        started, spent_before = perf_counter(), process_time()
         self._end = started + self.plan["seconds"]
         if self.plan["rate"] is None:
             for _ in range(self.plan["connections"]):
@@ -160,9 +161,10 @@ class Client:
             await self._send_at_rate(started)
         seconds = perf_counter() - started
         good = len(self.tally.latencies)
+        client_seconds = process_time() - spent_before
         while self._unanswered() > 0 and perf_counter() < self._end + DRAIN_SECONDS:
             await asyncio.sleep(0.01)
-        return self._outcome(seconds, good)
+        return self._outcome(seconds, good) | {"client_seconds": client_seconds}
 
     async def _send_at_rate(self, started: float) -> None:
         interval = 1.0 / self.plan["rate"]

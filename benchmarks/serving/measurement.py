@@ -1,6 +1,9 @@
 """Measure one server: start it, check its responses, load it in closed and open loops, and stop it."""
 
 import http.client
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from time import monotonic, sleep
 from typing import Any
@@ -171,7 +174,8 @@ def measure_open_loop(server: MeasuredServer, *, rows: int, seconds: float, conn
 
     Returns:
         Per share, the outcome of the client (`load_client.Client.run`) with additional keys: `share`; `capacity`, in
-        responses per second; and the server's memory in bytes: `before` the load, at its `peak`, and `after` the load.
+        responses per second; the server's memory in bytes, `before` the load, at its `peak`, and `after` the load;
+        `server_seconds`, its processor time during the load; and `server_refusal`, see `_refusal_seconds`.
 
     Raises:
         RuntimeError: the server does not start, exits, or gives a wrong response.
@@ -187,18 +191,52 @@ def measure_open_loop(server: MeasuredServer, *, rows: int, seconds: float, conn
         capacity = load_generators.measure_capacity(port, request, size, column.connections, min(seconds, 5.0))
         for share in CAPACITY_SHARES:
             before, peak = process.memory(), 0
+            spent_before, server_seconds = process.processor_seconds(), 0.0
+            counts_before = _refusal_counts(port) if server.name == "elbo" else {}
+            started = monotonic()
             client = load_generators.start_open_loop(
                 port, request, size, rate=share * capacity, seconds=seconds, connections=connections
             )
             while client.poll() is None:
                 peak = max(peak, process.memory())
+                if monotonic() - started < seconds:
+                    server_seconds = process.processor_seconds() - spent_before
                 sleep(0.25)
             outcome = load_generators.read_outcome(client)
             sleep(min(seconds, SETTLE_SECONDS))
             memory = {"before": before, "peak": peak, "after": process.memory()}
-            outcomes.append({**outcome, **memory, "share": share, "capacity": capacity})
+            counts = _refusal_counts(port) if server.name == "elbo" else {}
+            own = {"server_seconds": server_seconds, "server_refusal": _refusal_seconds(counts_before, counts)}
+            outcomes.append({**outcome, **memory, **own, "share": share, "capacity": capacity})
             process.require_alive()
     return outcomes
+
+
+def _refusal_counts(port: int) -> dict[float, float]:
+    """Return how many requests Elbo has refused within a number of seconds, by this number."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+    finally:
+        connection.close()
+    counts: dict[float, float] = {}
+    for labels, count in re.findall(r"^elbo_request_seconds_bucket{([^}]*)} (\S+)$", text, re.MULTILINE):
+        values = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+        if values["outcome"] == "shed":
+            bound = float(values["le"])
+            counts[bound] = counts.get(bound, 0.0) + float(count)
+    return counts
+
+
+def _refusal_seconds(before: Mapping[float, float], after: Mapping[float, float]) -> float:
+    """Return the bound of the bucket with the 99th percentile of Elbo's refusals, from the head to the response.
+
+    The intended delay of repeated refusals comes on top, at most 64 ms. NaN if nothing was refused.
+    """
+    counts = {bound: count - before.get(bound, 0.0) for bound, count in after.items()}
+    total = counts.get(math.inf, 0.0)
+    return min((bound for bound, count in counts.items() if total and count >= 0.99 * total), default=math.nan)
 
 
 def _measure(

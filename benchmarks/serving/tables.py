@@ -1,6 +1,7 @@
 """The Markdown tables of `compare_servers.py`. Figures are medians over the rounds, most with minimum and maximum."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import isnan
 from statistics import median
 from typing import Any
 
@@ -77,14 +78,16 @@ def print_open_loop(outcomes: Mapping[str, Sequence[Mapping[str, Any]]], rows: i
     head = [
         "", "rate / capacity", "due/s", "sent/s", "correct/s (/ capacity)", "p50 / p99, ms", "responses by status",
         "lost", "refusals: p99 / slowest, ms", "without Retry-After", "RSS before / peak / after, MiB",
-        "client delay, ms",
+        "client delay, ms", "processor time of client + server, cores", "refusals in the server: p99, ms",
     ]  # fmt: skip
     lines = [_open_loop_row(title, outcome) for title, several in outcomes.items() for outcome in several]
     _print_table(f"Open loop, {'1 row' if rows == 1 else f'{rows} rows'} JSON, {seconds:g} s", head, lines)
     print(
         "\nCapacity is the rate of a closed loop of 32 connections with the same client. Latency of correct responses"
         "\ncounts from the time when the request was due, that of refusals from the time when it was sent."
-        "\n`client delay` is the largest delay of the client itself, which shares the cores with the server."
+        "\n`client delay` is the largest delay of the client itself, which shares the cores with the server. If both"
+        "\ntogether use all cores, requests wait in their sockets. The time of refusals in the server counts from the"
+        "\ntime when it has read the head, without the intended delay of repeated refusals (at most 64 ms)."
     )
 
 
@@ -114,6 +117,8 @@ def _open_loop_row(title: str, outcome: Mapping[str, Any]) -> list[str]:
         f"{outcome['without_retry_after']:,}",
         " / ".join(f"{outcome[moment] / MIB:,.0f}" for moment in ("before", "peak", "after")),
         f"{1e3 * outcome['lag']:.0f}",
+        f"{outcome['client_seconds'] / seconds:.2f} + {outcome['server_seconds'] / seconds:.2f}",
+        MISSING if isnan(outcome["server_refusal"]) else f"≤ {1e3 * outcome['server_refusal']:g}",
     ]
 
 

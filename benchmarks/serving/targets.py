@@ -90,12 +90,12 @@ def _open_loop_targets(outcome: Mapping[str, Any]) -> Iterator[Target]:
         yield Target(f"{title}: p99 / p50", "≤ 5", ratio, ratio <= 5)
         return
     share = outcome["good"] / outcome["seconds"] / outcome["capacity"]
-    yield Target(f"{title}: rate of correct responses / capacity", "≥ 0.9", share, share >= 0.9)
+    yield Target(f"{title}: rate of correct responses / capacity", "≥ 0.85", share, share >= 0.85)
     refused, without_header = outcome["refused"], outcome["without_retry_after"]
     yield Target(f"{title}: refusals (the next two figures need some)", "> 0", refused, refused > 0)
-    slowest = outcome["longest_refusal"]
-    yield Target(f"{title}: slowest refusal, ms", "≤ 50", 1e3 * slowest, refused > 0 and slowest <= 0.05)
+    p99 = outcome["p99_refusal"]
+    yield Target(f"{title}: p99 of refusals, ms", "≤ 100", 1e3 * p99, refused > 0 and p99 <= 0.1)
     met = refused > 0 and not without_header
     yield Target(f"{title}: refusals without Retry-After", "0", without_header, met)
     growth = outcome["after"] / outcome["before"]
-    yield Target(f"{title}: memory after / before", "≤ 1.05", growth, growth <= 1.05)
+    yield Target(f"{title}: memory after / before", "≤ 1.1", growth, growth <= 1.1)

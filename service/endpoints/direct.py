@@ -4,7 +4,6 @@ Work that the requests of a batch share is done once for the batch: the check th
 the numbers of the metrics. Responses are byte for byte those of `InferenceEndpoints`, which handles all other requests.
 """
 
-import asyncio
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -60,7 +59,6 @@ from service.schemas import AnomalyBody
 
 Array = npt.NDArray[np.float32]
 MAX_IN_PROGRESS = 64  # like the work slots of other requests: so a pass of the event loop takes a few ms
-TURN_SECONDS = 0.002  # between two calls of `go_on` that do something
 MAX_NUMBERS = 8192  # of a response in JSON, which takes 0.3 ms to write; larger responses are written in pieces
 MAX_ROWS = 64  # of a response in JSON
 FEW_FEATURES = 32  # a row with at most this many features is written as a whole before the numbers are picked
@@ -415,7 +413,6 @@ class DirectInference:
         self._in_progress = 0  # jobs in the batcher
         self._waiting: deque[DirectRequest] = deque()  # requests whose bodies have not been read yet
         self._is_start_scheduled = False
-        self._next_turn = 0.0  # from this time of the `perf_counter` clock on, `go_on` does something
         self._finished: list[DirectJob] = []  # jobs with a result, whose responses are not written yet
 
     def route(self, path: str, query: bytes, headers: dict[bytes, bytes]) -> Route | None:
@@ -512,22 +509,14 @@ class DirectInference:
         return True
 
     def go_on(self) -> None:
-        """Answer requests whose batch has run, and start waiting requests and the next batch, every TURN_SECONDS.
+        """Answer requests whose batch has run, and start waiting requests and the next batch.
 
-        `Protocol` calls this method at each refusal. Without it, the event loop does this once per pass. While
-        thousands of requests are refused, a pass takes up to a second, and MAX_IN_PROGRESS requests would be answered
-        in it.
+        The event loop does this once per pass. In a pass that refuses thousands of requests, `Turns` calls this method:
+        otherwise only MAX_IN_PROGRESS requests would be answered in such a pass.
         """
-        now = perf_counter()
-        if now >= self._next_turn:
-            self._next_turn = now + TURN_SECONDS
-            try:
-                if self._is_start_scheduled:
-                    self._start_waiting()
-                self._batcher.step_now()
-            except Exception as error:  # noqa: BLE001 - the connection that called this method is not the cause
-                context = {"message": "accepted requests cannot go on", "exception": error}
-                asyncio.get_running_loop().call_exception_handler(context)
+        if self._is_start_scheduled:
+            self._start_waiting()
+        self._batcher.step_now()
 
     def abandon(self, request: DirectRequest) -> None:
         """Forget a request whose client has disconnected."""

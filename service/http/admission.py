@@ -6,6 +6,7 @@ writes the response.
 
 import asyncio
 import math
+from functools import lru_cache
 from threading import Lock
 from time import perf_counter
 from typing import NamedTuple
@@ -147,8 +148,7 @@ class AdmissionControl:
         return None
 
     def _too_long(self, wait: float) -> Refusal:
-        expected = f"an expected wait of at most {self._max_wait:g} s"
-        return Refusal("the queue is too long", expected, retry_after(wait - self._max_wait))
+        return _too_long(self._max_wait, retry_after(wait - self._max_wait))
 
     def check_large(self) -> None:
         """Raise Overloaded if the expected wait of another large request is too long."""
@@ -376,6 +376,12 @@ def timed_out() -> DeadlineExceeded:
     return DeadlineExceeded(
         "the request timed out while it waited in the queue", hint="try again later, or allow more time"
     )
+
+
+@lru_cache(maxsize=256)
+def _too_long(max_wait: float, seconds: int) -> Refusal:
+    """Return the refusal for an expected wait above `max_wait`. Cached, because an overloaded server refuses most."""
+    return Refusal("the queue is too long", f"an expected wait of at most {max_wait:g} s", seconds)
 
 
 def retry_after(seconds: float) -> int:

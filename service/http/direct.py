@@ -68,9 +68,6 @@ class DirectHandler(Protocol):
     def start(self, request: "DirectRequest") -> bool:
         """Begin to answer `request`. Return false if it needs a task; nothing has then been counted or kept."""
 
-    def go_on(self) -> None:
-        """Answer and start accepted requests, in a pass of the event loop that refuses many others."""
-
     def abandon(self, request: "DirectRequest") -> None:
         """Forget a request whose client has disconnected."""
 
@@ -118,6 +115,7 @@ class DirectRequest:
         self.is_over = self.response_started = self.response_complete = True
         connection = self.connection
         self.detach()
+        self.sent = b""  # the connection keeps this object until its next request
         transport = connection.transport
         if size_of(content) > SMALL_RESPONSE:
             transport.write(head)

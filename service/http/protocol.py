@@ -21,6 +21,8 @@ from service.http.direct import HELD_SECONDS, DirectHead, DirectHeads, DirectReq
 from service.http.lingering import LingeringTransport
 from service.http.open_inference import infer_route
 from service.http.refusal import HeadRefusal
+from service.http.repeated_refusals import DelayedAnswer
+from service.http.turns import Turns
 from service.http.unread import SLOW_AFTER_SECONDS, SMALL_RESPONSE
 
 CONNECTION_CLOSE = (b"connection", b"close")  # header of every response once the server is shutting down
@@ -61,6 +63,7 @@ class Protocol(HttpToolsProtocol):
         admission: decides which requests are accepted.
         head_refusal: writes the responses to refused requests.
         paths: the paths whose POST requests are under admission control.
+        turns: takes a turn after each refusal.
         direct: answers some requests without a task; None if every request needs one.
         count_closed: counts a connection that the server closes because of its client; its argument is the reason.
         options: uvicorn's own arguments.
@@ -94,7 +97,7 @@ class Protocol(HttpToolsProtocol):
     _is_refused = False  # whether the request whose body arrives now is refused
     _refusals = 0  # requests of this connection that were refused since the last one that was accepted
     _candidate: bytes | None = None  # the newest read, if it may be a whole request that is refused
-    _delayed: asyncio.TimerHandle | None = None  # sends `_delayed_answer`
+    _delayed: DelayedAnswer | None = None  # sends `_delayed_answer`
     _delayed_answer = b""  # the response to a refused request
     _offers_upgrade = False  # whether the parser is about to stop at a head that offers an upgrade
     _ticket: Ticket | None = None  # ticket of the request whose body arrives now
@@ -116,6 +119,7 @@ class Protocol(HttpToolsProtocol):
         head_refusal: HeadRefusal,
         paths: Collection[str],
         count_closed: Callable[[str], None],
+        turns: Turns,
         direct: DirectHeads | None = None,
         **options: Any,
     ) -> None:
@@ -126,6 +130,7 @@ class Protocol(HttpToolsProtocol):
         self._refused_heads = head_refusal.heads
         self._paths = paths
         self._count_closed = count_closed
+        self._turns = turns
         self._direct = direct
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
@@ -141,9 +146,8 @@ class Protocol(HttpToolsProtocol):
         """Forget the connection."""
         super().connection_lost(exc)
         if self._delayed:
-            self._delayed.cancel()
+            self._head_refusal.delayed.release(self._delayed)
             self._delayed = None
-            self._head_refusal.delayed.release()
         self.transport.detach()
         self.pipeline.clear()
         self._unread.set(self, 0)
@@ -161,6 +165,7 @@ class Protocol(HttpToolsProtocol):
             self._discard(len(data))
             return
         if (self._refusals or self._refused_heads) and self._refuse_repeated(data):
+            self._turns.take(self.connections)
             return
         self._unset_keepalive_if_required()
         is_between_requests = not self._is_receiving
@@ -179,8 +184,14 @@ class Protocol(HttpToolsProtocol):
             return
         if self._direct and is_between_requests and self._direct_request not in (None, in_progress):
             self._direct.remember(data, self._direct_request.head)
+        self._after_read(len(data))
+
+    def _after_read(self, size: int) -> None:
+        """Limit what the client sends besides bodies. If the read was refused, let other work take its turn."""
         if self._is_receiving or self.pipeline or self.waiting_since is not None:
-            self._limit_input(len(data))
+            self._limit_input(size)
+        if self._refusals:
+            self._turns.take(self.connections)
 
     def eof_received(self) -> bool:  # type: ignore[override] # as in asyncio
         """Keep the connection open for responses to complete requests, although the client sends nothing more.
@@ -837,8 +848,6 @@ class Protocol(HttpToolsProtocol):
         """Write the response to a refused request, or delay it if earlier requests of this connection were refused."""
         self._delayed = self._head_refusal.delayed.delay(self._refusals, self._send_delayed)
         self._refusals += 1
-        if self._direct:
-            self._direct.handler.go_on()
         if self._delayed:
             self._delayed_answer = response
         else:
@@ -848,9 +857,8 @@ class Protocol(HttpToolsProtocol):
         """Write the response that is delayed, if there is one."""
         if self._delayed is None:
             return
-        self._delayed.cancel()
+        self._head_refusal.delayed.release(self._delayed)
         self._delayed = None
-        self._head_refusal.delayed.release()
         response, self._delayed_answer = self._delayed_answer, b""
         if not self.transport.is_closing():
             self.transport.write(response)

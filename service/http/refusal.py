@@ -22,7 +22,7 @@ from service.monitoring.metrics import Metrics
 from service.monitoring.request_record import RequestRecord
 
 _HEAD = b"HTTP/1.1 429 Too Many Requests\r\ncontent-type: %b\r\nretry-after: %d\r\n"
-_REQUEST_HEADERS = b"x-request-id: %b\r\ncontent-length: %d\r\n\r\n"
+_RESPONSE = b"%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n%b%b%b"
 
 
 class HeadRefusal:
@@ -53,6 +53,8 @@ class HeadRefusal:
         self._access = access
         self._root_path = root_path
         self._keys = keys
+        self._default_headers: list[Header] | None = None
+        self._default_lines = b""  # these headers as they are sent
         self.heads = RefusedHeads()
         self.delayed = DelayedAnswers()
 
@@ -123,12 +125,14 @@ class HeadRefusal:
             head, body_start, body_end = _template(refusal)
             request_id = orjson.dumps(record.request_id)
         length = len(body_start) + len(request_id) + len(body_end)
-        headers = [b"%b: %b\r\n" % header for header in default_headers]
-        headers.append(_REQUEST_HEADERS % (record.request_id.encode(), length))
+        if default_headers is not self._default_headers:  # uvicorn makes a new list once per second
+            self._default_headers = default_headers
+            self._default_lines = b"".join([b"%b: %b\r\n" % header for header in default_headers])
         record.total = record.elapsed
         self._metrics.count(record)
         self._access.log(record)
-        return b"".join([head, *headers, body_start, request_id, body_end])
+        start = head, self._default_lines, record.request_id.encode(), length
+        return _RESPONSE % (*start, body_start, request_id, body_end)
 
 
 @lru_cache(maxsize=256)

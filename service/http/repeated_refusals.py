@@ -9,9 +9,11 @@ that is refused again and again, each twice as long as the one before it.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from time import perf_counter
 
 from service.access.control import GrantedKey
 
@@ -19,6 +21,7 @@ MAX_HEADS = 1024  # a new head replaces the oldest one
 MAX_HEAD_BYTES = 2048  # longer heads are always parsed
 MAX_DELAYED = 10_000  # answers that are delayed at once; each has less than 1 KiB
 DELAY_SECONDS = (0.001, 0.064)  # the delay of the second answer, and the longest delay
+TICK_SECONDS = 0.001  # between two looks for answers that are due
 END_OF_HEAD = b"\r\n\r\n"
 # A head with one of these headers is always parsed, because the answer, the trace or the connection depends on it.
 SPECIAL_HEADERS = frozenset({
@@ -83,25 +86,73 @@ class RefusedHeads(dict[bytes, RefusedHead]):
             self[head] = RefusedHead(path, endpoint, body_bytes, key)
 
 
+class DelayedAnswer:
+    """An answer that is sent later.
+
+    Args:
+        due: when it is sent, on the `perf_counter` clock.
+        send: sends it. None if it is sent or cancelled.
+    """
+
+    __slots__ = ("due", "send")
+
+    def __init__(self, due: float, send: Callable[[], None]) -> None:
+        self.due = due
+        self.send: Callable[[], None] | None = send
+
+
 class DelayedAnswers:
-    """Limits the answers of all connections that are delayed at once to MAX_DELAYED."""
+    """The answers of all connections that are delayed, at most MAX_DELAYED.
+
+    One timer sends them, within TICK_SECONDS after they are due. A timer for each answer takes three times as long.
+    """
 
     def __init__(self) -> None:
         self._number = 0
+        self._queues: dict[float, deque[DelayedAnswer]] = {}  # by delay; each queue is in the order of `due`
+        self._has_timer = False
 
-    def delay(self, number: int, send: Callable[[], None]) -> asyncio.TimerHandle | None:
-        """Call `send` after `delay_of(number)`, and return the timer. The caller calls `release` after the answer.
+    def delay(self, number: int, send: Callable[[], None]) -> DelayedAnswer | None:
+        """Call `send` after `delay_of(number)`. It calls `release` with the answer that this method returns.
 
         Return None if the answer has to be sent at once. `send` is then not called.
         """
         if number == 0 or self._number >= MAX_DELAYED:
             return None
         self._number += 1
-        return asyncio.get_running_loop().call_later(delay_of(number), send)
+        seconds = delay_of(number)
+        queue = self._queues.get(seconds)
+        if queue is None:
+            queue = self._queues[seconds] = deque()
+        answer = DelayedAnswer(perf_counter() + seconds, send)
+        queue.append(answer)
+        if not self._has_timer:
+            self._start_timer()
+        return answer
 
-    def release(self) -> None:
+    def release(self, answer: DelayedAnswer) -> None:
         """Count a delayed answer as sent or abandoned."""
+        answer.send = None
         self._number -= 1
+
+    def send_due(self) -> None:
+        """Send the answers that are due."""
+        now = perf_counter()
+        for queue in self._queues.values():
+            while queue and queue[0].due <= now:
+                send = queue.popleft().send
+                if send:
+                    send()
+
+    def _start_timer(self) -> None:
+        self._has_timer = True
+        asyncio.get_running_loop().call_later(TICK_SECONDS, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._has_timer = False
+        self.send_due()
+        if any(self._queues.values()):
+            self._start_timer()
 
 
 @lru_cache(maxsize=128)

@@ -2,10 +2,10 @@
 
 import asyncio
 import io
-import os
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from random import randbytes
 from typing import NamedTuple
 
 import orjson
@@ -414,5 +414,5 @@ def valid_request_id(header: bytes) -> str | None:
 
 
 def new_request_id() -> str:
-    """Return a new request id."""
-    return os.urandom(8).hex()
+    """Return a new request id. Python gives each forked process another seed."""
+    return randbytes(8).hex()  # noqa: S311 - an id is no secret, and `os.urandom` takes 1.9 µs instead of 0.5

@@ -42,9 +42,9 @@ LOST_ON_STDERR = (
 )
 _USUAL_LINE = (
     b'{"ts":"%b.%03d+00:00","level":"info","logger":"elbo.access","message":"request","request_id":%b,"method":%b,'
-    b'"path":%b,"status":%d,"client":%b,"ms":%.3f,"model":%b,"version":%d,"rows":%d,'
-    b'"parse_ms":%.3f,"queue_ms":%.3f,"compute_ms":%.3f,"write_ms":%.3f}\n'
+    b'"path":%b,"status":%d,"client":%b,"ms":%.3f%b}\n'
 )
+_USUAL_WORK = b',"model":%b,"version":%d,"rows":%d,"parse_ms":%.3f,"queue_ms":%.3f,"compute_ms":%.3f,"write_ms":%.3f'
 _QUOTED = re.compile(r'[\s"=\\]')  # text with one of these characters is quoted in the format "text"
 # Characters that JSON allows but that control a terminal, begin a line in some viewers, or reorder text.
 _UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -149,11 +149,14 @@ class AccessLog:
             self._formatted.append(line or _access_line(self._log_format, record, seconds))
 
     def _usual_line(self, record: RequestRecord, seconds: float) -> bytes | None:
-        """Return the line of a request that a model has answered, or None if the line may need `format_line`.
+        """Return the line of a request that a model has answered, or that no model has seen, such as a refused request.
 
-        This takes 4 µs, and `format_line` 16 µs, most of them for the time, the dictionary and the rounding.
+        Return None if the line may need `format_line`. This takes 4 µs, and `format_line` 16 µs, most of them for the
+        time, the dictionary and the rounding.
         """
-        if not record.compute or record.key or not record.client or record.trace_id:
+        if record.key or not record.client or record.trace_id:
+            return None
+        if not record.compute and (record.model or not record.path.isascii() or not record.client.isascii()):
             return None
         if len(record.path) > MAX_LOGGED_PATH or len(record.client) > MAX_LOGGED_CLIENT:
             return None
@@ -161,6 +164,17 @@ class AccessLog:
         if moment != self._second:
             self._second = moment
             self._time = datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds").encode()[:-6]
+        work = b""
+        if record.compute:
+            work = _USUAL_WORK % (
+                orjson.dumps(record.model),
+                record.version,
+                record.rows,
+                1e3 * record.parse,
+                1e3 * record.queue,
+                1e3 * record.compute,
+                1e3 * record.write,
+            )
         line = _USUAL_LINE % (
             self._time,
             milliseconds,
@@ -170,13 +184,7 @@ class AccessLog:
             record.status,
             orjson.dumps(record.client),
             1e3 * record.total,
-            orjson.dumps(record.model),
-            record.version,
-            record.rows,
-            1e3 * record.parse,
-            1e3 * record.queue,
-            1e3 * record.compute,
-            1e3 * record.write,
+            work,
         )
         return line if line.isascii() and b"\x7f" not in line else None
 

@@ -45,12 +45,11 @@ _OUTCOME_BY_FIRST_DIGIT = {2: "ok", 4: "refused", 5: "failed"}
 class _RequestMetrics:
     """The numbers that a request changes. They are cached per label set, which saves a look-up in every metric."""
 
-    endpoint_labels: Labels
     latency_labels: Labels
-    key_labels: Labels
     requests: Values
     total: Values
     computed: tuple[Values, Values, Values] | None  # rows, queue, compute; None for requests without rows
+    problems: "Values | None"  # None for requests without an error
 
 
 class Metrics(Collector):
@@ -157,7 +156,7 @@ class Metrics(Collector):
     def count(self, record: RequestRecord) -> None:
         """Count a request that has ended, even if its client disconnected."""
         metrics = self._request_metrics(
-            record.endpoint, record.model, record.version, record.status, record.rows > 0, record.key
+            record.endpoint, record.model, record.version, record.status, record.rows > 0, record.problem, record.key
         )
         if self.tracer and self.tracer.finish(record):
             self._keep_exemplar(record, metrics.latency_labels)
@@ -168,11 +167,11 @@ class Metrics(Collector):
             rows[0] += record.rows if record.status == 200 else 0
             observe(queue, LATENCY_BOUNDS, record.queue)
             observe(compute, LATENCY_BOUNDS, record.compute)
-        if record.problem:
-            self._problems.add((*metrics.endpoint_labels, record.problem, *metrics.key_labels))
+        if metrics.problems:
+            metrics.problems[0] += 1.0
 
     def _find_request_metrics(
-        self, endpoint: str, model: str, version: int, status: int, has_rows: bool, key: str
+        self, endpoint: str, model: str, version: int, status: int, has_rows: bool, problem: str, key: str
     ) -> _RequestMetrics:
         endpoint_labels = endpoint, model, str(version) if version else ""
         outcome = _OUTCOME_BY_STATUS.get(status) or _OUTCOME_BY_FIRST_DIGIT.get(status // 100, "abandoned")
@@ -183,12 +182,11 @@ class Metrics(Collector):
             rows = self._rows.local((*endpoint_labels, *key_labels))
             computed = rows, self._queue.local(latency_labels), self._compute.local(latency_labels)
         return _RequestMetrics(
-            endpoint_labels,
             latency_labels,
-            key_labels,
             requests=self._requests.local((*endpoint_labels, str(status), *key_labels)),
             total=self._total.local(latency_labels),
             computed=computed,
+            problems=self._problems.local((*endpoint_labels, problem, *key_labels)) if problem else None,
         )
 
     def trace_requests(self, environment: Mapping[str, str]) -> None:

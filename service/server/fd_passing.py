@@ -20,7 +20,9 @@ CONNECTION = b"c"
 DRAIN = b"d"
 RELOAD = b"r"
 SHED = b"s"
-BACKLOG = 2048  # maximum number of connections that the kernel keeps until they are accepted
+# Connections that the kernel keeps until they are accepted; Linux keeps at most net.core.somaxconn, usually 4096. If
+# there are more, the kernel drops what a client sends, and the client sends it again after 1, 3 and 7 s.
+BACKLOG = 16384
 CLOSED_CONNECTIONS = ("connections_closed",)  # key under which a worker counts the connections it has closed
 HANDSHAKE_SECONDS = 0.1  # time for a handshake that has begun to complete, before the listener is closed
 _SO_ATTACH_FILTER = 26  # Linux, include/uapi/asm-generic/socket.h; Python has no name for it

@@ -19,9 +19,6 @@ class Answering:
     def start(self, request: DirectRequest) -> bool:  # noqa: ARG002
         return True
 
-    def go_on(self) -> None:
-        """Nothing waits."""
-
     def abandon(self, request: DirectRequest) -> None:
         """Nothing is kept of a request."""
 

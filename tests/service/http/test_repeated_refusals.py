@@ -87,11 +87,10 @@ def test_answer_is_sent_at_once_if_too_many_others_are_delayed(monkeypatch: pyte
     async def scenario() -> None:
         answers = DelayedAnswers()
         sent: list[int] = []
-        timer = answers.delay(3, lambda: sent.append(1))
-        assert timer is not None
+        first = answers.delay(3, lambda: sent.append(1))
+        assert first is not None
         assert answers.delay(3, lambda: sent.append(2)) is None
-        timer.cancel()
-        answers.release()
+        answers.release(first)
         again = answers.delay(1, lambda: sent.append(3))
         assert again is not None
         await asyncio.sleep(0.05)
