@@ -22,6 +22,10 @@ from tests.plain_http import NO_AUTHORITIES
 from tests.preloaded import PreloadedProcess
 from tests.service.scrape import scrape, total
 
+LOG_SECONDS = (
+    300 if "COVERAGE_PROCESS_CONFIG" in os.environ else 60
+)  # `make coverage` measures the import of torch, too
+
 
 class ServerProcess:
     """A server process that listens for requests. `lines` holds the log lines that have been read.
@@ -72,7 +76,7 @@ class ServerProcess:
     def wait_for_log(self, message: str, **fields: Any) -> dict[str, Any]:
         """Return the next log line whose message contains `message` and whose fields have the values in `fields`."""
         while True:
-            line = self._unread_lines.get(timeout=60)
+            line = self._unread_lines.get(timeout=LOG_SECONDS)
             assert line is not None, f"the server ended before it logged {message!r}"
             self.lines.append(line)
             if message in line["message"] and all(line.get(key) == value for key, value in fields.items()):

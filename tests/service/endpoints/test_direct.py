@@ -3,16 +3,18 @@
 import asyncio
 import json
 import re
+import shutil
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from service.codec import npy
-from service.endpoints.direct import MAX_IN_PROGRESS, MAX_ROUTE_BYTES, MAX_ROUTES
+from service.endpoints.direct import FEW_FEATURES, MAX_IN_PROGRESS, MAX_ROUTE_BYTES, MAX_ROUTES
 from service.settings import Settings
 from tests.service.direct_requests import (
     JSON_TYPE,
@@ -28,13 +30,25 @@ from tests.service.direct_requests import (
 from tests.service.gate import Gate
 from tests.service.scrape import scrape, total
 from tests.service.serving import serving, until
+from tests.training.reporters import RecordingReporter
+from training.config import TrainConfig
+from training.data.row_store import RowStore
+from training.data.table import Table
+from training.train import train
+
+WIDE = FEW_FEATURES + 8
 
 
 @pytest.fixture(scope="module")
-def server(artifacts: Path) -> Iterator[Recorder]:
-    settings = Settings(
-        artifacts=artifacts, default_model="vae", log_level="warning", backend="torchscript", max_rows=300
-    )
+def server(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorder]:
+    """Yield a server of the models of `artifacts`, and of `wide`, a PCA of a table with WIDE columns."""
+    root = tmp_path_factory.mktemp("direct")
+    shutil.copytree(artifacts, root, dirs_exist_ok=True)
+    names = [f"m{index}" for index in range(WIDE)]
+    x = RowStore(rows(500, WIDE))
+    table = Table(x, (WIDE,), names, WIDE * [None], None, None, "made up", missing=np.zeros(WIDE, np.int64))
+    train(TrainConfig(model="pca", name="wide", latents=2), table, root, RecordingReporter())
+    settings = Settings(artifacts=root, default_model="vae", log_level="warning", backend="torchscript", max_rows=300)
     with recording(settings) as found:
         yield found
 
@@ -50,6 +64,9 @@ USUAL = {
     "request id": request("/reconstruct", as_json(rows(1)), "X-Request-Id: abc"),
     "anomaly": request("/anomaly?model=hosts", as_json(rows(1, 4))),
     "anomalies": request("/anomaly?model=hosts&explain=9&alpha=0.2", as_json(100 * rows(7, 4))),
+    "anomaly, many features": request("/anomaly?model=wide", as_json(rows(1, WIDE))),
+    "anomalies, many features": request("/anomaly?model=wide&explain=2&alpha=0.2", as_json(9 * rows(7, WIDE))),
+    "no explanation, many features": request("/anomaly?model=wide&explain=0", as_json(rows(2, WIDE))),
     "no explanation": request("/anomaly?model=hosts&explain=0&observe=false", as_json(rows(2, 4))),
     "extrapolated": request("/anomaly?model=hosts&alpha=1e-9&extrapolated=true", as_json(9 * rows(2, 4))),
 }
@@ -75,6 +92,8 @@ UNUSUAL = {
     "NaN": request("/reconstruct", as_json(rows(1)).replace(b"[[", b"[[NaN, ", 1)),
     "beyond float32": request("/anomaly?model=hosts", b'{"inputs": [[1e39, 2, 3, 4]]}'),
     "overflow in the model": request("/anomaly?model=hosts", b'{"inputs": [[3e38, -3e38, 3e38, -3e38], [1, 2, 3, 4]]}'),
+    "overflow in a model of many features": request("/anomaly?model=wide", as_json(3e38 * np.eye(1, WIDE))),
+    "option that is not valid": request("/anomaly?model=wide&observe=maybe", as_json(rows(1, WIDE))),
     "wrong width": request("/reconstruct", as_json(rows(1, 63))),
     "other field": request("/anomaly?model=hosts", as_json(rows(1, 4))[:-1] + b', "explain": 1}'),
     "unknown option": request("/reconstruct?fast=1", as_json(rows(1))),
