@@ -46,7 +46,7 @@ def server(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     shutil.copytree(artifacts, root, dirs_exist_ok=True)
     names = [f"m{index}" for index in range(WIDE)]
     x = RowStore(rows(500, WIDE))
-    table = Table(x, (WIDE,), names, WIDE * [None], None, None, "made up", missing=np.zeros(WIDE, np.int64))
+    table = Table(x, (WIDE,), names, [None] * WIDE, None, None, "made up", missing=np.zeros(WIDE, np.int64))
     train(TrainConfig(model="pca", name="wide", latents=2), table, root, RecordingReporter())
     settings = Settings(artifacts=root, default_model="vae", log_level="warning", backend="torchscript", max_rows=300)
     with recording(settings) as found:
