@@ -197,7 +197,7 @@ def identify(path: Path) -> tuple[str, int]:
         ArtifactUntrusted: the folders have no such names.
     """
     for place in (path.absolute(), path.resolve()):  # vae/latest/model.pt has a version only once resolved
-        name, version = place.parents[1].name, place.parent.name
+        name, version = place.parent.parent.name, place.parent.name
         if NAME.fullmatch(name) and VERSION.fullmatch(version):
             return name, int(version)
     raise ArtifactUntrusted(

@@ -12,7 +12,7 @@ import torch
 from models import artifact
 from models.errors import ArtifactCorrupt, ArtifactUntrusted, KeyInvalid
 from models.keys import PrivateKey, PublicKey, create_key, parse_public_keys, read_private_key
-from models.signatures import TrustedKeys, TrustedKeySource, sign, trusted_keys, write_signature
+from models.signatures import TrustedKeys, TrustedKeySource, identify, sign, trusted_keys, write_signature
 from tests.conftest import require
 from tests.models.publishing import publish
 from tests.models.signing import CHANGES, alter, copy_version, edit_envelope, new_key, signature_of
@@ -119,6 +119,8 @@ def test_artifact_in_a_folder_without_name_and_version_does_not_load(path: Path,
     shutil.copytree(path.parent, folder)
     with pytest.raises(ArtifactUntrusted, match="no name and version"):
         artifact.load(folder / path.name, keys=trust(key))
+    with pytest.raises(ArtifactUntrusted, match="no name and version"):
+        identify(Path("/model.pt"))
 
 
 def test_signatures_of_several_keys_are_kept_and_one_trusted_key_is_enough(

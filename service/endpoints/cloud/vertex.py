@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from service.anomaly.inputs import InputRows
-from service.anomaly.verdicts import Verdicts, parsing_errors, results_and_errors
+from service.anomaly.verdicts import Verdicts, results_and_errors
 from service.codec.budget import NO_LIMIT, Budget
 from service.codec.compression import decompress_gzip, is_gzip
 from service.codec.json_rows import JsonRows
@@ -95,9 +94,9 @@ class VertexEndpoint:
         )
         if found.method == "anomaly":
             verdicts = await self._inference.judge(parsed)
-            cost: float = offload.VERDICT * parsed.inputs.rows_received
-            cost += offload.ONSET * verdicts.explained_rows if verdicts else 0
-            make: Callable[[], Any] = partial(_verdicts, found.served, parsed.body, parsed.inputs, verdicts)
+            assert verdicts is not None  # `_read` refuses JSON without a valid row
+            cost: float = offload.VERDICT * parsed.inputs.rows_received + offload.ONSET * verdicts.explained_rows
+            make: Callable[[], Any] = partial(_verdicts, found.served, parsed.body, verdicts)
         else:
             arrays = await self._run(parsed, found.method)
             cost = offload.NUMBER * sum(array.size for array in arrays)
@@ -193,15 +192,9 @@ def _place(pointer: str | None, field: str) -> str | None:
     return f"/instances{slash}{rest}" if name == field else f"/parameters{pointer}"
 
 
-def _verdicts(
-    served: ServedModel, body: AnomalyBody, input_rows: InputRows, verdicts: Verdicts | None
-) -> list[dict[str, Any]]:
+def _verdicts(served: ServedModel, body: AnomalyBody, verdicts: Verdicts) -> list[dict[str, Any]]:
     """Return the verdict on each row, or why it has none, in the order of the rows."""
-    if verdicts is None:
-        found: list[dict[str, Any]] = []
-        errors = parsing_errors(input_rows.parsed)
-    else:
-        found, errors = results_and_errors(verdicts, body.explain, served.row_schema.names, served.manifest.parts)
+    found, errors = results_and_errors(verdicts, body.explain, served.row_schema.names, served.manifest.parts)
     for error in errors:
         error["pointer"] = _place(error["pointer"], "inputs" if body.records is None else "records")
     return sorted(found + errors, key=lambda prediction: prediction["row"])
