@@ -40,6 +40,7 @@ _DATATYPES = {
     "UINT8": "|u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8", "BF16": "<u2",
 }  # fmt: skip
 BYTES = "BYTES"  # the datatype of texts
+FLOAT32_BYTES = 4
 LENGTH_BYTES = 4  # before each text in binary form
 TEXT_BYTES = 256  # memory of a short text, and of its place in the condition of a row
 CHECKED_TEXTS = 1024  # the time is checked after this many texts
@@ -101,8 +102,17 @@ class Texts(NamedTuple):
     pointer: str
 
 
-class _Head(NamedTuple):
-    """The JSON object of a request. Nobody changes it, because it may be cached."""
+class Head(NamedTuple):
+    """The JSON object of a request. Nobody changes it, because it may be cached.
+
+    Args:
+        id: the request's id; None if it has none.
+        parameters: the parameters of the request.
+        outputs: the requested outputs; None if the request names none.
+        is_binary: whether the outputs shall be binary if the request does not say so for each.
+        document: the object.
+        data: the places of long lists of numbers, see `_Source`.
+    """
 
     id: str | None
     parameters: dict[str, Any]
@@ -129,7 +139,7 @@ def read_request(body: bytes, header_length: bytes | None, budget: Budget = NO_L
     length = _json_length(header_length, len(body))
     text = body if length == len(body) else body[:length]
     if length <= MAX_CACHED_BYTES and header_length is not None:
-        head = _read_head_cached(text)
+        head = read_short_head(text)
     else:
         document, data = _read_object(text, budget)
         head = _read_head(document, data)
@@ -155,7 +165,7 @@ def read_request(body: bytes, header_length: bytes | None, budget: Budget = NO_L
     return InferenceRequest(request_id, parameters, inputs, outputs, is_binary, texts)
 
 
-def _read_head(document: dict[str, Any], data: Mapping[str, slice]) -> _Head:
+def _read_head(document: dict[str, Any], data: Mapping[str, slice]) -> Head:
     """Return what the JSON object says besides its inputs. Raises InvalidField."""
     parameters = dict(_object(document.get("parameters"), "/parameters"))
     is_binary = _flag(parameters.pop("binary_data_output", None), "/parameters/binary_data_output")
@@ -163,13 +173,31 @@ def _read_head(document: dict[str, Any], data: Mapping[str, slice]) -> _Head:
     if request_id is not None and type(request_id) is not str:
         raise _wrong("/id", "a string", request_id)
     outputs = None if document.get("outputs") in (None, []) else _read_outputs(document, is_binary)
-    return _Head(request_id, parameters, outputs, is_binary, document, data)
+    return Head(request_id, parameters, outputs, is_binary, document, data)
 
 
 @lru_cache(maxsize=64)
-def _read_head_cached(text: bytes) -> _Head:
-    """Return what a short JSON object before binary numbers says: clients send the same object again and again."""
+def read_short_head(text: bytes) -> Head:
+    """Return what a JSON object of at most MAX_CACHED_BYTES says. Clients send the same object again and again.
+
+    Raises:
+        InvalidJson, InvalidField: see `read_request`.
+    """
     return _read_head(*_read_object(text, NO_LIMIT))
+
+
+def binary_float32_input(head: Head) -> tuple[str, list[int]] | None:
+    """Return the name and the shape of the only input if its numbers are binary FP32; otherwise None.
+
+    Raises:
+        InvalidField, TooManyRows: see `read_request`.
+    """
+    tensors = list(_tensors(head.document, "inputs"))
+    if len(tensors) != 1 or tensors[0][1].get("datatype") != "FP32":
+        return None
+    name, tensor = tensors[0]
+    shape, _, size = _read_place(tensor, "/inputs/0", NO_LIMIT)
+    return (name, shape) if type(size) is int and size == math.prod(shape) * FLOAT32_BYTES else None
 
 
 def _json_length(header_length: bytes | None, size: int) -> int:
@@ -561,14 +589,10 @@ def write_response(
     Raises:
         OverflowInModel: a number is not finite.
     """
-    described: list[dict[str, Any]] = []
-    for name, array, is_binary in outputs:
+    for name, array, _ in outputs:
         if array.dtype == np.float32:
             require_finite(name, array)
-        tensor: dict[str, Any] = {"name": name, "shape": array.shape, "datatype": output_datatype(array)}
-        if is_binary:
-            tensor["parameters"] = {"binary_data_size": array.nbytes}
-        described.append(tensor)
+    described = [_describe(name, array, is_binary) for name, array, is_binary in outputs]
     texts = [array for _, array, is_binary in outputs if not is_binary]
     text: bytes | memoryview
     if sum(array.size for array in texts) > PIECE_NUMBERS:
@@ -582,6 +606,18 @@ def write_response(
         return text, None
     binary = [array.data.cast("B") for _, array, is_binary in outputs if is_binary]
     return join([text, *binary]), len(text)
+
+
+def write_head(fields: dict[str, Any], outputs: Sequence[tuple[str, Numbers]]) -> bytes:
+    """Return the JSON object of a response whose outputs are all binary. The numbers of the outputs do not matter."""
+    described = [_describe(name, array, is_binary=True) for name, array in outputs]
+    return orjson.dumps({**fields, "outputs": described})
+
+
+def _describe(name: str, array: Numbers, is_binary: bool) -> dict[str, Any]:
+    """Return the description of an output, without its numbers."""
+    tensor: dict[str, Any] = {"name": name, "shape": array.shape, "datatype": output_datatype(array)}
+    return {**tensor, "parameters": {"binary_data_size": array.nbytes}} if is_binary else tensor
 
 
 def _write_in_pieces(

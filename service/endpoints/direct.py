@@ -1,14 +1,16 @@
-"""Answer direct requests to /encode, /decode, /reconstruct and /anomaly. `service.http.direct` says what they are.
+"""Answer direct requests to /encode, /decode, /reconstruct and /anomaly, and those of the Open Inference Protocol for
+the same arrays with binary numbers. `service.http.direct` says what direct requests are.
 
 Work that the requests of a batch share is done once for the batch: the check that all numbers are finite, the verdicts,
-the numbers of the metrics. Responses are byte for byte those of `InferenceEndpoints`, which handles all other requests.
+the numbers of the metrics. Responses are byte for byte those of `InferenceEndpoints` and `OpenInferenceEndpoints`.
+These handle all other requests.
 """
 
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import numpy as np
@@ -22,6 +24,7 @@ from service.access.scopes import Scope
 from service.anomaly.inputs import InputRows, with_default_alpha
 from service.anomaly.verdicts import Scores, decide, largest
 from service.codec import npy
+from service.codec import open_inference as codec
 from service.codec.float32 import is_finite
 from service.codec.plain_rows import read_plain_json
 from service.codec.request_body import JSON, media_type_of
@@ -31,6 +34,8 @@ from service.codec.row_schema import ParsedRows, RowSchema
 from service.endpoints import offload
 from service.endpoints.context import ServiceContext
 from service.endpoints.inference import ANOMALY, DECODE, ENCODE, RECONSTRUCT, anomaly_fields
+from service.endpoints.open_inference.models import DECODE as DECODE_METHOD
+from service.endpoints.open_inference.models import ProtocolModel
 from service.endpoints.pipeline import RequestSpec
 from service.endpoints.pixel_warning import may_be_out_of_range, pixel_warning
 from service.endpoints.query_options import read_options
@@ -40,6 +45,7 @@ from service.http import security_headers
 from service.http.admission import timed_out
 from service.http.cross_site import AllowedHosts
 from service.http.direct import MAX_BODY, Content, DirectRequest, Header, ResponseHeads, size_of
+from service.http.open_inference import ERROR_MEDIA_TYPE, INFER, INFER_VERSION, error_body, parse_infer_path
 from service.http.request import (
     MAX_HEADER,
     Query,
@@ -66,50 +72,67 @@ NUMBER_BYTES = 12  # of a number in the JSON of most clients
 # Headers that change what a request means, and that a direct request therefore must not have.
 UNUSUAL = frozenset((b"content-encoding", b"expect", b"origin", b"transfer-encoding", b"upgrade"))
 # Everything in a head that a route depends on, besides the path and the query
-ROUTE_HEADERS = (b"host", b"content-type", b"accept", b"x-request-timeout", *NAMES_OF_HEADERS)
+ROUTE_HEADERS = (
+    b"host", b"content-type", b"accept", b"x-request-timeout", codec.HEADER_LENGTH, *NAMES_OF_HEADERS,
+)  # fmt: skip
 MAX_ROUTES = 1024  # that are remembered
+MAX_OBJECTS = 64  # JSON objects of the Open Inference Protocol that are remembered for each route
 MAX_ROUTE_BYTES = 2048  # of the query and the headers of a route; a larger one is not remembered
 SPECS: dict[str, RequestSpec[Any, Any]] = {
     "/encode": ENCODE, "/decode": DECODE, "/reconstruct": RECONSTRUCT, "/anomaly": ANOMALY,
 }  # fmt: skip
 _HEAD = (
-    b"%bcontent-type: %b\r\ncontent-length: %d\r\nelbo-model: %b\r\nx-request-id: %b\r\n"
+    b"%bcontent-type: %b\r\ncontent-length: %d\r\n%bx-request-id: %b\r\n"
     b"server-timing: parse;dur=%.3f, queue;dur=%.3f, compute;dur=%.3f, write;dur=%.3f, total;dur=%.3f\r\n"
 )
+
+
+class ProtocolHead(NamedTuple):
+    """What the head of a request of the Open Inference Protocol says.
+
+    Args:
+        method: "" for a model of rows, DECODE for a model of latents.
+        json_length: the length of the JSON object before the binary numbers, in bytes.
+    """
+
+    method: str
+    json_length: int
 
 
 class Route:
     """What the heads of some requests say: the endpoint, the options and the formats.
 
     Args:
-        endpoint: the path.
+        endpoint: the path; for the Open Inference Protocol, its template with {name}.
         query: the parsed query.
         accept: the Accept header.
-        is_npy: whether the body is npy, not JSON.
+        is_binary: whether the numbers of the body are binary, not JSON.
+        protocol: what the head of a request of the Open Inference Protocol says besides; None for other requests.
+
+    Attributes:
         path: the path for the access log, with ELBO_ROOT_PATH.
         timeout: the seconds in the header X-Request-Timeout, or ELBO_REQUEST_TIMEOUT.
         key: the API key in the head; None if the server has no keys.
     """
 
-    __slots__ = ("accept", "endpoint", "is_npy", "key", "model", "path", "plan", "query", "timeout")
+    __slots__ = ("accept", "endpoint", "is_binary", "key", "model", "path", "plan", "protocol", "query", "timeout")
 
     def __init__(
         self,
         endpoint: str,
         query: Query,
         accept: str,
-        is_npy: bool,
-        path: str,
-        timeout: float,
-        key: GrantedKey | None = None,
+        is_binary: bool,
+        protocol: ProtocolHead | None = None,
     ) -> None:
         self.endpoint = endpoint
         self.query = query
         self.accept = accept
-        self.is_npy = is_npy
-        self.path = path
-        self.timeout = timeout
-        self.key = key
+        self.is_binary = is_binary
+        self.protocol = protocol
+        self.path = ""
+        self.timeout = 0.0
+        self.key: GrantedKey | None = None
         self.model: Callable[[], ServedModel | None] = _no_model  # a weak reference to the model of `plan`
         self.plan: Plan | None = None  # how this model answers; None if it needs a task
 
@@ -139,27 +162,34 @@ class Plan:
         self.endpoint = route.endpoint
         self.operation = operation
         self.media_type = media_type.encode()
-        self.model_header = served.headers[0][1]
-        self.main = SPECS[route.endpoint].array_field or ""
+        self.header_lines = _lines(served.headers)
+        self.main = "" if route.protocol else SPECS[route.endpoint].array_field or ""
         self.pointer = f"/{self.main}"
-        self.is_npy = route.is_npy
+        self.is_binary = route.is_binary
         self.schema = schema
         self.numbers_per_row = numbers_per_row
         self.max_rows = max(1, MAX_NUMBERS // numbers_per_row) if media_type == JSON else MAX_NUMBERS
         if media_type == JSON:
             self.max_rows = min(self.max_rows, MAX_ROWS)
         # A larger body probably has more than `max_rows` rows.
-        self.max_body = MAX_BODY if route.is_npy else 1000 + NUMBER_BYTES * self.max_rows * schema.width
+        self.max_body = MAX_BODY if route.is_binary else 1000 + NUMBER_BYTES * self.max_rows * schema.width
 
-    def read(self, body: bytes) -> Array | None:
-        """Return the rows of `body`, or None if it is not plain rows of finite numbers."""
-        if not self.is_npy:
-            return read_plain_json(body, self.main, self.schema)
+    def read(self, body: bytes) -> tuple["Plan", Array] | None:
+        """Return the rows of `body` and the plan for them, or None if it is not plain rows of finite numbers."""
+        if not self.is_binary:
+            x = read_plain_json(body, self.main, self.schema)
+            return None if x is None else (self, x)
         try:
-            x = parse_array(self.schema, npy.loads(body), self.pointer)
+            return self.accept(npy.loads(body))
         except ServiceError:
             return None
-        return x if not self.schema.allows_missing or is_finite(x) else None  # else all numbers are finite anyway
+
+    def accept(self, array: npt.NDArray[Any]) -> tuple["Plan", Array] | None:
+        """Return `array` as rows, and this plan; None if a number is missing. Raises InvalidRows."""
+        x = parse_array(self.schema, array, self.pointer)
+        if self.schema.allows_missing and not is_finite(x):  # otherwise all numbers are finite anyway
+            return None
+        return self, x
 
     def contents(self, jobs: Sequence["DirectJob"], outputs: tuple[Array, ...]) -> list[Content] | None:
         """Return the bodies of the responses to `jobs`, or None if some response is not usual.
@@ -207,6 +237,105 @@ class ArrayPlan(Plan):
         if served is None:
             return True
         return may_be_out_of_range(served, x, arrays[-1]) and pixel_warning(served, x) is not None
+
+
+class TensorPlan(Plan):
+    """Responses of the Open Inference Protocol to requests that have the same JSON object before their numbers.
+
+    Args:
+        model: the model of the protocol.
+        shape: the shape of the input.
+        head: the JSON object of the request.
+        places: the places of the requested outputs among the outputs of the operation.
+    """
+
+    def __init__(
+        self, route: Route, *arguments: Any, model: ProtocolModel, shape: list[int], head: codec.Head, places: list[int]
+    ) -> None:
+        super().__init__(model.served, route, *arguments)
+        self.shape = shape
+        self._places = places
+        fields = {"model_name": model.name, "model_version": str(model.served.version)}
+        if head.id is not None:
+            fields["id"] = head.id
+        # All responses have the same JSON object, because all have the same number of rows.
+        shapes = {each.name: (shape[0], *model.outputs[each.name].shape(model.served)) for each in head.outputs or ()}
+        outputs = [(name, np.broadcast_to(np.float32(0), each)) for name, each in shapes.items()]
+        self._text = codec.write_head(fields, outputs)
+        self.header_lines += _lines([(codec.HEADER_LENGTH, b"%d" % len(self._text))])
+
+    def contents(self, jobs: Sequence["DirectJob"], outputs: tuple[Array, ...]) -> list[Content] | None:
+        """Return the JSON object and the numbers."""
+        wanted = [outputs[place] for place in self._places]
+        if not all(map(is_finite, wanted)):
+            return None
+        rows = self.shape[0]
+        return [
+            (self._text, *[np.ascontiguousarray(each[start : start + rows]).data.cast("B") for each in wanted])
+            for start in range(0, rows * len(jobs), rows)
+        ]
+
+
+class ProtocolPlan(Plan):
+    """Finds the plan for a request of the Open Inference Protocol, which depends on the JSON object in its body.
+
+    Args:
+        computed: operations of the model, and their outputs by the names of the protocol.
+    """
+
+    def __init__(
+        self,
+        served: ServedModel,
+        route: Route,
+        *arguments: Any,
+        computed: Sequence[tuple[Operation, tuple[str, ...]]],
+    ) -> None:
+        super().__init__(served, route, *arguments)
+        assert route.protocol
+        self._computed = computed
+        self._model = ref(served)
+        self._route = route
+        self._method, self._length = route.protocol
+        self._plans: dict[bytes, TensorPlan | None] = {}  # by the JSON object; None if its requests need a task
+
+    def read(self, body: bytes) -> tuple[Plan, Array] | None:
+        """Return the rows of `body` and the plan for them, or None if it is not plain rows of finite numbers."""
+        text = body[: self._length]
+        if text not in self._plans:
+            if len(self._plans) >= MAX_OBJECTS:
+                self._plans.clear()
+            self._plans[text] = self._create(text)
+        plan = self._plans[text]
+        if plan is None or len(body) != self._length + codec.FLOAT32_BYTES * math.prod(plan.shape):
+            return None
+        try:
+            return plan.accept(np.frombuffer(body, "<f4", offset=self._length).reshape(plan.shape))
+        except ServiceError:
+            return None
+
+    def _create(self, text: bytes) -> TensorPlan | None:
+        """Return the plan for requests with the JSON object `text`, or None if they need a task."""
+        served = self._model()
+        if served is None:
+            return None
+        try:
+            head = codec.read_short_head(text)
+            given = codec.binary_float32_input(head)
+        except ServiceError:
+            return None
+        model = ProtocolModel(served, self._method)
+        if head.parameters or given is None or given[0] != model.input or not math.prod(given[1]):
+            return None
+        outputs = head.outputs or ()
+        if not all(each.is_binary for each in outputs):
+            return None
+        wanted = [each.name for each in outputs]
+        for operation, names in self._computed:
+            if wanted and set(wanted) <= set(names):
+                arguments = codec.BINARY, operation, self.schema, self.numbers_per_row
+                places = list(map(names.index, wanted))
+                return TensorPlan(self._route, *arguments, model=model, shape=given[1], head=head, places=places)
+        return None
 
 
 class AnomalyPlan(Plan):
@@ -421,7 +550,8 @@ class DirectInference:
         Heads that differ only in other headers than ROUTE_HEADERS share one route, and so its plan.
         """
         endpoint = path.removeprefix(self._root_path)  # a proxy may have removed it already
-        if endpoint not in SPECS or not UNUSUAL.isdisjoint(headers) or b"host" not in headers:
+        is_known = endpoint in SPECS or codec.HEADER_LENGTH in headers
+        if not is_known or not UNUSUAL.isdisjoint(headers) or b"host" not in headers:
             return None
         if max(map(len, headers.values())) > MAX_HEADER:
             return None
@@ -439,28 +569,18 @@ class DirectInference:
 
     def _new_route(self, endpoint: str, query: bytes, headers: dict[bytes, bytes]) -> Route | None:
         """Return what `query` and ROUTE_HEADERS say, or None if the request needs a task."""
-        media_type = media_type_of(headers.get(b"content-type", b"").decode("latin-1"))
-        if media_type not in (JSON, npy.MEDIA_TYPE):
-            return None
         try:
             timeout = float(headers.get(b"x-request-timeout", self._service.settings.request_timeout))
-            parsed = parse_query(query)
+            key = self._keys.find(headers) if self._keys else None
             if self._allowed_hosts:
                 self._allowed_hosts.check(endpoint, headers[b"host"].decode("latin-1"))
-            key = self._keys.find(headers) if self._keys else None
+            find = _task_route if endpoint in SPECS else _protocol_route
+            route = find(endpoint, query, headers) if 0 < timeout < math.inf else None
         except (ValueError, ServiceError):
             return None
-        if not 0 < timeout < math.inf:
-            return None
-        return Route(
-            endpoint,
-            parsed,
-            headers.get(b"accept", b"*/*").decode("latin-1"),
-            is_npy=media_type == npy.MEDIA_TYPE,
-            path=self._root_path + endpoint,
-            timeout=timeout,
-            key=key,
-        )
+        if route is not None:
+            route.path, route.timeout, route.key = self._root_path + endpoint, timeout, key
+        return route
 
     def max_body(self, route: Route) -> int:
         """Return the size in bytes above which the body of a request with this head needs a task."""
@@ -593,9 +713,12 @@ class DirectInference:
     def _read(self, request: DirectRequest, plan: Plan, is_queued: bool) -> DirectJob | None:
         """Return the job of a request, or None if it needs a task."""
         started = perf_counter()
-        rows = plan.read(request.sent)
+        found = plan.read(request.sent)
         served = request.head.route.model()
-        if rows is None or served is None or len(rows) > plan.max_rows or not self._batcher.accepts(served, len(rows)):
+        if found is None or served is None:
+            return None
+        plan, rows = found
+        if len(rows) > plan.max_rows or not self._batcher.accepts(served, len(rows)):
             return None
         if self._admission.refusal(rows=len(rows), is_queued=is_queued):
             return None
@@ -679,7 +802,7 @@ class DirectInference:
                 self._heads.start(request.connection.server_state.default_headers),
                 job.plan.media_type,
                 size_of(content),
-                job.plan.model_header,
+                job.plan.header_lines,
                 record.request_id.encode(),
                 1e3 * record.parse,
                 1e3 * record.queue,
@@ -714,12 +837,14 @@ class DirectInference:
     def _respond_with_error(self, request: DirectRequest, error: ServiceError) -> None:
         record = self._record(request, perf_counter())
         record.status, record.problem = error.status, error.code
-        content = orjson.dumps(error.problem(record.request_id))
+        content, media_type = orjson.dumps(error.problem(record.request_id)), PROBLEM_JSON
+        if request.head.route.protocol:
+            content, media_type = error_body(error), ERROR_MEDIA_TYPE
         default_headers = request.connection.server_state.default_headers
         self._heads.start(default_headers)
         headers = [
             *default_headers,
-            (b"content-type", PROBLEM_JSON.encode()),
+            (b"content-type", media_type.encode()),
             (b"content-length", b"%d" % len(content)),
             *security_headers.complete(as_headers(error.headers)),
             (b"x-request-id", record.request_id.encode()),
@@ -789,11 +914,38 @@ def _lines(headers: Iterable[Header]) -> bytes:
     return b"".join([b"%b: %b\r\n" % header for header in headers])
 
 
+def _task_route(endpoint: str, query: bytes, headers: dict[bytes, bytes]) -> Route | None:
+    """Return the route of a request to an endpoint in SPECS, or None if it needs a task. Raises ServiceError."""
+    media_type = media_type_of(headers.get(b"content-type", b"").decode("latin-1"))
+    if media_type not in (JSON, npy.MEDIA_TYPE):
+        return None
+    accept = headers.get(b"accept", b"*/*").decode("latin-1")
+    return Route(endpoint, parse_query(query), accept, is_binary=media_type == npy.MEDIA_TYPE)
+
+
+def _protocol_route(path: str, query: bytes, headers: dict[bytes, bytes]) -> Route | None:
+    """Return the route of a request of the Open Inference Protocol, or None if it needs a task."""
+    found = parse_infer_path(path)
+    length = headers[codec.HEADER_LENGTH]
+    is_usual = not query and headers.get(b"content-type", codec.BINARY.encode()) == codec.BINARY.encode()
+    if found is None or found.route not in (INFER, INFER_VERSION) or not is_usual:
+        return None
+    if not length.isdigit() or int(length[:9]) > codec.MAX_CACHED_BYTES or len(length) > 9:
+        return None
+    name, _, method = found.model.partition(":")
+    if method not in ("", DECODE_METHOD) or (":" in found.model and not method):
+        return None
+    reference = name if found.version is None else f"{name}@{found.version}"
+    return Route(found.route, Query(reference, ()), "", is_binary=True, protocol=ProtocolHead(method, int(length)))
+
+
 def create_plan(service: ServiceContext, served: ServedModel, route: Route) -> Plan | None:
     """Return how `served` answers the requests of `route`, or None if they need a task."""
-    spec = SPECS[route.endpoint]
     if served.window_schema is not None or served.conditions is not None or served.columns is not None:
         return None
+    if route.protocol:
+        return _protocol_plan(served, route, route.protocol)
+    spec = SPECS[route.endpoint]
     if spec.needs_latents and served.manifest.only_reconstructs:
         return None
     formats = IMAGE_FORMATS if spec.png_output and served.has_png_output else ARRAY_FORMATS
@@ -808,6 +960,25 @@ def create_plan(service: ServiceContext, served: ServedModel, route: Route) -> P
     if route.endpoint == "/anomaly":
         return _anomaly_plan(service, served, route, media_type, with_default_alpha(served, body))
     return _array_plan(served, route, media_type, body)
+
+
+def _protocol_plan(served: ServedModel, route: Route, head: ProtocolHead) -> Plan | None:
+    """Return the plan of a model of the Open Inference Protocol."""
+    schema = served.latent_schema if head.method else served.row_schema
+    computed: list[tuple[Operation, tuple[str, ...]]]
+    if head.method:
+        computed = [(operations.DECODE, ("x_hat",))]
+    else:
+        computed = [
+            (operations.reconstruct(schema.allows_missing), ("x_hat", "error")),
+            (operations.ENCODE, ("mean", "std")),
+        ]
+    if served.manifest.only_reconstructs:
+        computed = computed[: 0 if head.method else 1]
+    if not computed:
+        return None
+    arguments = codec.BINARY, computed[0][0], schema, served.manifest.width
+    return ProtocolPlan(served, route, *arguments, computed=computed)
 
 
 def _array_plan(served: ServedModel, route: Route, media_type: str, body: Any) -> Plan | None:
@@ -855,7 +1026,7 @@ def _without_rows(served: ServedModel) -> InputRows:
 
 def _has_time(plan: Plan, request: DirectRequest) -> bool:
     """Return whether there is time to read the body of a request in this pass of the event loop, and take the time."""
-    estimated_ns = len(request.sent) * (offload.ARRAY_BYTE if plan.is_npy else offload.JSON_BYTE)
+    estimated_ns = len(request.sent) * (offload.ARRAY_BYTE if plan.is_binary else offload.JSON_BYTE)
     return offload.take_loop_time(request.connection.loop, estimated_ns)
 
 

@@ -37,9 +37,14 @@ def _parse(path: str) -> InferPath | None:
     return InferPath(f"{match[1]}{INFER if match[3] is None else INFER_VERSION}", match[2], match[3])
 
 
+def parse_infer_path(path: str) -> InferPath | None:
+    """Return what the path of a request for inference says; None if `path` is not the path of one."""
+    return _parse(path) if len(path) <= MAX_PATH and path.endswith("/infer") else None
+
+
 def infer_route(path: str) -> str:
     """Return the route of a request for inference, after its prefix; `path` itself if it is no such request."""
-    found = _parse(path) if len(path) <= MAX_PATH and path.endswith("/infer") else None
+    found = parse_infer_path(path)
     return path if found is None else found.route
 
 

@@ -67,6 +67,15 @@ def request(path: str, body: bytes, *headers: str, content_type: str = JSON_TYPE
     return "\r\n".join(lines).encode() + body
 
 
+def infer(path: str, x: np.ndarray, *outputs: str, name: str = "x", dtype: str = "FP32", **fields: Any) -> bytes:
+    """Return a request of the Open Inference Protocol with binary numbers in both directions."""
+    tensor = {"name": name, "shape": x.shape, "datatype": dtype, "parameters": {"binary_data_size": x.nbytes}}
+    wanted = [{"name": each, "parameters": {"binary_data": True}} for each in outputs]
+    head = json.dumps({"inputs": [tensor], "outputs": wanted, **fields}).encode()
+    length = f"Inference-Header-Content-Length: {len(head)}"
+    return request(f"/v2/models/{path}/infer", head + x.tobytes(), length, content_type="application/octet-stream")
+
+
 def for_task(whole: bytes) -> bytes:
     """Return a request that differs only in a header that the server does not read, but that no direct request has."""
     return whole.replace(b"Host: elbo", b"Host: elbo\r\nExpect: nothing", 1)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from service.codec import npy
-from service.endpoints.direct import FEW_FEATURES, MAX_IN_PROGRESS, MAX_ROUTE_BYTES, MAX_ROUTES
+from service.endpoints.direct import FEW_FEATURES, MAX_IN_PROGRESS, MAX_OBJECTS, MAX_ROUTE_BYTES, MAX_ROUTES
 from service.settings import Settings
 from tests.service.direct_requests import (
     JSON_TYPE,
@@ -22,6 +22,7 @@ from tests.service.direct_requests import (
     Recorder,
     as_json,
     for_task,
+    infer,
     recording,
     request,
     rows,
@@ -68,6 +69,11 @@ USUAL = {
     "anomalies, many features": request("/anomaly?model=wide&explain=2&alpha=0.2", as_json(9 * rows(7, WIDE))),
     "no explanation, many features": request("/anomaly?model=wide&explain=0", as_json(rows(2, WIDE))),
     "no explanation": request("/anomaly?model=hosts&explain=0&observe=false", as_json(rows(2, 4))),
+    "protocol, codes": infer("vae", rows(3), "mean"),
+    "protocol, codes in another order": infer("vae/versions/1", rows(2), "std", "mean", id="abc"),
+    "protocol, rows": infer("ae", rows(9), "x_hat", "error"),
+    "protocol, many rows": infer("hosts", rows(200, 4), "error"),
+    "protocol, latents": infer("hosts:decode", rows(2, 2), "x_hat", name="z"),
     "extrapolated": request("/anomaly?model=hosts&alpha=1e-9&extrapolated=true", as_json(9 * rows(2, 4))),
 }
 
@@ -105,6 +111,23 @@ UNUSUAL = {
     "empty body": request("/reconstruct", b""),
     "picture": request("/reconstruct", as_json(rows(1)), accept="image/png"),
     "sampled latents": request("/encode?sample=true&seed=3", as_json(rows(1))),
+    "protocol, score": infer("hosts", rows(1, 4), "score"),
+    "protocol, score and codes": infer("hosts", rows(1, 4), "score", "mean"),
+    "protocol, all outputs": infer("hosts", rows(1, 4)),
+    "protocol, unknown output": infer("hosts", rows(1, 4), "y"),
+    "protocol, other input": infer("hosts", rows(1, 4), "mean", name="y"),
+    "protocol, other datatype": infer("hosts", rows(1, 4).astype("f8"), "mean", dtype="FP64"),
+    "protocol, parameter": infer("hosts", rows(1, 4), "mean", parameters={"alpha": 0.1}),
+    "protocol, other size": infer("hosts", rows(2, 4), "mean").replace(b": 32}", b": 28}", 1),
+    "protocol, wrong width": infer("hosts", rows(2, 3), "mean"),
+    "protocol, too many rows": infer("hosts", rows(301, 4), "mean"),
+    "protocol, no row": infer("hosts", rows(0, 4), "mean"),
+    "protocol, infinity": infer("hosts", np.inf * rows(1, 4), "mean"),
+    "protocol, overflow in the model": infer("hosts", 3e38 * np.sign(rows(1, 4) - 0.5), "x_hat"),
+    "protocol, samples": infer("hosts:sample", rows(1, 4), "x"),
+    "protocol, unknown model": infer("none", rows(1, 4), "mean"),
+    "protocol, unknown version": infer("hosts/versions/7", rows(1, 4), "mean"),
+    "protocol, conditions": infer("hosts:decode:decode", rows(1, 2), "x_hat", name="z"),
     "pixels of another range": request("/reconstruct", as_json(255 * rows(1))),
 }
 
@@ -196,6 +219,14 @@ def test_direct_requests_count_in_the_metrics(server: Recorder) -> None:
     assert total(after, "elbo_pending_rows") == total(after, "elbo_pending_bytes") == 0
 
 
+def test_json_objects_of_the_protocol_that_are_remembered_are_bounded(server: Recorder) -> None:
+    found = [server.send(infer("hosts", rows(1, 4), "mean", id=f"{number:05}")) for number in range(MAX_OBJECTS + 5)]
+    assert [re.findall(rb'"id":"([^"]*)"', each) for each in found] == [[b"%05d" % i] for i in range(len(found))]
+    routes = server.protocol.keywords["direct"].handler._routes.values()
+    plans = [route.plan for route in routes if route.protocol and route.plan]
+    assert max(len(plan._plans) for plan in plans) <= MAX_OBJECTS
+
+
 @asynccontextmanager
 async def blocked(artifacts: Path) -> AsyncIterator[tuple[Any, int, Gate]]:
     """Yield the service, its port, and a gate that occupies the batcher until it opens."""
@@ -229,15 +260,20 @@ def test_client_that_disconnects_before_its_batch_leaves_no_rows_behind(artifact
     asyncio.run(scenario())
 
 
-def test_direct_request_whose_time_is_over_gets_504(artifacts: Path) -> None:
+@pytest.mark.parametrize("form", ["json", "protocol"])
+def test_direct_request_whose_time_is_over_gets_504(artifacts: Path, form: str) -> None:
+    whole = infer("pca", rows(1), "x_hat") if form == "protocol" else request("/reconstruct", as_json(rows(1)))
+    whole = whole.replace(b"Host: elbo", b"Host: elbo\r\nX-Request-Timeout: 0.05", 1)
+
     async def scenario() -> None:
         async with blocked(artifacts) as (service, port, _):
-            reader, writer = await open_request(
-                port, request("/reconstruct", as_json(rows(1)), "X-Request-Timeout: 0.05")
-            )
+            reader, writer = await open_request(port, whole)
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
             assert head.startswith(b"HTTP/1.1 504 ")
-            assert b"content-type: application/problem+json" in head
+            assert (b"content-type: application/problem+json" in head) == (form == "json")
+            size = int(re.findall(rb"content-length: ([0-9]+)", head)[0])
+            answer = json.loads(await asyncio.wait_for(reader.readexactly(size), 20))
+            assert list(answer) == ["error"] if form == "protocol" else answer["status"] == 504
             writer.close()
             await until(lambda: service.batcher.pending_rows == 1)
 
