@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 import struct
 import time
 import tracemalloc
@@ -26,11 +27,14 @@ from service.codec import remote_write
 from service.codec.budget import NO_LIMIT
 from service.codec.feature_names import FeatureSelectors
 from service.codec.remote_write import METRIC_NAME_LABEL, STALE_BITS, Series
-from service.errors import BodyTooLarge, InvalidEncoding, InvalidProtobuf
+from service.endpoints import remote_write as endpoint
+from service.errors import BodyTooLarge, InvalidEncoding, InvalidProtobuf, NotReady
+from service.inference.batcher import Batcher
 from service.settings import Settings
 from tests.service.hosts import HOST_FEATURES, as_inputs, host_rows, post_anomaly
 from tests.service.running import running
 from tests.service.scrape import scrape
+from tests.waiting import wait_until
 
 HEADERS = {
     "content-type": "application/x-protobuf",
@@ -259,6 +263,78 @@ def test_request_gets_a_503_if_the_model_is_missing_or_the_memory_is_full(artifa
         app.state.service.admission.max_held_bytes = 10
         response = send(client, series(host_rows(3)))
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+
+
+@pytest.fixture(scope="module")
+def hosts_only(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an artifact folder with the model `hosts` alone."""
+    root = tmp_path_factory.mktemp("hosts-only")
+    shutil.copytree(artifacts / "hosts", root / "hosts")
+    return root
+
+
+def scored(app: FastAPI) -> float:
+    """Return how many rows of the model `hosts` have been scored."""
+    found: float = app.state.service.metrics.anomalies._scored.sums().get(("hosts", "1"), [0.0])[0]
+    return found
+
+
+@pytest.mark.parametrize(("mapping", "status"), [("[later]", 503), ("[later]\n[hosts]\nwait_seconds = 0.5", 204)])
+def test_mapped_model_that_is_not_served_gives_503_only_if_no_other_mapped_model_is(
+    hosts_only: Path, tmp_path: Path, mapping: str, status: int
+) -> None:
+    (tmp_path / "map.toml").write_text(mapping)
+    app = create_app(Settings(artifacts=hosts_only, remote_write=tmp_path / "map.toml", log_level="error"))
+    with running(app) as client:
+        response = send(client, series(host_rows(2)))
+        assert response.status_code == status
+        if status == 503:
+            assert "later" in response.json()["detail"]
+            assert response.headers["retry-after"] == "5"
+
+
+def test_request_while_the_server_shuts_down_gets_503_and_adds_no_samples(hosts_only: Path) -> None:
+    app = create_app(Settings(artifacts=hosts_only, log_level="error"))
+    with running(app) as client:
+        app.state.service.draining = True  # as SIGTERM does
+        response = send(client, series(host_rows(2)))
+    assert (response.status_code, response.json()["detail"]) == (503, "the server is shutting down")
+    assert scored(app) == 0
+
+
+def test_rows_that_cannot_be_scored_now_are_scored_later_and_once(
+    hosts_only: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "map.toml").write_text(MAPPING)
+    app = create_app(Settings(artifacts=hosts_only, remote_write=tmp_path / "map.toml", log_level="warning"))
+    run, failures = Batcher.run, iter([NotReady("the model has just been removed")])
+
+    async def run_or_fail(self: Batcher, *arguments: Any, **options: Any) -> Any:
+        for failure in failures:
+            raise failure
+        return await run(self, *arguments, **options)
+
+    with running(app) as client:
+        monkeypatch.setattr(Batcher, "run", run_or_fail)
+        assert send(client, series(host_rows(3))).status_code == 204
+        wait_until(lambda: scored(app) == 3)
+    assert scored(app) == 3
+    assert "will retry: the model has just been removed" in caplog.text
+
+
+def test_more_waiting_rows_than_allowed_give_503_and_are_not_lost(
+    hosts_only: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint, "MAX_INCOMPLETE_ROWS", 5)
+    monkeypatch.setattr(endpoint, "MAX_WAITING_ROWS", 5)
+    (tmp_path / "map.toml").write_text(MAPPING.replace("0.5", "3600"))
+    app = create_app(Settings(artifacts=hosts_only, remote_write=tmp_path / "map.toml", log_level="error"))
+    with running(app) as client:
+        accepted = send(client, series(host_rows(5))[:3])
+        refused = send(client, series(host_rows(6))[:3])
+    assert (accepted.status_code, refused.status_code) == (204, 503)
+    assert "6 rows wait to be scored: expected at most 5" in refused.json()["detail"]
+    assert scored(app) == 6  # when the server stops, it scores the waiting rows
 
 
 def outcomes(client: httpx.Client) -> dict[str, float]:
