@@ -13,7 +13,7 @@ from service.backtest.incidents import Incident
 from service.backtest.page import DRAWN_GROUPS, make_page
 from service.backtest.replay import Cause, Options, Replay
 from service.backtest.report import Report, find_alert_rows, make_report
-from service.backtest.text import format_duration, format_report
+from service.backtest.text import format_duration, format_report, format_time
 from service.monitoring.anomaly_metrics import MAX_LABELS
 
 DAY = 86_400.0
@@ -117,6 +117,22 @@ def test_report_as_text_and_as_json_has_the_same_figures() -> None:
     assert found["worst_false_alerts"][0]["causes"][0] == {
         "name": "disk", "value": 5.0, "expected": 1.0, "contribution": 3.0, "since": 3600.0,
     }  # fmt: skip
+
+
+def test_report_as_text_lists_at_most_20_groups_and_incidents_and_counts_the_others() -> None:
+    report = report_of(
+        replayed({f"host-{index:02}": [0, 2, 0] for index in range(23)}),
+        [Incident(3600, 7200, f"host-{index:02}") for index in range(22)],
+    )
+    text = format_report(report)
+    assert "and 3 more groups: see --json" in text
+    assert "and 2 more incidents: see --json" in text
+    assert len(re.findall(r"1970-01-01 01:00:00 +1970-01-01 02:00:00 +host", text)) == 20
+
+
+def test_time_beyond_the_calendar_is_written_in_seconds() -> None:
+    assert format_time(86_400.4) == "1970-01-02 00:00:00"
+    assert format_time(1e12) == "1000000000000"
 
 
 @pytest.mark.parametrize("groups", [MAX_LABELS, MAX_LABELS + 1])

@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -29,8 +29,10 @@ def test_array_that_numpy_saved_is_read_unchanged(dtype: str, version: tuple[int
     np.testing.assert_array_equal(loaded, array)
 
 
-def test_numpy_can_read_the_output_of_dumps() -> None:
-    array = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
+@pytest.mark.parametrize("shape", [(5, 7), (0, 7), (5, 0)])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_numpy_can_read_the_output_of_dumps(shape: tuple[int, int], order: Literal["C", "F"]) -> None:
+    array = np.asarray(np.random.default_rng(0).normal(size=shape), np.float32, order=order)
     np.testing.assert_array_equal(np.load(io.BytesIO(npy.dumps(array)), allow_pickle=False), array)
 
 
