@@ -165,6 +165,8 @@ def test_truncated_npy_body_gives_invalid_npy(client: httpx.Client, path: str) -
         ("/anomaly", {"inputs": [ROW], "alpha": "0.05"}, "/alpha", "valid number"),
         ("/anomaly", {"inputs": [ROW], "fdr": 1.5}, "/fdr", "less than 1"),
         ("/anomaly", {"inputs": [ROW], "explain": -1}, "/explain", "greater than or equal to 0"),
+        ("/anomaly", {"inputs": [ROW], "half_life": 60}, "/half_life", "inputs have no timestamps"),
+        ("/anomaly", {"inputs": [ROW], "half_life_rows": 2, "fdr": 0.1}, "/half_life_rows", "half_life_rows and fdr"),
     ],
 )
 def test_invalid_field_is_refused_with_its_pointer_and_the_expected_value(
@@ -189,6 +191,14 @@ def test_invalid_field_is_refused_with_its_pointer_and_the_expected_value(
 def test_invalid_query_option_gives_its_pointer(client: httpx.Client, query: str, pointer: str) -> None:
     response = client.post(f"/encode?{query}", content=npy(np.zeros((1, 64))), headers=NPY)
     assert assert_problem(response, 422, "invalid_field")["pointer"] == pointer
+
+
+@pytest.mark.parametrize("seconds", ["soon", "0", "-1", "nan", ""])
+def test_timeout_that_is_no_number_above_0_gives_invalid_field(client: httpx.Client, seconds: str) -> None:
+    response = client.post("/encode", json={"inputs": [ROW]}, headers={"X-Request-Timeout": seconds})
+    problem = assert_problem(response, 422, "invalid_field")
+    assert (problem["expected"], problem["got"]) == ("a number above 0", seconds)
+    assert "X-Request-Timeout" in problem["detail"]
 
 
 def test_field_in_both_body_and_query_gives_invalid_field(client: httpx.Client) -> None:
