@@ -28,9 +28,9 @@ PYTHON = ROOT / ".venv-ray" / "bin" / "python"
 PROGRAMS = ROOT / "tests" / "ray_programs"
 # Other tests use the same cores. Ray's own settings give its workers the lowest share of them, kill a worker that does
 # not start in 60 s, and a proxy that is not ready in 5 s.
-BUSY_CORES = {
+RAY_SETTINGS = {
     "RAY_worker_niceness": "0",
-    "RAY_worker_register_timeout_seconds": "300",
+    "RAY_worker_register_timeout_seconds": "200",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
 }
 
@@ -46,8 +46,8 @@ def run(program: str, *arguments: object) -> dict[str, Any]:
     require(PYTHON.exists(), "no .venv-ray: make test installs it")
     command = [str(PYTHON), "-m", f"tests.ray_programs.{program}", *map(str, arguments)]
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # `make coverage` sets the variable
-    environment = os.environ | BUSY_CORES | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    environment = os.environ | RAY_SETTINGS | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=560)
     assert result.returncode == 0, result.stderr
     found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return found

@@ -126,6 +126,7 @@ def measure(server: Server, load: Load, pairs: int) -> tuple[list[float], list[f
     """
     bursts = max(1, REQUESTS // load.connections)
     clock = process_clock(server.process.pid)
+    pairs += pairs % 2  # so that tracing is on again at the end
     connections = Connections(server, load)
 
     def block() -> tuple[float, float]:

@@ -102,7 +102,7 @@ class Texts(NamedTuple):
     pointer: str
 
 
-class Head(NamedTuple):
+class RequestObject(NamedTuple):
     """The JSON object of a request. Nobody changes it, because it may be cached.
 
     Args:
@@ -139,11 +139,11 @@ def read_request(body: bytes, header_length: bytes | None, budget: Budget = NO_L
     length = _json_length(header_length, len(body))
     text = body if length == len(body) else body[:length]
     if length <= MAX_CACHED_BYTES and header_length is not None:
-        head = read_short_head(text)
+        asked = read_short_object(text)
     else:
         document, data = _read_object(text, budget)
-        head = _read_head(document, data)
-    request_id, parameters, outputs, is_binary, document, data = head
+        asked = _read_fields(document, data)
+    request_id, parameters, outputs, is_binary, document, data = asked
     inputs: dict[str, Numbers] = {}
     texts: dict[str, Texts] = {}
     source = _Source(text, body, data, budget, offset=length)
@@ -165,7 +165,7 @@ def read_request(body: bytes, header_length: bytes | None, budget: Budget = NO_L
     return InferenceRequest(request_id, parameters, inputs, outputs, is_binary, texts)
 
 
-def _read_head(document: dict[str, Any], data: Mapping[str, slice]) -> Head:
+def _read_fields(document: dict[str, Any], data: Mapping[str, slice]) -> RequestObject:
     """Return what the JSON object says besides its inputs. Raises InvalidField."""
     parameters = dict(_object(document.get("parameters"), "/parameters"))
     is_binary = _flag(parameters.pop("binary_data_output", None), "/parameters/binary_data_output")
@@ -173,26 +173,26 @@ def _read_head(document: dict[str, Any], data: Mapping[str, slice]) -> Head:
     if request_id is not None and type(request_id) is not str:
         raise _wrong("/id", "a string", request_id)
     outputs = None if document.get("outputs") in (None, []) else _read_outputs(document, is_binary)
-    return Head(request_id, parameters, outputs, is_binary, document, data)
+    return RequestObject(request_id, parameters, outputs, is_binary, document, data)
 
 
 @lru_cache(maxsize=64)
-def read_short_head(text: bytes) -> Head:
+def read_short_object(text: bytes) -> RequestObject:
     """Return what a JSON object of at most MAX_CACHED_BYTES says. Clients send the same object again and again.
 
     Raises:
         InvalidJson, InvalidField: see `read_request`.
     """
-    return _read_head(*_read_object(text, NO_LIMIT))
+    return _read_fields(*_read_object(text, NO_LIMIT))
 
 
-def binary_float32_input(head: Head) -> tuple[str, list[int]] | None:
+def binary_float32_input(asked: RequestObject) -> tuple[str, list[int]] | None:
     """Return the name and the shape of the only input if its numbers are binary FP32; otherwise None.
 
     Raises:
         InvalidField, TooManyRows: see `read_request`.
     """
-    tensors = list(_tensors(head.document, "inputs"))
+    tensors = list(_tensors(asked.document, "inputs"))
     if len(tensors) != 1 or tensors[0][1].get("datatype") != "FP32":
         return None
     name, tensor = tensors[0]
@@ -608,7 +608,7 @@ def write_response(
     return join([text, *binary]), len(text)
 
 
-def write_head(fields: dict[str, Any], outputs: Sequence[tuple[str, Numbers]]) -> bytes:
+def write_object(fields: dict[str, Any], outputs: Sequence[tuple[str, Numbers]]) -> bytes:
     """Return the JSON object of a response whose outputs are all binary. The numbers of the outputs do not matter."""
     described = [_describe(name, array, is_binary=True) for name, array in outputs]
     return orjson.dumps({**fields, "outputs": described})

@@ -1,5 +1,5 @@
-"""Answer direct requests to /encode, /decode, /reconstruct and /anomaly, and those of the Open Inference Protocol for
-the same arrays with binary numbers. `service.http.direct` says what direct requests are.
+"""Answer direct requests to /encode, /decode, /reconstruct and /anomaly, and to the infer paths of the Open Inference
+Protocol if all numbers are binary and no score is requested. `service.http.direct` says what direct requests are.
 
 Work that the requests of a batch share is done once for the batch: the check that all numbers are finite, the verdicts,
 the numbers of the metrics. Responses are byte for byte those of `InferenceEndpoints` and `OpenInferenceEndpoints`.
@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter
 from typing import Any, NamedTuple
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import numpy.typing as npt
@@ -76,7 +76,7 @@ ROUTE_HEADERS = (
     b"host", b"content-type", b"accept", b"x-request-timeout", codec.HEADER_LENGTH, *NAMES_OF_HEADERS,
 )  # fmt: skip
 MAX_ROUTES = 1024  # that are remembered
-MAX_OBJECTS = 64  # JSON objects of the Open Inference Protocol that are remembered for each route
+MAX_OBJECTS = 64  # JSON objects of the Open Inference Protocol that are remembered for each model
 MAX_ROUTE_BYTES = 2048  # of the query and the headers of a route; a larger one is not remembered
 SPECS: dict[str, RequestSpec[Any, Any]] = {
     "/encode": ENCODE, "/decode": DECODE, "/reconstruct": RECONSTRUCT, "/anomaly": ANOMALY,
@@ -180,11 +180,11 @@ class Plan:
             x = read_plain_json(body, self.main, self.schema)
             return None if x is None else (self, x)
         try:
-            return self.accept(npy.loads(body))
+            return self.parse_rows(npy.loads(body))
         except ServiceError:
             return None
 
-    def accept(self, array: npt.NDArray[Any]) -> tuple["Plan", Array] | None:
+    def parse_rows(self, array: npt.NDArray[Any]) -> tuple["Plan", Array] | None:
         """Return `array` as rows, and this plan; None if a number is missing. Raises InvalidRows."""
         x = parse_array(self.schema, array, self.pointer)
         if self.schema.allows_missing and not is_finite(x):  # otherwise all numbers are finite anyway
@@ -245,28 +245,34 @@ class TensorPlan(Plan):
     Args:
         model: the model of the protocol.
         shape: the shape of the input.
-        head: the JSON object of the request.
-        places: the places of the requested outputs among the outputs of the operation.
+        asked: the JSON object of the request.
+        indices: the index of each requested output among the outputs of the operation.
     """
 
     def __init__(
-        self, route: Route, *arguments: Any, model: ProtocolModel, shape: list[int], head: codec.Head, places: list[int]
+        self,
+        route: Route,
+        *arguments: Any,
+        model: ProtocolModel,
+        shape: list[int],
+        asked: codec.RequestObject,
+        indices: list[int],
     ) -> None:
         super().__init__(model.served, route, *arguments)
         self.shape = shape
-        self._places = places
+        self._indices = indices
         fields = {"model_name": model.name, "model_version": str(model.served.version)}
-        if head.id is not None:
-            fields["id"] = head.id
+        if asked.id is not None:
+            fields["id"] = asked.id
         # All responses have the same JSON object, because all have the same number of rows.
-        shapes = {each.name: (shape[0], *model.outputs[each.name].shape(model.served)) for each in head.outputs or ()}
+        shapes = {each.name: (shape[0], *model.outputs[each.name].shape(model.served)) for each in asked.outputs or ()}
         outputs = [(name, np.broadcast_to(np.float32(0), each)) for name, each in shapes.items()]
-        self._text = codec.write_head(fields, outputs)
+        self._text = codec.write_object(fields, outputs)
         self.header_lines += _lines([(codec.HEADER_LENGTH, b"%d" % len(self._text))])
 
     def contents(self, jobs: Sequence["DirectJob"], outputs: tuple[Array, ...]) -> list[Content] | None:
         """Return the JSON object and the numbers."""
-        wanted = [outputs[place] for place in self._places]
+        wanted = [outputs[index] for index in self._indices]
         if not all(map(is_finite, wanted)):
             return None
         rows = self.shape[0]
@@ -277,10 +283,12 @@ class TensorPlan(Plan):
 
 
 class ProtocolPlan(Plan):
-    """Finds the plan for a request of the Open Inference Protocol, which depends on the JSON object in its body.
+    """Chooses the `TensorPlan` of a request of the Open Inference Protocol by the JSON object in its body.
 
     Args:
-        computed: operations of the model, and their outputs by the names of the protocol.
+        plans: the plans of the model, by method and JSON object; None if requests with this object need a task. At most
+            MAX_OBJECTS of them are kept, for all routes of the model.
+        operations: operations of the model, each with the protocol's names of its outputs.
     """
 
     def __init__(
@@ -288,28 +296,29 @@ class ProtocolPlan(Plan):
         served: ServedModel,
         route: Route,
         *arguments: Any,
-        computed: Sequence[tuple[Operation, tuple[str, ...]]],
+        plans: dict[tuple[str, bytes], TensorPlan | None],
+        operations: Sequence[tuple[Operation, tuple[str, ...]]],
     ) -> None:
         super().__init__(served, route, *arguments)
         assert route.protocol
-        self._computed = computed
+        self._plans = plans
+        self._operations = operations
         self._model = ref(served)
         self._route = route
         self._method, self._length = route.protocol
-        self._plans: dict[bytes, TensorPlan | None] = {}  # by the JSON object; None if its requests need a task
 
     def read(self, body: bytes) -> tuple[Plan, Array] | None:
         """Return the rows of `body` and the plan for them, or None if it is not plain rows of finite numbers."""
-        text = body[: self._length]
-        if text not in self._plans:
+        key = self._method, body[: self._length]
+        if key not in self._plans:
             if len(self._plans) >= MAX_OBJECTS:
                 self._plans.clear()
-            self._plans[text] = self._create(text)
-        plan = self._plans[text]
-        if plan is None or len(body) != self._length + codec.FLOAT32_BYTES * math.prod(plan.shape):
+            self._plans[key] = self._create(key[1])
+        plan = self._plans[key]
+        if plan is None or len(body) - self._length != codec.FLOAT32_BYTES * math.prod(plan.shape):
             return None
         try:
-            return plan.accept(np.frombuffer(body, "<f4", offset=self._length).reshape(plan.shape))
+            return plan.parse_rows(np.frombuffer(body, "<f4", offset=self._length).reshape(plan.shape))
         except ServiceError:
             return None
 
@@ -319,22 +328,24 @@ class ProtocolPlan(Plan):
         if served is None:
             return None
         try:
-            head = codec.read_short_head(text)
-            given = codec.binary_float32_input(head)
+            asked = codec.read_short_object(text)
+            given = codec.binary_float32_input(asked)
         except ServiceError:
             return None
         model = ProtocolModel(served, self._method)
-        if head.parameters or given is None or given[0] != model.input or not math.prod(given[1]):
+        if asked.parameters or given is None or given[0] != model.input:
             return None
-        outputs = head.outputs or ()
+        shape, outputs = given[1], asked.outputs or ()
+        if len(shape) < 2 or not 0 < codec.FLOAT32_BYTES * math.prod(shape) <= MAX_BODY:
+            return None
         if not all(each.is_binary for each in outputs):
             return None
         wanted = [each.name for each in outputs]
-        for operation, names in self._computed:
+        for operation, names in self._operations:
             if wanted and set(wanted) <= set(names):
                 arguments = codec.BINARY, operation, self.schema, self.numbers_per_row
-                places = list(map(names.index, wanted))
-                return TensorPlan(self._route, *arguments, model=model, shape=given[1], head=head, places=places)
+                indices = list(map(names.index, wanted))
+                return TensorPlan(self._route, *arguments, model=model, shape=shape, asked=asked, indices=indices)
         return None
 
 
@@ -533,12 +544,15 @@ class DirectInference:
         self._keys = keys
         self._allowed_hosts = allowed_hosts
         self._root_path = service.settings.root_path
+        self._max_rows = service.settings.max_rows
         self._access = access
         self._admission = service.admission
         self._batcher = service.batcher
         self._batcher.after_batch = self._respond
         self._heads = ResponseHeads()
         self._routes: dict[tuple[object, ...], Route] = {}
+        self._plans_of_objects: WeakKeyDictionary[ServedModel, dict[tuple[str, bytes], TensorPlan | None]]
+        self._plans_of_objects = WeakKeyDictionary()  # see `ProtocolPlan`
         self._in_progress = 0  # jobs in the batcher
         self._waiting: deque[DirectRequest] = deque()  # requests whose bodies have not been read yet
         self._is_start_scheduled = False
@@ -574,7 +588,7 @@ class DirectInference:
             key = self._keys.find(headers) if self._keys else None
             if self._allowed_hosts:
                 self._allowed_hosts.check(endpoint, headers[b"host"].decode("latin-1"))
-            find = _task_route if endpoint in SPECS else _protocol_route
+            find = _endpoint_route if endpoint in SPECS else _protocol_route
             route = find(endpoint, query, headers) if 0 < timeout < math.inf else None
         except (ValueError, ServiceError):
             return None
@@ -656,10 +670,16 @@ class DirectInference:
             served = self._service.find(route.query.model)
             if route.model() is not served:
                 route.model, route.plan = ref(served), None
-                route.plan = create_plan(self._service, served, route)
+                route.plan = self._create_plan(served, route)
         except Exception:  # noqa: BLE001 - a task meets the same error, and reports it
             return None
         return route.plan
+
+    def _create_plan(self, served: ServedModel, route: Route) -> Plan | None:
+        if not route.protocol:
+            return create_plan(self._service, served, route)
+        plans = self._plans_of_objects.setdefault(served, {})
+        return create_protocol_plan(served, route, route.protocol, plans)
 
     def _wait(self, request: DirectRequest) -> bool:
         """Let a request wait until there is time to read its body. Return false if it is refused."""
@@ -713,12 +733,15 @@ class DirectInference:
     def _read(self, request: DirectRequest, plan: Plan, is_queued: bool) -> DirectJob | None:
         """Return the job of a request, or None if it needs a task."""
         started = perf_counter()
-        found = plan.read(request.sent)
+        try:
+            found = plan.read(request.sent)
+        except Exception:  # noqa: BLE001 - a task meets the same error, and reports it
+            return None
         served = request.head.route.model()
         if found is None or served is None:
             return None
         plan, rows = found
-        if len(rows) > plan.max_rows or not self._batcher.accepts(served, len(rows)):
+        if len(rows) > min(plan.max_rows, self._max_rows) or not self._batcher.accepts(served, len(rows)):
             return None
         if self._admission.refusal(rows=len(rows), is_queued=is_queued):
             return None
@@ -914,7 +937,7 @@ def _lines(headers: Iterable[Header]) -> bytes:
     return b"".join([b"%b: %b\r\n" % header for header in headers])
 
 
-def _task_route(endpoint: str, query: bytes, headers: dict[bytes, bytes]) -> Route | None:
+def _endpoint_route(endpoint: str, query: bytes, headers: dict[bytes, bytes]) -> Route | None:
     """Return the route of a request to an endpoint in SPECS, or None if it needs a task. Raises ServiceError."""
     media_type = media_type_of(headers.get(b"content-type", b"").decode("latin-1"))
     if media_type not in (JSON, npy.MEDIA_TYPE):
@@ -941,11 +964,9 @@ def _protocol_route(path: str, query: bytes, headers: dict[bytes, bytes]) -> Rou
 
 def create_plan(service: ServiceContext, served: ServedModel, route: Route) -> Plan | None:
     """Return how `served` answers the requests of `route`, or None if they need a task."""
-    if served.window_schema is not None or served.conditions is not None or served.columns is not None:
-        return None
-    if route.protocol:
-        return _protocol_plan(served, route, route.protocol)
     spec = SPECS[route.endpoint]
+    if _has_unusual_rows(served):
+        return None
     if spec.needs_latents and served.manifest.only_reconstructs:
         return None
     formats = IMAGE_FORMATS if spec.png_output and served.has_png_output else ARRAY_FORMATS
@@ -962,23 +983,30 @@ def create_plan(service: ServiceContext, served: ServedModel, route: Route) -> P
     return _array_plan(served, route, media_type, body)
 
 
-def _protocol_plan(served: ServedModel, route: Route, head: ProtocolHead) -> Plan | None:
-    """Return the plan of a model of the Open Inference Protocol."""
-    schema = served.latent_schema if head.method else served.row_schema
-    computed: list[tuple[Operation, tuple[str, ...]]]
-    if head.method:
-        computed = [(operations.DECODE, ("x_hat",))]
-    else:
-        computed = [
-            (operations.reconstruct(schema.allows_missing), ("x_hat", "error")),
-            (operations.ENCODE, ("mean", "std")),
-        ]
-    if served.manifest.only_reconstructs:
-        computed = computed[: 0 if head.method else 1]
-    if not computed:
+def create_protocol_plan(
+    served: ServedModel, route: Route, head: ProtocolHead, plans: dict[tuple[str, bytes], TensorPlan | None]
+) -> Plan | None:
+    """Return how `served` answers requests of the Open Inference Protocol, or None if they need a task.
+
+    `plans` are those of other routes to the same model, see `ProtocolPlan`.
+    """
+    if _has_unusual_rows(served) or (head.method and served.manifest.only_reconstructs):
         return None
-    arguments = codec.BINARY, computed[0][0], schema, served.manifest.width
-    return ProtocolPlan(served, route, *arguments, computed=computed)
+    schema = served.latent_schema if head.method else served.row_schema
+    found: list[tuple[Operation, tuple[str, ...]]]
+    if head.method:
+        found = [(operations.DECODE, ("x_hat",))]
+    else:
+        found = [(operations.reconstruct(schema.allows_missing), ("x_hat", "error"))]
+        if not served.manifest.only_reconstructs:
+            found.append((operations.ENCODE, ("mean", "std")))
+    arguments = codec.BINARY, found[0][0], schema, served.manifest.width
+    return ProtocolPlan(served, route, *arguments, plans=plans, operations=found)
+
+
+def _has_unusual_rows(served: ServedModel) -> bool:
+    """Return whether the rows of a model are more than numbers: windows, rows with conditions, or with categories."""
+    return served.window_schema is not None or served.conditions is not None or served.columns is not None
 
 
 def _array_plan(served: ServedModel, route: Route, media_type: str, body: Any) -> Plan | None:

@@ -25,8 +25,9 @@ log = logging.getLogger("elbo.backends")
 DECISIONS = "backend"  # the selected backends are stored in shared memory under this name; no metric may have it
 BACKENDS = (TorchScriptBackend.name, OnnxBackend.name)
 # The maximum error of each output of a twin, relative to the largest number in the golden answer. Scores divide by
-# small variances, which amplifies rounding: the score of the autoencoder `linear` of `elbo demo` changes by 2.6e-5
-# if its input is rounded in another way.
+# small variances, which amplifies rounding: the score of the autoencoder `linear` of `elbo demo` changes by up to
+# 2.6e-5 if each number of its input changes by half a unit in the last place. Contributions
+# are squared distances to the reconstruction, which amplify nothing.
 TOLERANCES = {
     "forward": 1e-5, "encode.mean": 1e-5, "encode.std": 1e-5, "decode": 1e-5, "score": 1e-4, "score.parts": 1e-4,
     "score.contribution": 1e-5, "score.expected": 1e-5,

@@ -67,9 +67,12 @@ def request(path: str, body: bytes, *headers: str, content_type: str = JSON_TYPE
     return "\r\n".join(lines).encode() + body
 
 
-def infer(path: str, x: np.ndarray, *outputs: str, name: str = "x", dtype: str = "FP32", **fields: Any) -> bytes:
+def infer(
+    path: str, x: np.ndarray, *outputs: str, name: str = "x", dtype: str = "FP32", shape: Any = None, **fields: Any
+) -> bytes:
     """Return a request of the Open Inference Protocol with binary numbers in both directions."""
-    tensor = {"name": name, "shape": x.shape, "datatype": dtype, "parameters": {"binary_data_size": x.nbytes}}
+    shape = x.shape if shape is None else shape
+    tensor = {"name": name, "shape": shape, "datatype": dtype, "parameters": {"binary_data_size": x.nbytes}}
     wanted = [{"name": each, "parameters": {"binary_data": True}} for each in outputs]
     head = json.dumps({"inputs": [tensor], "outputs": wanted, **fields}).encode()
     length = f"Inference-Header-Content-Length: {len(head)}"

@@ -15,6 +15,7 @@ import pytest
 
 from service.codec import npy
 from service.endpoints.direct import FEW_FEATURES, MAX_IN_PROGRESS, MAX_OBJECTS, MAX_ROUTE_BYTES, MAX_ROUTES
+from service.http.direct import Content, DirectRequest
 from service.settings import Settings
 from tests.service.direct_requests import (
     JSON_TYPE,
@@ -69,8 +70,8 @@ USUAL = {
     "anomalies, many features": request("/anomaly?model=wide&explain=2&alpha=0.2", as_json(9 * rows(7, WIDE))),
     "no explanation, many features": request("/anomaly?model=wide&explain=0", as_json(rows(2, WIDE))),
     "no explanation": request("/anomaly?model=hosts&explain=0&observe=false", as_json(rows(2, 4))),
-    "protocol, codes": infer("vae", rows(3), "mean"),
-    "protocol, codes in another order": infer("vae/versions/1", rows(2), "std", "mean", id="abc"),
+    "protocol, latents of rows": infer("vae", rows(3), "mean"),
+    "protocol, outputs in another order": infer("vae/versions/1", rows(2), "std", "mean", id="abc"),
     "protocol, rows": infer("ae", rows(9), "x_hat", "error"),
     "protocol, many rows": infer("hosts", rows(200, 4), "error"),
     "protocol, latents": infer("hosts:decode", rows(2, 2), "x_hat", name="z"),
@@ -112,7 +113,7 @@ UNUSUAL = {
     "picture": request("/reconstruct", as_json(rows(1)), accept="image/png"),
     "sampled latents": request("/encode?sample=true&seed=3", as_json(rows(1))),
     "protocol, score": infer("hosts", rows(1, 4), "score"),
-    "protocol, score and codes": infer("hosts", rows(1, 4), "score", "mean"),
+    "protocol, score and latents": infer("hosts", rows(1, 4), "score", "mean"),
     "protocol, all outputs": infer("hosts", rows(1, 4)),
     "protocol, unknown output": infer("hosts", rows(1, 4), "y"),
     "protocol, other input": infer("hosts", rows(1, 4), "mean", name="y"),
@@ -127,7 +128,25 @@ UNUSUAL = {
     "protocol, samples": infer("hosts:sample", rows(1, 4), "x"),
     "protocol, unknown model": infer("none", rows(1, 4), "mean"),
     "protocol, unknown version": infer("hosts/versions/7", rows(1, 4), "mean"),
-    "protocol, conditions": infer("hosts:decode:decode", rows(1, 2), "x_hat", name="z"),
+    "protocol, unknown method": infer("hosts:decode:decode", rows(1, 2), "x_hat", name="z"),
+    "protocol, no dimension": infer("hosts", rows(1, 1), "x_hat", shape=[]),
+    "protocol, one dimension": infer("hosts", rows(1, 4), "x_hat", shape=[4]),
+    "protocol, huge shape": infer("hosts", rows(1, 4), "x_hat", shape=[2**60, 4]),
+    "protocol, huge shape of the right size": infer("hosts", rows(1, 4), "x_hat", shape=[2**60]).replace(
+        b'"binary_data_size": 16', b'"binary_data_size": %d' % 2**62, 1
+    ),
+    "protocol, one output in JSON": infer("hosts", rows(1, 4), "mean", "std").replace(b": true", b":false", 1),
+    "protocol, length 0": infer("hosts", rows(1, 4), "mean").replace(b"Length: 1", b"Length: 0", 1),
+    "protocol, length beyond the body": infer("hosts", rows(1, 4), "mean").replace(b"Length: 1", b"Length: 9", 1),
+    "protocol, another length": infer("hosts", rows(1, 4), "mean").replace(
+        b"Content-Length: 1", b"Content-Length: 2", 1
+    ),
+    "protocol, query": infer("hosts", rows(1, 4), "mean").replace(b"/infer", b"/infer?alpha=0.1", 1),
+    "protocol, page of another site": infer("hosts", rows(1, 4), "mean").replace(
+        b"Host: ", b"Origin: http://a\r\nHost: ", 1
+    ),
+    "protocol, as JSON": infer("hosts", rows(1, 4), "mean").replace(b"octet-stream", b"json", 1),
+    "protocol, as text": infer("hosts", rows(1, 4), "mean").replace(b"application/octet-stream", b"text/plain", 1),
     "pixels of another range": request("/reconstruct", as_json(255 * rows(1))),
 }
 
@@ -219,12 +238,24 @@ def test_direct_requests_count_in_the_metrics(server: Recorder) -> None:
     assert total(after, "elbo_pending_rows") == total(after, "elbo_pending_bytes") == 0
 
 
+@pytest.mark.parametrize("form", ["npy", "protocol"])
+def test_direct_request_of_more_rows_than_a_request_may_have_gets_413(artifacts: Path, form: str) -> None:
+    x = rows(101, 4)
+    npy_request = request("/encode?model=hosts", npy.dumps(x), content_type=NPY_TYPE, accept=NPY_TYPE)
+    whole = npy_request if form == "npy" else infer("hosts", x, "mean")
+    settings = Settings(artifacts=artifacts, default_model="vae", log_level="warning", max_rows=100)
+    with recording(settings) as server:
+        assert server.send(whole).startswith(b"HTTP/1.1 413 ")
+        assert server.answered == []
+
+
 def test_json_objects_of_the_protocol_that_are_remembered_are_bounded(server: Recorder) -> None:
     found = [server.send(infer("hosts", rows(1, 4), "mean", id=f"{number:05}")) for number in range(MAX_OBJECTS + 5)]
     assert [re.findall(rb'"id":"([^"]*)"', each) for each in found] == [[b"%05d" % i] for i in range(len(found))]
     routes = server.protocol.keywords["direct"].handler._routes.values()
-    plans = [route.plan for route in routes if route.protocol and route.plan]
-    assert max(len(plan._plans) for plan in plans) <= MAX_OBJECTS
+    plans = [route.plan for route in routes if route.protocol and route.plan and route.plan.name == "hosts"]
+    assert len({id(plan._plans) for plan in plans}) == 1
+    assert 1 < len(plans[0]._plans) <= MAX_OBJECTS
 
 
 @asynccontextmanager
@@ -261,7 +292,17 @@ def test_client_that_disconnects_before_its_batch_leaves_no_rows_behind(artifact
 
 
 @pytest.mark.parametrize("form", ["json", "protocol"])
-def test_direct_request_whose_time_is_over_gets_504(artifacts: Path, form: str) -> None:
+def test_direct_request_whose_time_is_over_gets_504(
+    artifacts: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered: list[str] = []
+    write = DirectRequest.write
+
+    def record(self: DirectRequest, head: bytes, content: Content) -> None:
+        answered.append(self.head.path)
+        write(self, head, content)
+
+    monkeypatch.setattr(DirectRequest, "write", record)
     whole = infer("pca", rows(1), "x_hat") if form == "protocol" else request("/reconstruct", as_json(rows(1)))
     whole = whole.replace(b"Host: elbo", b"Host: elbo\r\nX-Request-Timeout: 0.05", 1)
 
@@ -270,6 +311,7 @@ def test_direct_request_whose_time_is_over_gets_504(artifacts: Path, form: str) 
             reader, writer = await open_request(port, whole)
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
             assert head.startswith(b"HTTP/1.1 504 ")
+            assert len(answered) == 1
             assert (b"content-type: application/problem+json" in head) == (form == "json")
             size = int(re.findall(rb"content-length: ([0-9]+)", head)[0])
             answer = json.loads(await asyncio.wait_for(reader.readexactly(size), 20))
