@@ -446,6 +446,10 @@ EDITS: dict[str, tuple[Callable[[Members], None], str]] = {
     "code imports": (_append_code("import os\n"), "has import os"),
     "code has a named tuple": (_append_code("class T(NamedTuple):\n  a : Tensor\n"), "whose base is not Module"),
     "code has deep brackets": (_append_code("x = " + "(" * 5000 + ")" * 5000 + "\n"), "nested more than"),
+    "code of more than 2 MiB": (
+        lambda members: members.update({f"code/__torch__/long{index}.py": b"\n" * 2**20 for index in range(2)}),
+        "at most 2,097,152 are allowed",
+    ),
     "code is not text": (_set(PCA_CODE, b"\xff\xfe"), "outside of ASCII"),
     "code is missing": (lambda members: members.__delitem__(PCA_CODE), "names __torch__.models.pca.PCA"),
     "member with bytecode": (_set("bytecode.pkl", b"\x80\x02)."), "the member archive/bytecode.pkl"),
@@ -618,6 +622,10 @@ def _list_another_weight(members: Members) -> None:
 EDITS |= {
     "twin is truncated": (_truncate, "the graph extra/twin/encode.onnx"),
     "twin lists another weight": (_list_another_weight, "has weights that differ from those in its list"),
+    "twin without a list of its weights": (
+        lambda members: members.__delitem__("extra/twin/encode.json"),
+        "the member extra/twin/encode.json is missing",
+    ),
 }
 
 
