@@ -6,9 +6,11 @@ the numbers of the metrics. Responses are byte for byte those of `InferenceEndpo
 These handle all other requests.
 """
 
+import asyncio
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
@@ -22,7 +24,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from service.access.control import NAMES_OF_HEADERS, AccessControl, GrantedKey
 from service.access.scopes import Scope
 from service.anomaly.inputs import InputRows, with_default_alpha
-from service.anomaly.verdicts import Scores, decide, largest
+from service.anomaly.verdicts import Scores, Verdicts, largest
 from service.codec import npy
 from service.codec import open_inference as codec
 from service.codec.float32 import is_finite
@@ -191,14 +193,26 @@ class Plan:
             return None
         return self, x
 
-    def contents(self, jobs: Sequence["DirectJob"], outputs: tuple[Array, ...]) -> list[Content] | None:
-        """Return the bodies of the responses to `jobs`, or None if some response is not usual.
+    def answer(self, jobs: Sequence["DirectJob"], outputs: tuple[Array, ...]) -> "Answer | None":
+        """Return the responses to `jobs`, or None if some response is not usual.
 
         Args:
             jobs: jobs of one batch.
             outputs: the outputs for the rows of these jobs, one after the other.
         """
         raise NotImplementedError
+
+
+class Answer(NamedTuple):
+    """The responses to the jobs of a batch.
+
+    Args:
+        contents: the bodies of the responses.
+        count_rows: counts the rows in the metrics, when the responses are written, so that no client waits for it.
+    """
+
+    contents: list[Content]
+    count_rows: Callable[[], None] | None = None
 
 
 class ArrayPlan(Plan):
@@ -212,7 +226,7 @@ class ArrayPlan(Plan):
         self._model = ref(served)
         self._has_pixels = route.endpoint == "/reconstruct" and served.manifest.pixel_range is not None
 
-    def contents(self, jobs: Sequence["DirectJob"], outputs: tuple[Array, ...]) -> list[Content] | None:
+    def answer(self, jobs: Sequence["DirectJob"], outputs: tuple[Array, ...]) -> Answer | None:
         """Return the arrays in JSON or npy."""
         if not all(map(is_finite, outputs)):
             return None
@@ -229,7 +243,7 @@ class ArrayPlan(Plan):
                 found.append((orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY),))
             else:
                 found.append(npy.parts(arrays[0]))
-        return found
+        return Answer(found)
 
     def _has_warning(self, x: Array, arrays: Sequence[Array]) -> bool:
         """Return whether the response needs a warning about the pixels in x. `arrays`: the arrays of the response."""
@@ -270,16 +284,18 @@ class TensorPlan(Plan):
         self._text = codec.write_object(fields, outputs)
         self.header_lines += _lines([(codec.HEADER_LENGTH, b"%d" % len(self._text))])
 
-    def contents(self, jobs: Sequence["DirectJob"], outputs: tuple[Array, ...]) -> list[Content] | None:
+    def answer(self, jobs: Sequence["DirectJob"], outputs: tuple[Array, ...]) -> Answer | None:
         """Return the JSON object and the numbers."""
         wanted = [outputs[index] for index in self._indices]
         if not all(map(is_finite, wanted)):
             return None
         rows = self.shape[0]
-        return [
-            (self._text, *[np.ascontiguousarray(each[start : start + rows]).data.cast("B") for each in wanted])
-            for start in range(0, rows * len(jobs), rows)
-        ]
+        return Answer(
+            [
+                (self._text, *[np.ascontiguousarray(each[start : start + rows]).data.cast("B") for each in wanted])
+                for start in range(0, rows * len(jobs), rows)
+            ]
+        )
 
 
 class ProtocolPlan(Plan):
@@ -372,7 +388,6 @@ class AnomalyPlan(Plan):
         super().__init__(served, route, *arguments)
         self._service = service
         self._model = ref(served)
-        self._body = body
         self._explained = min(body.explain, served.row_schema.width)
         self._parts = len(served.manifest.parts)
         self._names = [b'"name":' + orjson.dumps(name) for name in served.row_schema.names]
@@ -396,47 +411,48 @@ class AnomalyPlan(Plan):
             + b"]}"
         )
 
-    def contents(self, jobs: Sequence["DirectJob"], outputs: tuple[Array, ...]) -> list[Content] | None:
-        """Return the verdicts, and count them in the metrics."""
+    def answer(self, jobs: Sequence["DirectJob"], outputs: tuple[Array, ...]) -> Answer | None:
+        """Return the verdicts."""
         served = self._model()
         if served is None:
             return None
         x = jobs[0].inputs[0] if len(jobs) == 1 else np.concatenate([job.inputs[0] for job in jobs])
-        numbers = None
-        if x.shape[1] <= FEW_FEATURES:
-            numbers = _all_numbers(x, *outputs)
-            scores = Scores.of_finite(*outputs) if is_finite(numbers) else Scores(*outputs)
-        else:
-            scores = Scores(*outputs)
-        if not scores.all_finite:
+        numbers = _all_numbers(x, *outputs) if x.shape[1] <= FEW_FEATURES else None
+        if (numbers is None or not is_finite(numbers)) and not Scores(*outputs).all_finite:
             return None
-        input_rows = InputRows(ParsedRows(x, list(range(len(x))), [], None), len(x))
-        verdicts = decide(input_rows, scores, self._body)
-        anomalies = self._service.metrics.anomalies
-        if self._is_live:
-            anomalies.count(served, input_rows, verdicts)
+        is_anomaly = (outputs[2] > 1).tolist()  # by the severity, as `decide` does for requests of this plan
+        if numbers is None:
+            lines = self._lines(x, Scores.of_finite(*outputs))
         else:
-            anomalies.count_unobserved(served, input_rows)
-        lines = self._lines(x, scores) if numbers is None else self._lines_of_few(numbers, scores)
+            lines = self._lines_of_few(numbers, contribution=outputs[4])
         found: list[Content] = []
         start = 0
         for job in jobs:
-            flags = verdicts.is_anomaly[start : start + job.rows]
+            flags = is_anomaly[start : start + job.rows]
             results = [
                 self._result % (row, *line[:3], b"true" if flag else b"false", *line[3:])
                 for row, (flag, line) in enumerate(zip(flags, lines[start : start + job.rows], strict=True))
             ]
             start += job.rows
             found.append((self._answer % (job.rows, sum(flags), b",".join(results)),))
-        return found
+        return Answer(found, partial(self._count, served, x, outputs, is_anomaly))
 
-    def _lines_of_few(self, numbers: Array, scores: Scores) -> list[list[bytes]]:
+    def _count(self, served: ServedModel, x: Array, outputs: tuple[Array, ...], is_anomaly: list[bool]) -> None:
+        """Count the rows in the metrics."""
+        anomalies = self._service.metrics.anomalies
+        input_rows = InputRows(ParsedRows(x, list(range(len(x))), [], None), len(x))
+        if self._is_live:
+            anomalies.count(served, input_rows, Verdicts(input_rows, Scores.of_finite(*outputs), is_anomaly, None))
+        else:
+            anomalies.count_unobserved(served, input_rows)
+
+    def _lines_of_few(self, numbers: Array, contribution: Array) -> list[list[bytes]]:
         """Return what `_lines` returns, from the result of `_all_numbers`."""
         names, first = self._names, 3 + self._parts
         width = len(names)
         lines = []
         texts = orjson.dumps(numbers, option=orjson.OPT_SERIALIZE_NUMPY)[2:-2].split(b"],[")
-        for text, columns in zip(texts, largest(scores.contribution, self._explained).tolist(), strict=True):
+        for text, columns in zip(texts, largest(contribution, self._explained).tolist(), strict=True):
             cells = text.split(b",")
             line = cells[:first]
             for column in columns:
@@ -793,26 +809,26 @@ class DirectInference:
             return
         started = perf_counter()
         try:
-            contents = plan.contents(jobs, _outputs_of(jobs, run))
-            for content in contents or ():
+            answer = plan.answer(jobs, _outputs_of(jobs, run))
+            for content in answer.contents if answer else ():
                 if (size := size_of(content)) > SMALL_RESPONSE:
                     self._admission.check_response(size)
         except Exception:  # noqa: BLE001 - a task meets the same error, and reports it
-            contents = None
-        if contents is None:
+            answer = None
+        if answer is None:
             if len(jobs) == 1:
                 start_task(jobs[0].request)
             else:
                 for job in jobs:
                     self._respond_alike([job])
             return
-        self._write(jobs, run, contents, perf_counter() - started)
+        self._write(jobs, run, answer, perf_counter() - started)
 
-    def _write(self, jobs: Sequence[DirectJob], run: BatchRun, contents: Sequence[Content], seconds: float) -> None:
+    def _write(self, jobs: Sequence[DirectJob], run: BatchRun, answer: Answer, seconds: float) -> None:
         """Write the responses, and count and log the requests. `seconds`: how long it took to make all of them."""
         records = []
         now = perf_counter()
-        for job, content in zip(jobs, contents, strict=True):
+        for job, content in zip(jobs, answer.contents, strict=True):
             request = job.request
             record = self._record(request, now)
             record.model, record.version = job.plan.name, job.plan.version
@@ -840,6 +856,12 @@ class DirectInference:
             records.append(record)
         for record in records:
             self._count(record)
+        if answer.count_rows:
+            try:
+                answer.count_rows()
+            except Exception as error:  # noqa: BLE001 - the other requests of the batch still need their responses
+                context = {"message": "the rows of a batch were not counted", "exception": error}
+                asyncio.get_running_loop().call_exception_handler(context)
 
     def _end(self, request: DirectRequest, head: bytes, content: Content) -> None:
         """Write a response. `head` lacks the last empty line."""

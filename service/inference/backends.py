@@ -150,8 +150,7 @@ class OnnxModule:
         self._weights = {name: weight.contiguous().numpy() for name, weight in twin.weights.items()}
         self._module = module
         self.graphs: dict[str, Callable[[Array], list[Array]]] = {
-            method: partial(_run_session, _create_session(graph, self._weights, threads))
-            for method, graph in twin.graphs.items()
+            method: _runner(_create_session(graph, self._weights, threads)) for method, graph in twin.graphs.items()
         }
 
     def __getattr__(self, name: str) -> Any:
@@ -200,9 +199,15 @@ def _to_tensor(rows: Array) -> Tensor:
     return torch.from_numpy(rows if rows.flags.writeable else rows.copy())
 
 
-def _run_session(session: "onnxruntime.InferenceSession", rows: Array) -> list[Array]:
-    outputs: list[Array] = session.run(None, {"rows": rows})
-    return outputs
+def _runner(session: "onnxruntime.InferenceSession") -> Callable[[Array], list[Array]]:
+    """Return a function that runs a graph on rows."""
+    return partial(_run_session, session, [output.name for output in session.get_outputs()])
+
+
+def _run_session(session: "onnxruntime.InferenceSession", outputs: list[str], rows: Array) -> list[Array]:
+    """Return the outputs with these names. Without the names, each run would list them again."""
+    found: list[Array] = session.run(outputs, {"rows": rows})
+    return found
 
 
 def _create_session(graph: Graph, weights: dict[str, npt.NDArray[Any]], threads: int) -> "onnxruntime.InferenceSession":
