@@ -3,6 +3,7 @@
     python benchmarks/training/samples.py                  # `make bench-train` also installs pythae
     python benchmarks/training/samples.py --data mnist     # at most an hour of one core for each model
     python benchmarks/training/samples.py --only pca vae   # some of the models
+    python benchmarks/training/samples.py --seed 1         # another split of the digits, other weights and samples
     python benchmarks/training/samples.py --keep FOLDER    # keep the models there, and reuse those that are there
     python benchmarks/training/samples.py --smoke          # two models of the digits, a few steps
 
@@ -62,7 +63,7 @@ from training.progress import PlainReporter, SilentReporter
 from training.random_streams import SAMPLES, random_stream
 from training.train import train
 
-SEED = 0
+SEED = 0  # of the classifier, and of the rows that are drawn for comparison
 NEAREST_AMONG = 20_000  # the nearest training row is sought among at most this many
 PEER = "pythae"  # its name among the models of --only
 SAMPLER_LINES = "samplers.jsonl"  # the file in which --keep describes pythae's samples
@@ -177,7 +178,13 @@ def classify(classifier: Classifier, rows: Images) -> tuple[npt.NDArray[np.int64
 
 
 def draw_with_elbo(
-    options: dict[str, Any], images: LabelledImages, held_out: LabelledImages, *, quiet: bool, keep: Path | None = None
+    options: dict[str, Any],
+    images: LabelledImages,
+    held_out: LabelledImages,
+    *,
+    quiet: bool,
+    keep: Path | None = None,
+    seed: int = SEED,
 ) -> Drawn:
     """Train a model with `options` of `elbo train` on `images`, and return its samples as /sample serves them.
 
@@ -187,7 +194,7 @@ def draw_with_elbo(
         path, minutes = Path(folder, "samples", "1", FILE_NAME), None
         if not path.exists():
             np.savez(source := Path(folder, "images.npz"), x=images.x, y=images.labels)
-            config = TrainConfig.model_validate({"name": "samples", "seed": SEED} | options)
+            config = TrainConfig.model_validate({"name": "samples", "seed": seed} | options)
             table, started = read_table(str(source), condition=config.condition), process_time()
             path = train(config, table, Path(folder), SilentReporter() if quiet else PlainReporter())
             minutes = (process_time() - started) / 60.0
@@ -304,15 +311,15 @@ class Judge:
         )
 
 
-def load(name: str) -> tuple[LabelledImages, LabelledImages]:
-    """Return the training rows and the held-out rows of "digits" or "mnist"."""
+def load(name: str, seed: int = SEED) -> tuple[LabelledImages, LabelledImages]:
+    """Return the training rows and the held-out rows of "digits" or "mnist". `seed` splits the digits."""
     if name == "mnist":
         train_images, test_images = (LabelledImages(*load_labelled_images(part)[1:]) for part in ("train", "test"))
         return train_images, test_images
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    order = np.random.RandomState(SEED).permutation(len(digits.target))
+    order = np.random.RandomState(seed).permutation(len(digits.target))
     x, labels = np.rint(digits.images * 255.0 / 16.0).astype(np.uint8)[order], digits.target[order].astype(np.int64)
     half = len(x) // 2
     return LabelledImages(x[-half:], labels[-half:]), LabelledImages(x[:-half], labels[:-half])
@@ -322,7 +329,7 @@ def main() -> None:
     """Train the models and print the table."""
     options = read_options()
     torch.set_num_threads(1)
-    images, held_out = load(options.data)
+    images, held_out = load(options.data, options.seed)
     models = choose_models(options)
     print(describe_machine("torch"), end="\n\n", flush=True)
     if options.keep:
@@ -332,7 +339,7 @@ def main() -> None:
         if title in options.only:
             if keep := options.keep and options.keep / title:
                 keep.mkdir(exist_ok=True)
-            drawn = draw_with_elbo(model, images, held_out, quiet=options.smoke, keep=keep)
+            drawn = draw_with_elbo(model, images, held_out, quiet=options.smoke, keep=keep, seed=options.seed)
             judge.print_line(f"Elbo, {title}", drawn)
     if PEER not in options.only:
         return
@@ -369,6 +376,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--classifier-steps", type=int, default=CLASSIFIER_STEPS, metavar="STEPS")
     parser.add_argument("--samplers", nargs="+", default=[], metavar="NAME", help="some of pythae's samplers")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the models, and reuse those that are there")
+    parser.add_argument("--seed", type=int, default=SEED, help="seed of Elbo's models and of the split (default 0)")
     parser.add_argument("--smoke", action="store_true", help="two models of the digits, a few steps")
     parser.add_argument(
         "--peers",
