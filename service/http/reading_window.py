@@ -43,7 +43,7 @@ class ReadingWindow:
         _pause(self._rotation)
 
     def _move(self) -> None:
-        """Let the next window of connections read in the next pass, or all if the rotation took at most LONG_SECONDS."""
+        """Let the next window read in the next pass, or all connections if the rotation took at most LONG_SECONDS."""
         _pause(self._window)
         if self._place >= len(self._rotation):
             if perf_counter() - self._rotation_started <= LONG_SECONDS:
