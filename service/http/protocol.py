@@ -172,6 +172,7 @@ class Protocol(HttpToolsProtocol):
         if self._held_head and not self._held_bytes:  # the rest of the body arrives later
             self._hold_body(self._held_head)
         if self._direct and is_between_requests and self._start_direct(data):
+            self._turns.take(self.connections)
             return
         in_progress = self._direct_request
         try:

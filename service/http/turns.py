@@ -26,21 +26,25 @@ class Turns:
         self.work: list[Callable[[], object]] = []
         self._window = ReadingWindow()
         self._next = 0.0  # when the next turn is due, on the `perf_counter` clock
-        self._pass_since: float | None = None  # when the first turn of this pass was taken
+        self._pass_since: float | None = None  # when `take` was first called in this pass
 
     def take(self, connections: Collection[Any]) -> None:
-        """Run the callbacks if TURN_SECONDS have passed since the last turn. Call this after each refusal.
+        """Run the callbacks if this pass has lasted for TURN_SECONDS since the last turn, or since its first call.
+
+        Call this after each read that a handler has answered, queued or refused at once.
 
         Args:
             connections: the open connections of the server, each a `Protocol`.
         """
         now = perf_counter()
-        if now < self._next:
-            return
         if self._pass_since is None:
             self._pass_since = now
+            self._next = now + TURN_SECONDS
             asyncio.get_running_loop().call_soon(self._end_pass)
-        elif now - self._pass_since > LONG_SECONDS and not self._window.is_open:
+            return
+        if now < self._next:
+            return
+        if now - self._pass_since > LONG_SECONDS and not self._window.is_open:
             self._window.open(connections)
         for callback in self.work:
             try:

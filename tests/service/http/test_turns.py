@@ -36,10 +36,10 @@ def reading(connections: list[Connection]) -> list[int]:
     return [place for place, connection in enumerate(connections) if connection.is_reading]
 
 
-def test_callbacks_take_a_turn_only_when_some_time_has_passed_and_an_error_stops_no_other_callback(
+def test_callbacks_take_a_turn_only_in_a_long_pass_and_an_error_stops_no_other_callback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(turns, "TURN_SECONDS", 60.0)
+    monkeypatch.setattr(turns, "TURN_SECONDS", 0.02)
 
     async def scenario() -> None:
         errors: list[dict[str, Any]] = []
@@ -54,6 +54,13 @@ def test_callbacks_take_a_turn_only_when_some_time_has_passed_and_an_error_stops
         work.work += fail, lambda: calls.append("second")
         work.take(())
         work.take(())
+        assert not calls
+        sleep(0.03)
+        work.take(())
+        assert calls == ["failed", "second"]
+        sleep(0.03)
+        await asyncio.sleep(0)
+        work.take(())  # in another pass
         assert calls == ["failed", "second"]
         assert [str(context["exception"]) for context in errors] == ["no room"]
 
