@@ -247,8 +247,8 @@ class CompletingPCA(CompletingPipeline):
         noise = self.core.noise_variance.double()
         # s2 M^-1, the covariance of the latents given the known values
         unexplained = noise * (inverse.permute(0, 2, 1) @ inverse)  # [B, K, K]
-        # If fewer values are known than there are latents, R is singular, and rounding may make it indefinite. Where R
-        # is 0, so is t: the small number has no other effect.
+        # If fewer values are known than there are latents, R is singular, and rounding may make it indefinite. Adding
+        # 1e-5 keeps it positive definite. This hardly changes the leverage, because t is 0 where R is 0.
         root = torch.linalg.cholesky_ex((1.0 + 1e-5) * identity - unexplained)[0]  # [B, K, K]
         leverage = torch.linalg.solve_triangular(root, latents.unsqueeze(2), upper=False).square().sum(dim=(1, 2))
         determined = latents.shape[1] - noise * inverse.square().sum(dim=(1, 2))  # q, [B]

@@ -161,7 +161,6 @@ class Plan:
         numbers_per_row: int,
     ) -> None:
         self.name, self.version = served.name, served.version
-        self.endpoint = route.endpoint
         self.operation = operation
         self.media_type = media_type.encode()
         self.header_lines = _lines(served.headers)
@@ -208,7 +207,7 @@ class Answer(NamedTuple):
 
     Args:
         contents: the bodies of the responses.
-        count_rows: counts the rows in the metrics, when the responses are written, so that no client waits for it.
+        count_rows: counts the rows in the metrics. Called after the responses are written, so that no client waits.
     """
 
     contents: list[Content]
@@ -654,6 +653,7 @@ class DirectInference:
         if job is None:
             return False
         if not self._take_place(request):
+            request.work = None
             return False
         self._submit(job)
         return True
@@ -1010,7 +1010,7 @@ def create_protocol_plan(
 ) -> Plan | None:
     """Return how `served` answers requests of the Open Inference Protocol, or None if they need a task.
 
-    `plans` are those of other routes to the same model, see `ProtocolPlan`.
+    All routes of the model share the cache `plans`, see `ProtocolPlan`.
     """
     if _has_unusual_rows(served) or (head.method and served.manifest.only_reconstructs):
         return None

@@ -51,6 +51,7 @@ class LingeringTransport:
         self._write = transport.write
         self.pause_reading = transport.pause_reading
         self.resume_reading = transport.resume_reading
+        self.is_reading: Callable[[], bool] = transport.is_reading
         self.get_extra_info = transport.get_extra_info
         self.abort = transport.abort
         self.is_closing: Callable[[], bool] = transport.is_closing

@@ -63,7 +63,7 @@ class Protocol(HttpToolsProtocol):
         admission: decides which requests are accepted.
         head_refusal: writes the responses to refused requests.
         paths: the paths whose POST requests are under admission control.
-        turns: takes a turn after each refusal.
+        turns: runs other work between two reads of a long pass of the event loop.
         direct: answers some requests without a task; None if every request needs one.
         count_closed: counts a connection that the server closes because of its client; its argument is the reason.
         options: uvicorn's own arguments.

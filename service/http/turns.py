@@ -2,7 +2,7 @@
 
 While a server is overloaded, thousands of sockets are readable at once, and the event loop runs timers, callbacks and
 tasks only when it has read all of them. What must not wait for the end of this pass therefore takes turns with the
-refusals. A pass that still takes too long is ended by `ReadingWindow`.
+reads. A pass that still takes too long is ended by `ReadingWindow`.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ TURN_SECONDS = 0.002  # between two turns
 
 
 class Turns:
-    """Runs callbacks in turn with the refusals of requests.
+    """Runs callbacks during a long pass of the event loop, between two reads.
 
     Attributes:
         work: the callbacks, in the order in which they run. Each takes at most a few ms, and may have nothing to do.
@@ -29,7 +29,7 @@ class Turns:
         self._pass_since: float | None = None  # when `take` was first called in this pass
 
     def take(self, connections: Collection[Any]) -> None:
-        """Run the callbacks if this pass has lasted for TURN_SECONDS since the last turn, or since its first call.
+        """Run the callbacks if TURN_SECONDS have passed in this pass since their last turn, or since the first call.
 
         Call this after each read that a handler has answered, queued or refused at once.
 
@@ -53,6 +53,12 @@ class Turns:
                 context = {"message": "work during a long pass of the event loop failed", "exception": error}
                 asyncio.get_running_loop().call_exception_handler(context)
         self._next = perf_counter() + TURN_SECONDS
+
+    def stop(self, *callbacks: Callable[[], object]) -> None:
+        """Run `callbacks` no more, and let all connections read from now on: the server is about to close them."""
+        for callback in callbacks:
+            self.work.remove(callback)
+        self._window.end()
 
     def _end_pass(self) -> None:
         self._pass_since = None

@@ -77,6 +77,13 @@ def accept(listener: socket.socket) -> socket.socket | None:
             # Otherwise a client has disconnected before its connection was accepted.
 
 
+def has_pending(listener: socket.socket) -> bool:
+    """Return whether a connection waits in the backlog of a listener."""
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def accept_pending(listener: socket.socket) -> Iterator[socket.socket]:
     """Yield the connections that wait in the backlog of a non-blocking listener, until no file is left for another."""
     with suppress(OSError):

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -93,6 +94,7 @@ class Server(uvicorn.Server):
         self._reloading: asyncio.Task[None] | None = None  # the event loop keeps no reference to a task
         self._signalled = False
         tls_options = _tls_options(certificate, service.settings.request_timeout) if certificate else {}
+        self._callbacks: list[Callable[[], object]] = []  # that take turns with the reads of a long pass
         self._opening = OpeningConnections(self._create_protocol, self._count_failed, tls_options)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -109,15 +111,19 @@ class Server(uvicorn.Server):
             self._control.setblocking(False)
             self._control.send(fd_passing.READY)
             loop.add_reader(self._control, self._receive, self._control)
-            self._turns.work.append(partial(self._receive, self._control))
+            self._take_turns(partial(self._receive, self._control))
         elif threading.current_thread() is threading.main_thread():
             self._hangup.handle(lambda: loop.call_soon_threadsafe(self._on_hangup))
         for listener in sockets or []:
             listener.setblocking(False)
             listener.listen(fd_passing.BACKLOG)
             loop.add_reader(listener, self._accept, listener)
-            self._turns.work.append(partial(self._accept_in_turn, listener))
+            self._take_turns(partial(self._accept_in_turn, listener))
             log.info("listening on %s", fd_passing.url_of(listener, self._certificate is not None))
+
+    def _take_turns(self, callback: Callable[[], object]) -> None:
+        self._callbacks.append(callback)
+        self._turns.work.append(callback)
 
     async def on_tick(self, counter: int) -> bool:
         """Do the work that uvicorn repeats ten times per second."""
@@ -183,6 +189,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept the connections that have arrived, close the listener, and serve requests on open connections."""
         self._drain()
+        self._turns.stop(*self._callbacks)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + LINGER_SECONDS
         closing = loop.create_task(self._keep_closing(deadline))  # uvicorn no longer calls `on_tick`
@@ -309,7 +316,8 @@ class Server(uvicorn.Server):
 
         If it is full, the kernel drops packets, and the client sends them again only after 1, 3 and 7 s.
         """
-        if not self._resuming:
+        # `_accept` may close connections to make room, so some connection must wait for the room.
+        if not self._resuming and fd_passing.has_pending(listener):
             self._accept(listener)
 
     def _count_failed(self) -> None:

@@ -19,27 +19,31 @@ from tests.service.serving import REQUEST, ROWS, serving
 class Connection:
     """A connection that records whether it reads. It is its own transport and flow control."""
 
-    def __init__(self, read_paused: bool = False) -> None:
+    def __init__(self, read_paused: bool = False, has_ended: bool = False) -> None:
         self.transport = self.flow = self
         self.read_paused = read_paused
-        self.is_reading = not read_paused
+        self.reads = not read_paused and not has_ended
+
+    def is_reading(self) -> bool:
+        return self.reads
 
     def pause_reading(self) -> None:
-        self.is_reading = False
+        self.reads = False
 
     def resume_reading(self) -> None:
-        self.is_reading = True
+        self.reads = True
 
 
 def reading(connections: list[Connection]) -> list[int]:
     """Return the places of the connections that read."""
-    return [place for place, connection in enumerate(connections) if connection.is_reading]
+    return [place for place, connection in enumerate(connections) if connection.reads]
 
 
 def test_callbacks_take_a_turn_only_in_a_long_pass_and_an_error_stops_no_other_callback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(turns, "TURN_SECONDS", 0.02)
+    clock = [0.0]
+    monkeypatch.setattr(turns, "perf_counter", lambda: clock[0])
 
     async def scenario() -> None:
         errors: list[dict[str, Any]] = []
@@ -55,14 +59,18 @@ def test_callbacks_take_a_turn_only_in_a_long_pass_and_an_error_stops_no_other_c
         work.take(())
         work.take(())
         assert not calls
-        sleep(0.03)
+        clock[0] += 2 * turns.TURN_SECONDS
         work.take(())
         assert calls == ["failed", "second"]
-        sleep(0.03)
+        clock[0] += 2 * turns.TURN_SECONDS
         await asyncio.sleep(0)
         work.take(())  # in another pass
         assert calls == ["failed", "second"]
         assert [str(context["exception"]) for context in errors] == ["no room"]
+        work.stop(fail)
+        clock[0] += 2 * turns.TURN_SECONDS
+        work.take(())
+        assert calls == ["failed", "second", "second"]
 
     asyncio.run(scenario())
 
@@ -76,23 +84,44 @@ def test_each_connection_reads_in_one_pass_of_a_rotation_and_all_read_again_afte
     async def scenario() -> None:
         connections = [Connection() for _ in range(5)]
         connections.append(Connection(read_paused=True))  # by its own flow control
+        connections.append(Connection(has_ended=True))  # its client sends nothing more
         window = ReadingWindow()
         window.open(connections)
         assert reading(connections) == []
         passes = []
-        for _ in range(4):
+        for _ in range(5):
             await asyncio.sleep(0)
             passes.append(reading(connections))
             if len(passes) == 1:
                 sleep(0.06)  # the first pass is long, so a second rotation follows
             await asyncio.sleep(0)
         assert window.is_open
-        assert passes == [[0, 1], [2, 3], [4], [0, 1]]
+        assert passes == [[0, 1], [2, 3], [4], [], [0, 1]]
         monkeypatch.setattr(reading_window, "LONG_SECONDS", 60.0)  # so that the second rotation is short on any machine
-        for _ in range(6):
+        for _ in range(8):
             await asyncio.sleep(0)
         assert not window.is_open
         assert reading(connections) == [0, 1, 2, 3, 4]
+
+    asyncio.run(scenario())
+
+
+def test_all_connections_read_again_when_the_window_ends_and_it_opens_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading_window, "WINDOW", 1)
+    monkeypatch.setattr(reading_window, "LONG_SECONDS", -60.0)  # every rotation is too long
+
+    async def scenario() -> None:
+        connections = [Connection() for _ in range(3)]
+        window = ReadingWindow()
+        window.open(connections)
+        for _ in range(7):
+            await asyncio.sleep(0)
+        assert len(reading(connections)) <= 1
+        window.end()
+        assert reading(connections) == [0, 1, 2]
+        window.open(connections)
+        await asyncio.sleep(0)
+        assert reading(connections) == [0, 1, 2]
 
     asyncio.run(scenario())
 
