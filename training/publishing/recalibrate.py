@@ -301,6 +301,8 @@ def _with_policy(module: torch.jit.ScriptModule, parent: Artifact, rules: Policy
     further = {name: getattr(of_rows, name) for name in ("chains", "gap_scores") if hasattr(of_rows, name)}
     if hasattr(of_rows, "precision"):
         further["score_form"] = of_rows.centre, of_rows.precision
+    if uncertainty := float(getattr(of_rows, "uncertainty", 0.0)):
+        further["fit_rows"] = 1 + round(1.0 / uncertainty)
     pipeline = class_(
         of_rows.scaling,
         of_rows.core,

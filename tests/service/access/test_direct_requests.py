@@ -82,7 +82,9 @@ def test_direct_request_with_a_key_gets_the_response_of_a_task(
     assert len(server.answered) == 2
     assert status(by_task) == 200
     assert (b"ratelimit" in by_task) == (name == "polite")
-    assert without_times(first) == without_times(again) == without_times(by_task)
+    # A request is given back to the key after 1 ms, so 998 requests are left if the request before ended just now.
+    found = {without_times(each).replace(b"r=998;", b"r=999;") for each in (by_task, first, again)}
+    assert len(found) == 1
 
 
 def test_known_head_is_refused_when_its_key_is_removed_or_loses_its_scope(server: Recorder, keys: KeySet) -> None:
