@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import orjson
 import pytest
 import torch
 
@@ -363,9 +364,12 @@ def test_flood_of_requests_gets_prompt_refusals_and_correct_responses(
     start: Callable[..., ServerProcess], vae_only: Path, vae: Artifact
 ) -> None:
     process = start(vae_only, QUEUE_SECONDS=0.001)
-    request = REQUEST.replace(b"/encode", b"/reconstruct?model=vae")
+    rows = np.repeat(ROWS, 40, axis=0)  # large enough that the server cannot answer them as fast as they arrive
+    body = orjson.dumps({"inputs": rows}, option=orjson.OPT_SERIALIZE_NUMPY)
+    head = f"POST /reconstruct?model=vae HTTP/1.1\r\nHost: elbo\r\nContent-Length: {len(body)}\r\n"
+    request = head.encode() + b"Content-Type: application/json\r\n\r\n" + body
     with torch.inference_mode():
-        expected = vae.module(torch.from_numpy(ROWS)).numpy()
+        expected = vae.module(torch.from_numpy(rows)).numpy()
     timed = asyncio.run(send_rounds(process.port, request, clients=6 * WORK_SLOTS, rounds=8))
     refused = [(response, seconds) for response, seconds in timed if response[0] == 429]
     assert {response[0] for response, _ in timed} == {200, 429}
