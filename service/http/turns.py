@@ -56,8 +56,7 @@ class Turns:
 
     def stop(self, *callbacks: Callable[[], object]) -> None:
         """Run `callbacks` no more, and let all connections read from now on: the server is about to close them."""
-        for callback in callbacks:
-            self.work.remove(callback)
+        self.work = [callback for callback in self.work if callback not in callbacks]
         self._window.end()
 
     def _end_pass(self) -> None:
