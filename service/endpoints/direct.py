@@ -193,7 +193,7 @@ class Plan:
         return self, x
 
     def answer(self, jobs: Sequence["DirectJob"], outputs: tuple[Array, ...]) -> "Answer | None":
-        """Return the responses to `jobs`, or None if some response is not usual.
+        """Return the responses to `jobs`, or None if one of them needs a task, such as for a number that overflows.
 
         Args:
             jobs: jobs of one batch.

@@ -1,9 +1,10 @@
-"""Measure the coverage of every process of a test run: `make coverage` puts this folder on PYTHONPATH.
+"""Measure the coverage of every process of a test run. `make coverage` puts this folder on PYTHONPATH.
 
 Each Python imports `sitecustomize` when it starts. The tests start programs in several environments, such as .venv-ray,
 and coverage.py is installed in only one of them. Elbo's processes fork, and many end with `os._exit` and within limits
 of files and memory. The options `patch = fork, _exit` of coverage.py register their functions again in each fork, so a
-fork of a fork also saves the measurement of its parents, at the same time as they do. The functions here do so once.
+fork of a fork also saves the measurement of its parents, at the same time as they do. The functions here are registered
+once, and each fork saves only its own measurement.
 """
 
 import os
@@ -18,12 +19,16 @@ version = f"python{sys.version_info.major}.{sys.version_info.minor}"
 sys.path.append(str(Path(__file__).resolve().parents[2] / ".venv-coverage" / "lib" / version / "site-packages"))
 import coverage  # type: ignore[import-not-found] # noqa: E402 - .venv does not have it
 
-LIMITS = (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_AS)  # that saving may reach
+# Writing a measurement may exceed these limits.
+LIMITS = (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_AS)
 exit_at_once, set_limit = os._exit, resource.setrlimit
 
 
 def set_soft_limit(limit: int, values: tuple[int, int]) -> None:
-    """Set a limit like `resource.setrlimit`, but let this process raise it again if `models.trial` has set it."""
+    """Set a limit like `resource.setrlimit`. Keep the hard limit if it would keep `save_and_exit` from writing a file.
+
+    A process that tries an artifact out forbids itself to open and to write files. It can raise a soft limit again.
+    """
     if limit in LIMITS and (values == (0, 0) or limit == resource.RLIMIT_AS):
         values = values[0], resource.getrlimit(limit)[1]
     set_limit(limit, values)

@@ -14,7 +14,7 @@ FLOAT = onnx.TensorProto.FLOAT
 
 
 def twin(rows: str = INPUT, domain: str = "", copies: int = 1) -> bytes:
-    """Return a graph that multiplies `rows` by the weight `w` of the shape [2, 3], `copies` times.
+    """Return a graph with `copies` nodes. Each multiplies `rows` by the weight `w` of the shape [2, 3].
 
     Args:
         rows: the name of the input.
